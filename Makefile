@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types format clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Install qatc and its development tools into .venv, in the tested versions.
+
+# A stamp, so that a second call is instant and a change of either file installs again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: venv ## Quantize the example model to 4-8-4 and write build/demo/report.md.
+	$(BIN)/qatc quantize --model examples/demo-model --bits 4-8-4 --output build/demo --overwrite
+	@echo 'What was done and what it cost: build/demo/report.md'
+
+test: lint types ## Run everything that must pass: lint, types and tests.
+	$(BIN)/python -m pytest
+
+lint: venv ## Check style and formatting.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: venv ## Check types.
+	$(BIN)/mypy
+
+format: venv ## Fix what can be fixed and format.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## Remove everything that was built, .venv included.
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,36 @@
+"""Passes: each takes a ``torch.fx.GraphModule``, edits it, and says what it did.
+
+======================  ===========================================================================
+pass                    what it does
+======================  ===========================================================================
+Canonicalize            one spelling for the matchers: asserts dropped, repeated heads folded
+QuantizeLinearInputs    fake-quant nodes on the inputs of linears, one scale per token
+QuantizeWeights         fake-quant nodes on weights, one scale per output channel or group
+QuantizeKV              fake-quant nodes on keys and values, one scale per token and head
+InsertKVCache           attention that writes to, and reads from, a preallocated KV cache
+======================  ===========================================================================
+
+``training_pipeline(recipe...)`` puts them in order. All of them work on any graph that holds
+``aten.linear`` and ``aten.scaled_dot_product_attention`` nodes, such as the ``graph_module`` of a
+``torch.export.ExportedProgram``, and know nothing of Hugging Face.
+"""
+
+from qatc.passes.base import Edits, GraphPass, PassRecord, Pipeline, pass_records
+from qatc.passes.canonicalize import Canonicalize
+from qatc.passes.insert_kv_cache import InsertKVCache
+from qatc.passes.quantize_kv import QuantizeKV
+from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs
+from qatc.passes.quantize_weights import QuantizeWeights
+
+__all__ = [
+    "Canonicalize",
+    "Edits",
+    "GraphPass",
+    "InsertKVCache",
+    "PassRecord",
+    "Pipeline",
+    "QuantizeKV",
+    "QuantizeLinearInputs",
+    "QuantizeWeights",
+    "pass_records",
+]

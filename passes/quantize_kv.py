@@ -1,0 +1,95 @@
+"""Fake-quantize keys and values where a KV cache would store them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch.fx import GraphModule, Node
+
+from qatc import ops
+from qatc.errors import PassError
+from qatc.graph import (
+    Attention,
+    find_attentions,
+    find_projections,
+    insert_between,
+    is_fake_quantize,
+    parameter_name,
+)
+from qatc.passes.base import Edits, GraphPass
+from qatc.passes.canonicalize import Canonicalize
+from qatc.passes.quantize_linear_inputs import check_groups
+from qatc.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class QuantizeKV(GraphPass):
+    """Insert fake-quant nodes on the keys and values of every attention.
+
+    Args:
+        spec: bits, range and (optional) group size.
+        site: ``"cache"``: the K and V that attention reads, so K after the rotary embedding, one
+            scale per token and head. ``"projection"``: the outputs of the K and V projections, one
+            scale per token over all heads (as in the code of LLM-QAT, arXiv 2305.17888).
+    """
+
+    spec: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
+    site: Literal["cache", "projection"] = "cache"
+    requires = (Canonicalize,)
+
+    def edit(self, gm: GraphModule) -> Edits:
+        find = _cache_sites if self.site == "cache" else _projection_sites
+        sites: dict[Node, list[Node]] = {}
+        done = 0
+        for attention in find_attentions(gm):
+            for source, user in find(attention):
+                if is_fake_quantize(source):
+                    done += 1
+                else:
+                    check_groups(self.spec, source, f"the {self.site} site of keys and values")
+                    sites.setdefault(source, []).append(user)
+        kwargs = ops.fake_quantize_kwargs(self.spec, snap_scale=False)
+        for source, users in sites.items():
+            insert_between(source, users, ops.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+        return Edits(matched=len(sites) + done, edited=len(sites))
+
+    def nothing_matched(self) -> str:
+        return (
+            "there is no aten.scaled_dot_product_attention; load the model with"
+            ' attn_implementation="sdpa", or leave K and V alone with 16 KV bits, such as 4-8-16'
+        )
+
+
+def _cache_sites(attention: Attention) -> list[tuple[Node, Node]]:
+    return [(attention.key, attention.node), (attention.value, attention.node)]
+
+
+def _projection_sites(attention: Attention) -> list[tuple[Node, Node]]:
+    sites = []
+    for source in (attention.key, attention.value):
+        projections = find_projections(source)
+        if len(projections) != 1:
+            raise PassError(
+                f"the projection site needs one linear behind each of K and V, but"
+                f" {len(projections)} were found; use the cache site (--kv-site cache)"
+            )
+        sites += [_site_after(projections[0], user) for user in list(projections[0].users)]
+    if sites and sites[0][0] is sites[-1][0]:
+        raise PassError(
+            f"K and V come from one projection ({parameter_name_of_linear(sites[0][0])});"
+            " use the cache site (--kv-site cache)"
+        )
+    return sites
+
+
+def _site_after(projection: Node, user: Node) -> tuple[Node, Node]:
+    """The edge that is to be quantized, or the fake-quant node already there."""
+    return (user, user) if is_fake_quantize(user) else (projection, user)
+
+
+def parameter_name_of_linear(node: Node) -> str | None:
+    """Name of the weight of the linear ``node``."""
+    weight = node.args[1]
+    assert isinstance(weight, Node)
+    return parameter_name(weight)

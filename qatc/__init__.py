@@ -1,0 +1,35 @@
+"""qatc: data-free quantization-aware training of language models, as a graph compiler.
+
+The public names below are loaded when they are first used, so that ``import qatc`` is instant and
+loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qatc.errors import QatcError as QatcError
+    from qatc.prepare import prepare as prepare
+    from qatc.prepare import restore as restore
+    from qatc.recipe import Recipe as Recipe
+    from qatc.spec import QuantSpec as QuantSpec
+
+_EXPORTS = {
+    "QatcError": "qatc.errors",
+    "QuantSpec": "qatc.spec",
+    "Recipe": "qatc.recipe",
+    "prepare": "qatc.prepare",
+    "restore": "qatc.prepare",
+}
+
+__all__ = ["QatcError", "QuantSpec", "Recipe", "__version__", "prepare", "restore"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'qatc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -1,0 +1,130 @@
+"""Token-by-token decoding with a static KV cache, one compiled step for any depth.
+
+The decoder layers run the graph that their template gives with ``InsertKVCache``: one capture and
+one compile for all layers, per-row positions, nothing allocated from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatc.capture import TemplateForward, TemplateStore
+from qatc.errors import CaptureError
+from qatc.models import find_regions
+from qatc.passes import Canonicalize, InsertKVCache, Pipeline
+from qatc.prepare import inductor
+
+WINDOW = 64
+"""The cache is read up to the longest row, rounded up to this many slots."""
+
+
+class Decoder:
+    """A causal LM that takes one token per row and step; made by :func:`decoding`.
+
+    Args:
+        model: a transformers causal LM.
+        forwards: the forwards of its layers.
+        rows: rows of the batch.
+        length: slots of the cache.
+    """
+
+    def __init__(
+        self, model: nn.Module, forwards: list[_CachedForward], rows: int, length: int
+    ) -> None:
+        self._model = model
+        self._forwards = forwards
+        self._rows = rows
+        self._length = length
+
+    def step(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: int64 ``[B]``.
+            positions: int64 ``[B]``: the slot of each token in its row.
+            longest: an upper bound of ``positions``, known without asking the device.
+
+        Returns:
+            ``[B, V]``, in the model's dtype.
+        """
+        window = min((longest // WINDOW + 1) * WINDOW, self._length)
+        column = positions.unsqueeze(1)
+        for forward in self._forwards:
+            forward.window, forward.positions = window, column
+        out = self._model(
+            input_ids=tokens.unsqueeze(1), position_ids=column, use_cache=False, logits_to_keep=1
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+class _CachedForward(TemplateForward):
+    """A layer's forward with a cache of its own, allocated when the layer is first captured."""
+
+    def __init__(self, *args: Any, rows: int, length: int) -> None:
+        super().__init__(*args)
+        self.window = 0
+        self.positions = torch.empty(0)
+        self._shape = (rows, length)
+        self._caches: list[Tensor] | None = None
+
+    def extra_inputs(self, template: Any) -> list[Tensor]:
+        if self._caches is None:
+            self._caches = _allocate(template.graph_module, *self._shape, self.positions.device)
+        views = [cache[:, :, : self.window] for cache in self._caches]
+        for view in views:
+            torch._dynamo.maybe_mark_dynamic(view, (0, 2))
+        torch._dynamo.maybe_mark_dynamic(self.positions, 0)
+        return [*views, self.positions]
+
+
+def _allocate(gm: Any, rows: int, length: int, device: torch.device) -> list[Tensor]:
+    """Zeroed caches of the shapes that the graph's attention writes."""
+    node = next(n for n in gm.graph.nodes if n.name.startswith("cached_attention"))
+    caches = []
+    for source in node.args[1:3]:
+        value = source.meta["val"]
+        shape = (rows, int(value.shape[1]), length, int(value.shape[3]))
+        caches.append(torch.zeros(shape, dtype=value.dtype, device=device))
+    return caches
+
+
+@contextmanager
+def decoding(model: nn.Module, rows: int, length: int, *, compile: bool) -> Iterator[Decoder]:
+    """Let ``model`` decode with a static cache of ``rows`` x ``length`` slots inside the block.
+
+    Raises:
+        CaptureError: the layers cannot be captured, or use a sliding window shorter than
+            ``length``.
+    """
+    window = getattr(getattr(model, "config", None), "sliding_window", None)
+    if window is not None and window < length:
+        raise CaptureError(
+            f"the model attends to a sliding window of {window} tokens, which is shorter than the"
+            f" {length} asked for; use --max-length {window} or less"
+        )
+    pipeline = Pipeline((Canonicalize(), InsertKVCache()))
+    store = TemplateStore(
+        transform=lambda gm, owner: _run(pipeline, gm), compile=inductor if compile else None
+    )
+    forwards = [
+        _CachedForward(region, name, store, rows=rows, length=length)
+        for name, region in find_regions(model)
+    ]
+    for forward in forwards:
+        forward.install()
+    try:
+        with torch.inference_mode():
+            yield Decoder(model, forwards, rows, length)
+    finally:
+        for forward in forwards:
+            forward.remove()
+
+
+def _run(pipeline: Pipeline, gm: Any) -> None:
+    pipeline(gm)

@@ -1,0 +1,95 @@
+"""How far a model is from its teacher: perplexity, KL divergence, top-1 agreement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatc.data import Rows
+from qatc.distill import soft_cross_entropy
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures of one model on one text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of the scored tokens.
+        kl: KL(teacher || model), nats per token, over all real tokens; None without a teacher.
+        top1_agreement: share of real tokens where teacher and model rank the same token first.
+        tokens: scored tokens.
+    """
+
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    rows: Rows,
+    *,
+    teacher: nn.Module | None = None,
+    batch_size: int = 8,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Metrics:
+    """Evaluate ``model`` on packed rows.
+
+    Args:
+        model: a causal LM, prepared or not.
+        rows: text.
+        teacher: the full-precision model, for KL and agreement.
+        batch_size: rows per forward pass.
+        autocast: context of the model's forward pass.
+        on_progress: called with the rows done and all rows.
+    """
+    device = next(model.parameters()).device
+    nll = kl = 0.0
+    agreeing = scored = real_tokens = 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        ids = torch.from_numpy(batch.tokens).to(device, torch.long)
+        with autocast():
+            logits = model(input_ids=ids, use_cache=False).logits
+        labelled = torch.from_numpy(batch.labelled).to(device)
+        following = ids.roll(-1, dims=1)[labelled]
+        nll += float(
+            nn.functional.cross_entropy(logits[labelled].float(), following, reduction="sum")
+        )
+        scored += following.numel()
+        if teacher is not None:
+            real = torch.from_numpy(batch.real).to(device)
+            reference = teacher(input_ids=ids, use_cache=False).logits[real]
+            logits = logits[real]
+            kl += float(soft_cross_entropy(logits, reference)[1])
+            agreeing += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+            real_tokens += int(real.sum())
+        if on_progress is not None:
+            on_progress(min(start + batch_size, len(rows)), len(rows))
+    perplexity = math.exp(min(nll / max(scored, 1), 700.0))
+    if teacher is None:
+        return Metrics(perplexity, None, None, scored)
+    return Metrics(perplexity, kl / real_tokens, agreeing / real_tokens, scored)
+
+
+def recovery(full_precision: float, rounded: float, trained: float) -> float | None:
+    """How much of what rounding lost was won back: (RTN - QAT) / (RTN - FP), in percent.
+
+    Returns:
+        None where rounding lost nothing, so that there is nothing to recover.
+    """
+    lost = rounded - full_precision
+    return 100 * (rounded - trained) / lost if lost > 0 else None

@@ -1,0 +1,35 @@
+"""Exports: a model directory in a format that a runtime loads.
+
+======================  ==========================  ===============================================
+format                  loads in                    file
+======================  ==========================  ===============================================
+``compressed-tensors``  transformers, vLLM          ``compressed_tensors.py``
+======================  ==========================  ===============================================
+
+Every format stores the codes and scales of training as they are (``codes.py``); none is quantized
+again. ``directory.py`` writes and reads the model directory around them.
+"""
+
+from qatc.export.codes import QuantizedWeight
+from qatc.export.directory import (
+    FORMATS,
+    export,
+    load_codes,
+    load_float_state,
+    load_reference,
+    read_metadata,
+    read_recipe,
+    write_model,
+)
+
+__all__ = [
+    "FORMATS",
+    "QuantizedWeight",
+    "export",
+    "load_codes",
+    "load_float_state",
+    "load_reference",
+    "read_metadata",
+    "read_recipe",
+    "write_model",
+]

@@ -1,0 +1,299 @@
+"""The directory that qatc writes: an ordinary Hugging Face model plus ``qatc.json``.
+
+==========================  ====================================================================
+``config.json``             the model's config, with ``quantization_config``
+``generation_config.json``  if the model has one
+tokenizer files             if a tokenizer was given
+``model.safetensors``       codes, scales and the tensors that stay float; or shards and their index
+``qatc.json``               the recipe, the quantized weights, and where they come from
+==========================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qatc.errors import CheckpointError, ConfigError, DataError
+from qatc.export import compressed_tensors
+from qatc.export.codes import QuantizedWeight
+from qatc.files import complete_directory, read_json, refuse_existing, write_json
+from qatc.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+FORMAT_VERSION = 1
+
+_OWN_KEYS = ("format_version", "layout", "recipe", "quantized")
+
+
+def write_model(
+    directory: Path,
+    *,
+    config: PreTrainedConfig,
+    state: Mapping[str, Tensor],
+    weights: Mapping[str, QuantizedWeight],
+    recipe: Recipe,
+    metadata: Mapping[str, Any],
+    generation_config: GenerationConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a quantized model into an empty directory (see the module's table).
+
+    Args:
+        directory: exists and is empty; see :func:`qatc.files.complete_directory`.
+        config: the model's config; a ``quantization_config`` of its own is replaced.
+        state: the model's float state dict. Entries of quantized weights are not written, and of
+            tied weights only one.
+        weights: the quantized weights by parameter name; empty when ``recipe.weights`` is 16 bits.
+        recipe: what the model was trained with.
+        metadata: further entries of ``qatc.json``, as plain data.
+        generation_config, tokenizer: saved beside the model, if given.
+        max_shard_bytes: larger models are split into files of this size.
+
+    Raises:
+        ConfigError: a quantized weight is tied, or its layer is no ``torch.nn.Linear``.
+        CheckpointError: the weights cannot be written.
+    """
+    assert all(weight.spec == recipe.weights for weight in weights.values()), "another recipe's"
+    # Without storage: tells the linear layers and the tied weights by their names.
+    skeleton = _build_model(config, "meta", torch.float32)
+    tensors = _drop_tied(state, weights, skeleton.all_tied_weights_keys)
+    floats = [value for value in tensors.values() if value.is_floating_point()]
+    dtype = max(floats, key=Tensor.numel).dtype if floats else torch.float32
+    tensors |= compressed_tensors.pack(weights, dtype=dtype)
+
+    plain_config = json.loads(config.to_json_string())
+    plain_config.pop("quantization_config", None)
+    plain_config["dtype"] = str(dtype).removeprefix("torch.")
+    plain_config["architectures"] = [type(skeleton).__name__]
+    if weights:
+        ignore = compressed_tensors.find_float_linears(skeleton, weights)
+        plain_config["quantization_config"] = compressed_tensors.quantization_config(recipe, ignore)
+    write_json(directory / "config.json", plain_config)
+    if generation_config is not None:
+        plain = json.loads(generation_config.to_json_string())
+        write_json(directory / "generation_config.json", plain)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    _write_tensors(directory, tensors, max_shard_bytes)
+    layout = compressed_tensors.layout_of(recipe.weights) if weights else "float"
+    own = (FORMAT_VERSION, layout, recipe.to_dict(), sorted(weights))
+    write_json(directory / "qatc.json", {**metadata, **dict(zip(_OWN_KEYS, own, strict=True))})
+
+
+def _build_model(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
+def _drop_tied(
+    state: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The tensors to be stored in float: nothing quantized, and each tied weight once."""
+    kept = {name: value.detach() for name, value in state.items() if name not in weights}
+    for name, source in tied.items():
+        if name in weights or source in weights:
+            raise ConfigError(
+                f"{name} and {source} are one tied weight, which cannot be quantized;"
+                " add both to the recipe's skip"
+            )
+        if name in kept:
+            value = kept.pop(name)
+            assert torch.equal(kept.setdefault(source, value), value), f"{name} is not {source}"
+    return kept
+
+
+def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_bytes: int) -> None:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, value in sorted(tensors.items()):
+        if shards[-1] and size + value.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += value.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(value.nbytes for value in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(directory / "model.safetensors.index.json", index)
+    for file, names in zip(files, shards, strict=True):
+        # Cloned because safetensors refuses tensors that share a storage.
+        shard = {n: tensors[n].cpu().clone(memory_format=torch.contiguous_format) for n in names}
+        path = directory / file
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot write {path}: {error}; free some space") from error
+        shutil.copymode(directory / "config.json", path)  # save_file makes it private
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """The content of ``qatc.json``.
+
+    Raises:
+        CheckpointError: ``directory`` is no output of qatc, is damaged, or has a version that this
+            qatc does not know.
+    """
+    path = directory / "qatc.json"
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give an output of qatc quantize")
+    if not path.exists():
+        raise CheckpointError(
+            f"{directory} is no output of qatc (it has no qatc.json); make one with qatc quantize"
+        )
+    metadata = _read_mapping(path)
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r}, and this qatc reads {FORMAT_VERSION};"
+            " use the qatc that wrote it, or quantize again"
+        )
+    if not metadata.keys() >= set(_OWN_KEYS):
+        raise CheckpointError(f"{path} is damaged: it must hold {', '.join(_OWN_KEYS)}")
+    return metadata
+
+
+def read_recipe(directory: Path) -> Recipe:
+    """The recipe that the model was trained with; raises as :func:`read_metadata`."""
+    try:
+        return Recipe.from_dict(read_metadata(directory)["recipe"])
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / 'qatc.json'}: {error}") from error
+
+
+def load_codes(directory: Path) -> dict[str, QuantizedWeight]:
+    """The quantized weights by parameter name: the very codes and scales that were written.
+
+    Raises:
+        CheckpointError: as :func:`read_metadata`, or a weight file or tensor is missing or damaged.
+    """
+    tensors = _read_tensors(directory, quantized=True)
+    return compressed_tensors.unpack(tensors, read_recipe(directory).weights)
+
+
+def load_float_state(directory: Path) -> dict[str, Tensor]:
+    """The tensors that are not quantized, as stored; raises as :func:`load_codes`."""
+    return _read_tensors(directory, quantized=False)
+
+
+def _read_tensors(directory: Path, *, quantized: bool) -> dict[str, Tensor]:
+    names, spec = read_metadata(directory)["quantized"], read_recipe(directory).weights
+    expected = {key for name in names for key in compressed_tensors.tensor_names(name, spec)}
+    paths = [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        places = _read_mapping(index).get("weight_map", {})
+        paths = sorted({directory / file for file in places.values()})
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                wanted = [key for key in file.keys() if (key in expected) == quantized]
+                tensors.update({key: file.get_tensor(key) for key in wanted})
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing; copy or write the model again") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or cut off ({error}); copy or write the model again"
+            ) from error
+    missing = sorted(expected - tensors.keys()) if quantized else []
+    if missing:
+        raise CheckpointError(f"{directory} has no tensor {missing[0]}; write the model again")
+    return tensors
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(path))
+    except (DataError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy or write it again") from error
+
+
+def load_reference(directory: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The plain Hugging Face model with the weights ``code * scale``; inputs are not quantized.
+
+    Raises:
+        CheckpointError: as :func:`load_codes`, or the tensors are not those of the config.
+    """
+    codes, state = load_codes(directory), load_float_state(directory)
+    model = _build_model(_read_config(directory), "cpu", dtype)
+    own = model.state_dict()
+    given = codes.keys() | state.keys()
+    odd = sorted((own.keys() - given - model.all_tied_weights_keys.keys()) | (given - own.keys()))
+    if odd:
+        raise CheckpointError(
+            f"{directory} does not hold the tensors of its config: {len(odd)} are missing or left"
+            f" over, among them {odd[0]}; copy or write the model again"
+        )
+    for name in sorted(given):
+        own[name].copy_(codes[name].dequantize(dtype) if name in codes else state[name])
+    model.eval()
+    return model
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"cannot read the config in {directory}: {reason}") from error
+    return config
+
+
+FORMATS: dict[str, Callable[..., None]] = {"compressed-tensors": write_model}
+"""Writers of an empty directory by the name of the format, called as :func:`write_model` is."""
+
+
+def export(
+    source: Path, output: Path, *, format: str = "compressed-tensors", overwrite: bool = False
+) -> Path:
+    """Write the qatc output ``source`` in a format (a key of :data:`FORMATS`); return ``output``.
+
+    The output is complete or, when anything is raised, as it was.
+
+    Raises:
+        ConfigError: the format is unknown, or ``output`` exists or would replace ``source``.
+        CheckpointError: ``source`` cannot be read or ``output`` cannot be written.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}; valid formats: {', '.join(FORMATS)}")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(f"the output {output} would replace the source {source}; choose another")
+    refuse_existing(output, overwrite)
+    metadata, recipe = read_metadata(source), read_recipe(source)
+    weights, state, config = load_codes(source), load_float_state(source), _read_config(source)
+    extra = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
+    with complete_directory(output, overwrite=overwrite) as staging:
+        for path in source.iterdir():  # the generation config and the tokenizer
+            own = path.name in ("config.json", "qatc.json") or ".safetensors" in path.name
+            if path.is_file() and not own:
+                shutil.copyfile(path, staging / path.name)
+        FORMATS[format](
+            staging, config=config, state=state, weights=weights, recipe=recipe, metadata=extra
+        )
+    return output

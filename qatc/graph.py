@@ -1,0 +1,171 @@
+"""The vocabulary of captured graphs: what a linear, an attention and a K/V site look like.
+
+Finders are pure: they select nodes and never edit. Nothing is matched by a module's name, so they
+serve any architecture; names serve only to *skip*.
+
+Parameters of a captured layer are graph inputs. A placeholder that stands for one carries its name
+relative to the captured module in ``node.meta["parameter"]``; graphs that hold their parameters
+as ``get_attr`` nodes (``torch.export.export(...).module()``, ``symbolic_trace``) work as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qatc import ops
+
+aten = torch.ops.aten
+
+LINEAR = aten.linear.default
+ATTENTION = aten.scaled_dot_product_attention.default
+
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.detach.default, aten.alias.default)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear node: ``input [..., K] @ weight[N, K].T + bias``."""
+
+    node: Node
+    parameter: str
+    """Name of the weight, relative to the captured module."""
+
+    @property
+    def input(self) -> Node:
+        return _node(self.node.args[0])
+
+    @property
+    def weight(self) -> Node:
+        return _node(self.node.args[1])
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention node over ``q [B, Hq, T, D]`` and ``k``, ``v`` ``[B, Hkv, S, D]``."""
+
+    node: Node
+
+    @property
+    def query(self) -> Node:
+        return _node(self.node.args[0])
+
+    @property
+    def key(self) -> Node:
+        return _node(self.node.args[1])
+
+    @property
+    def value(self) -> Node:
+        return _node(self.node.args[2])
+
+    @property
+    def mask(self) -> Node | None:
+        mask = argument(self.node, 3, "attn_mask", None)
+        return None if mask is None else _node(mask)
+
+    @property
+    def is_causal(self) -> bool:
+        return bool(argument(self.node, 5, "is_causal", False))
+
+    @property
+    def scale(self) -> float | None:
+        scale: float | None = self.node.kwargs.get("scale")  # type: ignore[assignment]
+        return scale
+
+
+def find_linears(gm: GraphModule) -> list[Linear]:
+    """All linear nodes whose weight is a parameter, in graph order."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is LINEAR:
+            name = parameter_name(_node(node.args[1]))
+            if name is not None:
+                found.append(Linear(node, name))
+    return found
+
+
+def find_attentions(gm: GraphModule) -> list[Attention]:
+    """All ``scaled_dot_product_attention`` nodes, in graph order."""
+    return [
+        Attention(n) for n in gm.graph.nodes if n.op == "call_function" and n.target is ATTENTION
+    ]
+
+
+def find_projections(node: Node) -> list[Node]:
+    """The linear nodes that ``node`` is computed from, without crossing a linear."""
+    found: list[Node] = []
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "call_function" and current.target is LINEAR:
+            found.append(current)
+        else:
+            stack.extend(current.all_input_nodes)
+    return found
+
+
+def parameter_name(node: Node) -> str | None:
+    """Name of the parameter that ``node`` reads, through casts and fake-quant nodes, or None."""
+    while node.op == "call_function" and (is_fake_quantize(node) or node.target in _CASTS):
+        node = _node(node.args[0])
+    if node.op == "get_attr":
+        return str(node.target)
+    name = node.meta.get("parameter")
+    return None if name is None else str(name)
+
+
+def is_fake_quantize(node: Node) -> bool:
+    """Whether ``node`` is a fake-quant node."""
+    return node.op == "call_function" and node.target is ops.FAKE_QUANTIZE
+
+
+def weight_sites(gm: GraphModule) -> list[str]:
+    """Names of the weights that are fake-quantized before their linear, in graph order."""
+    return [linear.parameter for linear in find_linears(gm) if is_fake_quantize(linear.weight)]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether ``name`` matches one of the ``fnmatch`` patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def argument(node: Node, position: int, name: str, default: Any) -> Any:
+    """An argument of ``node``, given by position or by keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def shape_of(node: Node) -> torch.Size:
+    """The (possibly symbolic) shape of the tensor that ``node`` computes."""
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def insert_between(
+    source: Node, users: list[Node], target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Node:
+    """Insert a call that ``users`` (in graph order) read instead of ``source``.
+
+    The new node has the same ``meta["val"]`` as ``source``: fake-quant keeps shape and dtype.
+    """
+    with source.graph.inserting_before(users[0]):
+        new = source.graph.call_function(target, (source, *args), kwargs)
+    new.meta = {key: source.meta[key] for key in ("val", "tensor_meta") if key in source.meta}
+    for user in users:
+        user.replace_input_with(source, new)
+    return new
+
+
+def _node(value: Any) -> Node:
+    assert isinstance(value, Node), f"expected a graph node, got {value!r}"
+    return value

@@ -1,0 +1,111 @@
+"""Load a causal LM and its tokenizer from a directory or a hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qatc.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM in eval mode, and where it came from.
+
+    Attributes:
+        model: the transformers model, with attention through SDPA.
+        name: what the user called it.
+        dtype: the dtype of the checkpoint, which may differ from the one it was loaded in.
+    """
+
+    model: Any
+    name: str
+    dtype: torch.dtype
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal LM from a hub name or a directory.
+
+    Weights are read from safetensors, or from PyTorch files with ``weights_only``; nothing is
+    unpickled. Code from a hub runs only with ``trust_remote_code``.
+
+    Args:
+        name: hub name or directory.
+        dtype: dtype to load in; ``None`` for the checkpoint's.
+        device: torch device.
+        trust_remote_code: allow code that comes with the model.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _readable_errors(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ConfigError(
+                f"{name} is quantized already; qatc starts from a full-precision checkpoint"
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+        )
+    own = getattr(config, "dtype", None)
+    own = own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
+    return LoadedModel(model.to(device).eval(), name, own)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Raises:
+        ConfigError: there is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with _readable_errors(name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+class _readable_errors:
+    """Turn what transformers raises about a bad path, name or checkpoint into one line."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        if _looks_like_path(self.name) and not Path(self.name).is_dir():
+            raise ConfigError(
+                f"there is no model directory {self.name}; give a directory that holds config.json"
+                " and safetensors, or a hub name such as meta-llama/Llama-2-7b-hf"
+            )
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from safetensors import SafetensorError
+
+        if isinstance(error, (OSError, ValueError, RuntimeError, ImportError, SafetensorError)):
+            if isinstance(error, ConfigError):
+                return
+            reason = " ".join(str(error).split())[:400]
+            hint = ""
+            if "trust_remote_code" in reason:
+                hint = "; if you trust its authors, pass --trust-remote-code"
+            elif "scaled_dot_product_attention" in reason:
+                hint = "; qatc needs a model that supports attention through SDPA"
+            raise ConfigError(f"cannot load {self.name}: {reason}{hint}") from error
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()

@@ -1,0 +1,211 @@
+"""Put the transformed, compiled graph under a model's layers, and take it away again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from qatc.capture import Template, TemplateForward, TemplateStore
+from qatc.errors import ConfigError
+from qatc.graph import weight_sites
+from qatc.models import find_regions, is_transformers_model
+from qatc.passes import (
+    Canonicalize,
+    GraphPass,
+    Pipeline,
+    QuantizeKV,
+    QuantizeLinearInputs,
+    QuantizeWeights,
+)
+from qatc.recipe import DEFAULT_SKIP, Recipe
+
+_PREPARED = "_qatc_prepared"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What :func:`prepare` put on a model."""
+
+    recipe: Recipe
+    store: TemplateStore
+    forwards: tuple[TemplateForward, ...]
+    use_cache: tuple[tuple[Any, Any], ...]
+
+    def templates(self) -> Iterator[Template]:
+        """The templates captured so far."""
+        return iter(self.store)
+
+
+def training_pipeline(recipe: Recipe, skip: tuple[str, ...] = (), linears: bool = True) -> Pipeline:
+    """The passes that make a training graph for ``recipe``.
+
+    Args:
+        recipe: what is quantized and how.
+        skip: patterns of parameter names, relative to the captured module, that stay in full
+            precision.
+        linears: whether the module has linear layers that are not skipped.
+    """
+    passes: list[GraphPass] = [Canonicalize()]
+    if linears and recipe.activations.quantizes:
+        passes.append(QuantizeLinearInputs(recipe.activations, skip))
+    if linears and recipe.weights.quantizes:
+        passes.append(QuantizeWeights(recipe.weights, skip))
+    if recipe.kv.quantizes:
+        passes.append(QuantizeKV(recipe.kv, recipe.kv_site))
+    return Pipeline(tuple(passes))
+
+
+def prepare(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    compile: bool | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Let the layers of ``model`` run the quantized graph, for training or evaluation.
+
+    The decoder layers of a Hugging Face causal LM, or any other module as a whole, get a
+    ``forward`` that runs a captured, transformed and compiled graph with the module's own
+    parameters. Nothing else changes: the module tree, the state dict, tied weights and hooks stay
+    as they are. :func:`restore` undoes it.
+
+    A Hugging Face model is captured at once, on a tiny batch; other arguments (a mask, say) and
+    other modules when they are first met. Batch and sequence are symbols: one graph serves all
+    batch sizes and lengths (Inductor makes further kernels only for a size of 1).
+
+    Args:
+        model: a transformers causal LM loaded with ``attn_implementation="sdpa"``, or any module
+            that ``torch.export`` accepts.
+        recipe: what is quantized and how.
+        compile: whether to compile the graphs with Inductor; ``None``: if this machine can.
+        compute_dtype: float dtype of the layers' computation when it is not that of the
+            parameters, e.g. bf16 over fp32 masters.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ConfigError: the model is prepared already, or a skip pattern names no parameter.
+        CaptureError: a layer cannot be captured.
+        PassError: a pass found nothing to quantize.
+    """
+    if hasattr(model, _PREPARED):
+        raise ConfigError("the model is prepared already; call qatc.restore(model) first")
+    _refuse_idle_patterns(model, recipe)
+    store = TemplateStore(
+        transform=lambda gm, owner: _transform(gm, owner, recipe),
+        compile=inductor if (can_compile() if compile is None else compile) else None,
+        compute_dtype=compute_dtype,
+    )
+    forwards = []
+    for name, region in find_regions(model):
+        prefix = f"{name}." if name else ""
+        skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
+        forwards.append(TemplateForward(region, name, store, skip))
+    for forward in forwards:
+        forward.install()
+    prepared = Prepared(recipe, store, tuple(forwards), tuple(_switch_cache_off(model)))
+    setattr(model, _PREPARED, prepared)
+    if is_transformers_model(model):
+        try:
+            _capture_now(model, store)
+        except BaseException:
+            restore(model)
+            raise
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give the layers of ``model`` their original forward back; the parameters stay trained."""
+    prepared = prepared_state(model)
+    for forward in prepared.forwards:
+        forward.remove()
+    for config, value in prepared.use_cache:
+        config.use_cache = value
+    delattr(model, _PREPARED)
+    return model
+
+
+def prepared_state(model: nn.Module) -> Prepared:
+    """What :func:`prepare` put on ``model``."""
+    prepared = getattr(model, _PREPARED, None)
+    if prepared is None:
+        raise ConfigError("the model is not prepared; call qatc.prepare(model, recipe) first")
+    assert isinstance(prepared, Prepared)
+    return prepared
+
+
+def quantized_parameters(model: nn.Module) -> list[str]:
+    """Names of the weights that a prepared model quantizes, in model order.
+
+    Only graphs captured so far count: run the model once before.
+    """
+    prepared = prepared_state(model)
+    found: dict[str, None] = {}
+    for forward in prepared.forwards:
+        prefix = f"{forward.name}." if forward.name else ""
+        for template in prepared.store.of(forward):
+            for name in weight_sites(template.graph_module):
+                found[prefix + name] = None
+    return list(found)
+
+
+@torch.no_grad()
+def _capture_now(model: nn.Module, store: TemplateStore) -> None:
+    """Run a tiny batch, so that what cannot be captured or quantized is known at once."""
+    compiler, store.compile = store.compile, None
+    ids = torch.zeros((2, 8), dtype=torch.long, device=next(model.parameters()).device)
+    model(input_ids=ids, use_cache=False)
+    store.compile = compiler
+    for template in store:
+        if compiler is not None:
+            template.call = compiler(template.graph_module)
+
+
+def can_compile() -> bool:
+    """Whether Inductor can build kernels here: a GPU with Triton, or a C++ compiler."""
+    if torch.cuda.is_available():
+        return True
+    compilers = [os.environ.get("CXX"), "g++", "clang++"]
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.exists() and any(shutil.which(c) for c in compilers if c)
+
+
+def inductor(gm: GraphModule) -> Callable[..., Any]:
+    """Compile a template's graph."""
+    compiled: Callable[..., Any] = torch.compile(gm)
+    return compiled
+
+
+def _transform(gm: GraphModule, owner: TemplateForward, recipe: Recipe) -> None:
+    weights = [n for n, p in owner.module.named_parameters() if p.dim() == 2]
+    linears = any(name not in owner.skip for name in weights)
+    training_pipeline(recipe, owner.skip, linears)(gm)
+
+
+def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in recipe.skip:
+        only = Recipe(skip=(pattern,))
+        if pattern not in DEFAULT_SKIP and not any(only.skips(name) for name in names):
+            raise ConfigError(
+                f"the skip pattern {pattern!r} matches no parameter; names look like"
+                f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
+            )
+
+
+def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Captured layers take no KV cache: generate recomputes, with the same numerics."""
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        if hasattr(config, "use_cache"):
+            yield config, config.use_cache
+            config.use_cache = False

@@ -1,0 +1,24 @@
+"""What a long run tells whoever watches it. The command line draws it; the default is silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Observer:
+    """Override what you want to see."""
+
+    def stage(self, title: str) -> None:
+        """A new stage of the run begins."""
+
+    def note(self, text: str) -> None:
+        """Something that a user should know."""
+
+    def generated(self, sequences: int, total: int, tokens: int) -> None:
+        """Sequences and tokens of the corpus so far; tokens include unfinished sequences."""
+
+    def trained(self, metrics: Any, total: int) -> None:
+        """One optimizer step (:class:`qatc.distill.StepMetrics`) of ``total``."""
+
+    def evaluated(self, done: int, total: int) -> None:
+        """Rows evaluated so far."""

@@ -1,0 +1,146 @@
+"""The recipe: what is quantized and how, as plain frozen data that travels with the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qatc.errors import ConfigError
+from qatc.spec import QuantSpec
+
+KVSite = Literal["cache", "projection"]
+
+DEFAULT_SKIP = ("*lm_head*", "*embed*")
+"""Parameters that stay in full precision, as in the paper: the output head and the embeddings."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is quantized, and how.
+
+    Args:
+        weights: weights of linear layers, one scale per output channel (or per group of inputs);
+            their scales are rounded to bf16.
+        activations: inputs of linear layers, one scale per token.
+        kv: keys and values, see ``kv_site``.
+        kv_site: ``"cache"``: keys after the rotary embedding and values, one scale per token and
+            head, which is what a server stores. ``"projection"``: the outputs of the K and V
+            projections, one scale per token over all heads, as in the paper's code.
+        skip: patterns (``fnmatch``) of parameter names, such as ``*.layers.0.*``, whose linear
+            layers stay in full precision, weights and inputs alike.
+
+    Raises:
+        ConfigError: a value is not valid.
+    """
+
+    weights: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
+    activations: QuantSpec = field(default_factory=lambda: QuantSpec(bits=8))
+    kv: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
+    kv_site: KVSite = "cache"
+    skip: tuple[str, ...] = DEFAULT_SKIP
+
+    def __post_init__(self) -> None:
+        if self.kv_site not in get_args(KVSite):
+            raise ConfigError(
+                f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"
+            )
+        if not isinstance(self.skip, tuple) or not all(isinstance(s, str) for s in self.skip):
+            raise ConfigError(f"skip must be a tuple (in YAML a list) of name patterns; got {self.skip!r}")
+
+    @classmethod
+    def from_bits(cls, bits: str, *, group_size: int | None = None, **changes: Any) -> Recipe:
+        """A recipe from ``"W-A-KV"`` bits, such as ``"4-8-4"``.
+
+        Args:
+            bits: weight, activation and KV bits joined by dashes; each 2 to 8, or 16 for none.
+            group_size: group size of the weights, or ``None`` for one scale per output channel.
+            changes: any other field of the recipe.
+        """
+        match = re.fullmatch(r"(\d+)-(\d+)-(\d+)", bits.strip())
+        if match is None:
+            raise ConfigError(
+                f"--bits takes weight, activation and KV bits joined by dashes, such as 4-8-4;"
+                f" got {bits!r}"
+            )
+        weights, activations, kv = (QuantSpec(int(b)) for b in match.groups())
+        weights = dataclasses.replace(weights, group_size=group_size)
+        return cls(weights=weights, activations=activations, kv=kv, **changes)
+
+    @property
+    def bits(self) -> str:
+        """The ``"W-A-KV"`` spelling of the bits."""
+        return f"{self.weights.bits}-{self.activations.bits}-{self.kv.bits}"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is quantized at all."""
+        return self.weights.quantizes or self.activations.quantizes or self.kv.quantizes
+
+    def skips(self, parameter_name: str) -> bool:
+        """Whether the parameter of this (full) name stays in full precision."""
+        return any(fnmatchcase(parameter_name, pattern) for pattern in self.skip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: strings, numbers, lists and dictionaries."""
+        plain = dataclasses.asdict(self)
+        plain["skip"] = list(self.skip)
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_dict`; unknown keys are refused and the valid ones listed."""
+        values = dict(plain)
+        _refuse_unknown(values, cls, "recipe")
+        for key in ("weights", "activations", "kv"):
+            if key in values:
+                values[key] = _spec_from_dict(values[key], f"recipe.{key}")
+        if isinstance(values.get("skip"), list):
+            values["skip"] = tuple(values["skip"])
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file."""
+        import yaml
+
+        try:
+            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except (yaml.YAMLError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"the recipe {path} is not valid YAML: {reason}") from error
+        if not isinstance(plain, Mapping):
+            raise ConfigError(
+                f"the recipe {path} must be a mapping with the keys"
+                f" {', '.join(f.name for f in dataclasses.fields(cls))}"
+            )
+        return cls.from_dict(plain)
+
+
+def _spec_from_dict(plain: Any, where: str) -> QuantSpec:
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{where} must be a mapping such as {{bits: 4}}; got {plain!r}")
+    _refuse_unknown(plain, QuantSpec, where)
+    return QuantSpec(**plain)
+
+
+def _refuse_unknown(plain: Mapping[str, Any], cls: type, where: str) -> None:
+    valid = [f.name for f in dataclasses.fields(cls)]
+    unknown = [str(key) for key in plain if key not in valid]
+    if unknown:
+        raise ConfigError(
+            f"unknown key {', '.join(map(repr, unknown))} in {where}; valid keys:"
+            f" {', '.join(valid)}"
+        )

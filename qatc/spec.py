@@ -1,0 +1,85 @@
+"""How one kind of tensor is quantized: a frozen value, free of torch.
+
+The contract (symmetric MinMax, no observer, no clipping, no state), for a row ``x`` of values that
+share one scale and ``b`` bits:
+
+=============  ==========================  ===============================
+range          scale                       codes
+=============  ==========================  ===============================
+restricted     ``max|x| / (2**(b-1) - 1)``  ``-(2**(b-1)-1) .. 2**(b-1)-1``
+full           ``max|x| / ((2**b - 1)/2)``  ``-2**(b-1) .. 2**(b-1)-1``
+=============  ==========================  ===============================
+
+``code = round_half_to_even(x / scale)`` and the quantized value is ``code * scale``. The restricted
+range is the one of LLM-QAT (arXiv 2305.17888, equation 1); the full range is that of torchao and of
+compressed-tensors in transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from qatc.errors import ConfigError
+
+Range = Literal["restricted", "full"]
+
+FLOAT_BITS = 16
+"""The number of bits that stands for "not quantized"."""
+
+VALID_BITS = (2, 3, 4, 5, 6, 7, 8, FLOAT_BITS)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Bits, range and granularity of one kind of tensor.
+
+    Args:
+        bits: 2 to 8, or 16 for "not quantized".
+        group_size: number of neighbouring values of the last dimension that share a scale, or
+            ``None`` for one scale per row. A row is a token for activations, an output channel for
+            weights, and a token of one head for keys and values.
+        range: ``"restricted"`` or ``"full"``, see the module's table.
+
+    Raises:
+        ConfigError: a value is not one of the above.
+    """
+
+    bits: int = FLOAT_BITS
+    group_size: int | None = None
+    range: Range = "restricted"
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in VALID_BITS:
+            raise ConfigError(f"bits must be 2 to 8, or 16 for not quantized; got {self.bits!r}")
+        if self.group_size is not None and (
+            type(self.group_size) is not int or self.group_size < 1
+        ):
+            raise ConfigError(
+                "group_size must be a positive number of values, or null for one scale per row;"
+                f" got {self.group_size!r}"
+            )
+        if self.range not in get_args(Range):
+            raise ConfigError(
+                f"range must be one of {', '.join(get_args(Range))}; got {self.range!r}"
+            )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is quantized at all (``bits`` is not 16)."""
+        return self.bits != FLOAT_BITS
+
+    @property
+    def code_min(self) -> int:
+        """The smallest code that can occur."""
+        return -self.code_max if self.range == "restricted" else -(1 << (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        """The largest code that can occur."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def steps(self) -> float:
+        """The number of steps from zero to ``max|x|``: 7 or 7.5 for 4 bits."""
+        return float(self.code_max) if self.range == "restricted" else ((1 << self.bits) - 1) / 2
