@@ -115,6 +115,7 @@ def _anchor_sizes(gm: GraphModule) -> int:
 
 
 def _anchor(gm: GraphModule) -> Node | None:
+    node: Node
     for node in gm.graph.nodes:
         if node.op != "placeholder" or "parameter" in node.meta:
             continue

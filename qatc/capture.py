@@ -58,6 +58,14 @@ class Template:
                     return False
         return True
 
+    def keeps_shape(self) -> bool:
+        """Whether the only result is shaped like the first input."""
+        output = next(n for n in self.graph_module.graph.nodes if n.op == "output")
+        results = [n.meta.get("val") for n in output.all_input_nodes]
+        if len(results) != 1 or not isinstance(results[0], Tensor):
+            return False
+        return tuple(_size(s) for s in results[0].shape) == self.shapes[0]
+
     def __call__(
         self, parameters: Sequence[Tensor], leaves: Sequence[Any], extra: Sequence[Tensor] = ()
     ) -> Any:
@@ -179,11 +187,14 @@ class TemplateStore:
         compile: maps the graph module to what is called; ``None`` calls it as it is.
         compute_dtype: the float dtype that graphs compute in, whatever the parameters' own (fp32
             masters under bf16 compute); ``None`` for the parameters' dtype.
+        dry_run: capture what is called, but compute nothing where a module's result has the shape
+            of its first input, as that of a decoder layer has.
     """
 
     transform: Callable[[GraphModule, TemplateForward], None]
     compile: Callable[[GraphModule], Callable[..., Any]] | None = None
     compute_dtype: torch.dtype | None = None
+    dry_run: bool = False
     _templates: dict[Any, list[Template]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Template]:
@@ -296,6 +307,8 @@ class TemplateForward:
         if self.store.compute_dtype is not None:
             leaves = [_cast(leaf, self.store.compute_dtype) for leaf in leaves]
         template = self.store.find(self, leaves, spec)
+        if self.store.dry_run and template.keeps_shape():
+            return pytree.tree_unflatten([leaves[template.inputs[0]]], template.out_spec)
         parameters = self.parameters(template)
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             leaves = _with_gradient(leaves, template.inputs)

@@ -41,7 +41,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Step of the last checkpoint, or None."""
-        return (self.steps() or [None])[-1]
+        steps = self.steps()
+        return steps[-1] if steps else None
 
     def save(
         self,

@@ -216,7 +216,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def shard_is_whole(path: Path, shard: dict[str, Any]) -> bool:
     """Whether the shard of this manifest entry is there and has the recorded hash."""
     file = path / shard["file"]
-    return file.is_file() and sha256(file) == shard["sha256"]
+    return file.is_file() and sha256(file) == str(shard["sha256"])
 
 
 def read_shard(path: Path, shard: dict[str, Any]) -> Iterator[Tokens]:

@@ -200,7 +200,7 @@ class Distiller:
         loss = kl = 0.0
         for batch in batches:
             cross_entropy, divergence = self._losses(batch)
-            (cross_entropy / tokens).backward()  # type: ignore[no-untyped-call]
+            (cross_entropy / tokens).backward()
             loss += float(cross_entropy.detach()) / tokens
             kl += float(divergence) / tokens
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.config.gradient_clip))

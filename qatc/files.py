@@ -14,7 +14,6 @@ from typing import Any
 
 from qatc.errors import CheckpointError, ConfigError, DataError
 
-
 _DISK_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,

@@ -259,9 +259,7 @@ class _ShardGenerator:
         kept = sum(len(s) - 1 for s in self.finished.values())
         return kept / max(1, self.steps * self.slots)
 
-    def run(
-        self, on_progress: OnProgress | None, sequences: int, tokens: int
-    ) -> list[Tokens]:
+    def run(self, on_progress: OnProgress | None, sequences: int, tokens: int) -> list[Tokens]:
         """Generate all sequences of the shard; the counts before it are for ``on_progress``."""
         self._refill(torch.arange(self.slots, device=self.device))
         while len(self.finished) < self.count:

@@ -42,9 +42,7 @@ def compute_scale(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> Tensor:
     amax = _in_groups(x, spec.group_size or 0).float().abs().amax(dim=-1)
     scale = amax / spec.steps
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    if snap:
-        scale = scale.to(torch.bfloat16).float().clamp(min=MIN_WEIGHT_SCALE)
-    return scale
+    return scale.to(torch.bfloat16).float().clamp(min=MIN_WEIGHT_SCALE) if snap else scale
 
 
 def quantize(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,8 +63,8 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
         codes: integer tensor ``[..., K]``.
         scale: fp32 tensor ``[..., G]`` with G dividing K.
     """
-    groups = codes.unflatten(-1, (scale.shape[-1], -1)).float()
-    return (groups * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+    groups: Tensor = codes.unflatten(-1, (scale.shape[-1], -1)).float()
+    return torch.flatten(groups * scale.unsqueeze(-1), -2).to(dtype)
 
 
 def _in_groups(x: Tensor, group_size: int) -> Tensor:
@@ -78,7 +76,8 @@ def _in_groups(x: Tensor, group_size: int) -> Tensor:
             f"group_size {group_size} does not divide the {width} values of a row;"
             " choose a divisor, or null for one scale per row"
         )
-    return x.unflatten(-1, (width // group_size, group_size))
+    groups: Tensor = x.unflatten(-1, (width // group_size, group_size))
+    return groups
 
 
 def _round_to_codes(groups: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:

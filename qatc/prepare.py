@@ -162,10 +162,10 @@ def quantized_parameters(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def _capture_now(model: nn.Module, store: TemplateStore) -> None:
     """Run a tiny batch, so that what cannot be captured or quantized is known at once."""
-    compiler, store.compile = store.compile, None
+    compiler, store.compile, store.dry_run = store.compile, None, True
     ids = torch.zeros((2, 8), dtype=torch.long, device=next(model.parameters()).device)
     model(input_ids=ids, use_cache=False)
-    store.compile = compiler
+    store.compile, store.dry_run = compiler, False
     for template in store:
         if compiler is not None:
             template.call = compiler(template.graph_module)
@@ -206,6 +206,6 @@ def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
 def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Captured layers take no KV cache: generate recomputes, with the same numerics."""
     for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-        if hasattr(config, "use_cache"):
+        if config is not None and hasattr(config, "use_cache"):
             yield config, config.use_cache
             config.use_cache = False

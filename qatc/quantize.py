@@ -29,7 +29,7 @@ from qatc.export.codes import QuantizedWeight
 from qatc.export.directory import write_model
 from qatc.files import complete_directory, read_json, refuse_existing, write_json, writing_to
 from qatc.generate import GenerationConfig, generate_corpus
-from qatc.models import LoadedModel, load_model, load_tokenizer
+from qatc.models import LoadedModel, load_config, load_model, load_tokenizer
 from qatc.prepare import can_compile, prepare, prepared_state, quantized_parameters
 from qatc.progress import Observer
 from qatc.recipe import Recipe
@@ -167,7 +167,7 @@ class _Run:
     def __init__(self, config: QuantizeConfig, observer: Observer) -> None:
         self.config, self.observer = config, observer
         self.started = time.time()
-        self.device = _pick_device(config.device)
+        self.device = pick_device(config.device)
         self.compile = can_compile() if config.compile is None else config.compile
 
     def run(self) -> QuantizeResult:
@@ -179,12 +179,14 @@ class _Run:
         student = load_model(
             config.model, dtype=torch.float32, device=self.device, trust_remote_code=trust
         )
-        self.compute = _pick_dtype(config.dtype, self.device, student.model)
+        self.compute = pick_dtype(config.dtype, self.device, student.model.config)
         self.teacher = load_model(
             config.model, dtype=self.compute, device=self.device, trust_remote_code=trust
         )
         if not self.compile:
-            observer.note("running uncompiled: no C++ compiler was found, or --no-compile was given")
+            observer.note(
+                "running uncompiled: no C++ compiler was found, or --no-compile was given"
+            )
         observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
         self.student = student.model
         self._prepare()
@@ -303,7 +305,9 @@ class _Run:
         weights = {}
         if config.recipe.weights.quantizes:
             weights = {
-                name: QuantizedWeight.from_float(state[name].to(self.compute), config.recipe.weights)
+                name: QuantizedWeight.from_float(
+                    state[name].to(self.compute), config.recipe.weights
+                )
                 for name in self.quantized
             }
         floats = {
@@ -328,7 +332,20 @@ class _Run:
             write_report(staging, metadata, figures, history)
 
 
-def _pick_device(device: str) -> str:
+def load_teacher(
+    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a full-precision model in the dtype that :func:`quantize` would compute in."""
+    if dtype not in get_args(DType):
+        raise ConfigError(f"dtype must be one of {', '.join(get_args(DType))}; got {dtype!r}")
+    device = pick_device(device)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    compute = pick_dtype(dtype, device, config)  # type: ignore[arg-type]
+    return load_model(name, dtype=compute, device=device, trust_remote_code=trust_remote_code)
+
+
+def pick_device(device: str) -> str:
+    """The device that ``auto`` stands for; another one is checked."""
     if device != "auto":
         try:
             torch.empty(0, device=device)
@@ -339,13 +356,14 @@ def _pick_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _pick_dtype(dtype: DType, device: str, model: Any) -> torch.dtype:
+def pick_dtype(dtype: DType, device: str, config: Any) -> torch.dtype:
+    """The compute dtype that ``auto`` stands for."""
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
     if torch.device(device).type != "cpu":
         return torch.bfloat16
-    wide = getattr(model.config, "hidden_size", 0) >= 512
+    wide = getattr(config, "hidden_size", 0) >= 512
     return torch.bfloat16 if wide and _cpu_multiplies_bf16() else torch.float32
 
 
@@ -400,10 +418,13 @@ def _provenance(config: QuantizeConfig, corpus: Corpus) -> dict[str, Any]:
     return {
         "model": config.model,
         "run": config.to_dict(),
-        "data": {"fingerprint": corpus.fingerprint, **{
-            key: corpus.manifest[key]
-            for key in ("model", "strategy", "seed", "sequences", "max_length", "greedy_tokens")
-        }},
+        "data": {
+            "fingerprint": corpus.fingerprint,
+            **{
+                key: corpus.manifest[key]
+                for key in ("model", "strategy", "seed", "sequences", "max_length", "greedy_tokens")
+            },
+        },
         "versions": {name: _version(name) for name in packages},
     }
 

@@ -50,7 +50,9 @@ class Recipe:
                 f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"
             )
         if not isinstance(self.skip, tuple) or not all(isinstance(s, str) for s in self.skip):
-            raise ConfigError(f"skip must be a tuple (in YAML a list) of name patterns; got {self.skip!r}")
+            raise ConfigError(
+                f"skip must be a tuple (in YAML a list) of name patterns; got {self.skip!r}"
+            )
 
     @classmethod
     def from_bits(cls, bits: str, *, group_size: int | None = None, **changes: Any) -> Recipe:

@@ -73,10 +73,7 @@ def write_report(
         _markdown_table(
             [
                 ["setting", "value"],
-                *(
-                    [key, _spec_text(recipe[key])]
-                    for key in ("weights", "activations", "kv")
-                ),
+                *([key, _spec_text(recipe[key])] for key in ("weights", "activations", "kv")),
                 ["KV site", recipe["kv_site"]],
                 ["in full precision", ", ".join(f"`{p}`" for p in recipe["skip"])],
                 ["corpus", f"`{metadata['data']['fingerprint'][:16]}`, {_corpus_text(metadata)}"],

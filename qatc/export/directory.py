@@ -82,7 +82,7 @@ def write_model(
     if weights:
         ignore = compressed_tensors.find_float_linears(skeleton, weights)
         plain_config["quantization_config"] = compressed_tensors.quantization_config(recipe, ignore)
-    write_json(directory / "config.json", plain_config)
+    write_json(directory / "config.json", dict(sorted(plain_config.items())))
     if generation_config is not None:
         plain = json.loads(generation_config.to_json_string())
         write_json(directory / "generation_config.json", plain)

@@ -47,15 +47,11 @@ def load_model(
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = load_config(name, trust_remote_code=trust_remote_code)
     with _readable_errors(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ConfigError(
-                f"{name} is quantized already; qatc starts from a full-precision checkpoint"
-            )
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=dtype or "auto",
@@ -64,7 +60,49 @@ def load_model(
         )
     own = getattr(config, "dtype", None)
     own = own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
-    return LoadedModel(model.to(device).eval(), name, own)
+    model.to(torch.device(device))
+    return LoadedModel(model.eval(), name, own)
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of a full-precision model.
+
+    Raises:
+        ConfigError: there is none, or the model is quantized already.
+    """
+    from transformers import AutoConfig
+
+    with _readable_errors(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{name} is quantized already; qatc starts from a full-precision checkpoint"
+        )
+    return config
+
+
+def load_skeleton(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
+    """Build a causal LM from its config alone: shapes and untouched memory, but no weights.
+
+    The memory is only reserved: capturing the layers reads none of it, so that a model far larger
+    than this machine can be looked at.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    with _readable_errors(name):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            )
+        model.to_empty(device="cpu")
+        model.tie_weights()
+    own = getattr(config, "dtype", None)
+    own = own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
+    return LoadedModel(model.eval(), name, own)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

@@ -1,0 +1,31 @@
+"""How errors end a command: one line, and 2 for a wrong use, 1 for a failure, 130 for Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from qatc.cli.terminal import print_error
+from qatc.errors import ConfigError, QatcError
+
+
+@contextmanager
+def readable_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """Turn errors that a user can act on into a line and an exit code.
+
+    Args:
+        interrupted: what to say after Ctrl-C.
+    """
+    try:
+        yield
+    except QatcError as error:
+        print_error(str(error))
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    except KeyboardInterrupt:
+        print_error(interrupted)
+        raise typer.Exit(130) from None
+    except MemoryError:
+        print_error("out of memory; try a smaller --batch-size or --max-length")
+        raise typer.Exit(1) from None

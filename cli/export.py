@@ -1,0 +1,37 @@
+"""``qatc export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatc.cli import options
+from qatc.cli.errors import readable_errors
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")],
+    output: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
+    format: Annotated[str, typer.Option(help="compressed-tensors.")] = "compressed-tensors",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+) -> None:
+    """Write a quantized model in the format of another runtime.
+
+    [bold]Example[/]
+
+      qatc export Llama-2-7b-4-8-4 --format compressed-tensors --output for-transformers
+    """
+    from qatc.cli import terminal
+
+    with readable_errors("interrupted; nothing was written"):
+        terminal.quiet_libraries()
+        from qatc.export import export as run
+
+        written = run(source, output, format=format, overwrite=overwrite)
+    if json:
+        terminal.print_json({"output": str(written), "format": format})
+        return
+    terminal.out.print(f"{written}: {format}", highlight=False)

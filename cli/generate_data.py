@@ -1,0 +1,92 @@
+"""``qatc generate-data``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatc.cli import options
+from qatc.cli.errors import readable_errors
+
+
+def generate_data(
+    model: options.Model,
+    output: Annotated[Path, typer.Option(help="Directory of the corpus.", show_default=False)],
+    samples: Annotated[int, typer.Option(help="Sequences to generate.")] = 4096,
+    max_length: Annotated[int, typer.Option(help="Tokens per sequence at most.")] = 256,
+    strategy: Annotated[str, typer.Option(help="hybrid, sample or greedy.")] = "hybrid",
+    greedy_tokens: Annotated[str, typer.Option(help="Greedy tokens of hybrid.")] = "3-5",
+    batch_size: Annotated[int, typer.Option(help="Sequences side by side.")] = 256,
+    shard_size: Annotated[int, typer.Option(help="Sequences per file.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    preview: Annotated[int, typer.Option(help="Print this many samples at the end.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Compute in auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Torch device, or auto.")] = "auto",
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Compile the decode step. Default: if this machine can."
+        ),
+    ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+) -> None:
+    """Let a model write its own training corpus, as token ids in parquet files.
+
+    An interrupted run goes on when the same command is given again, and ends with the same bytes.
+
+    [bold]Examples[/]
+
+      qatc generate-data --model meta-llama/Llama-2-7b-hf --output llama.data --samples 20000
+
+      qatc generate-data --model ./my-model --output my.data --preview 3
+    """
+    from qatc.cli import terminal
+
+    with readable_errors("interrupted; the same command goes on from the last complete shard"):
+        greedy = options.parse_range(greedy_tokens)
+        terminal.quiet_libraries()
+        from qatc.generate import GenerationConfig, generate_corpus
+        from qatc.models import load_tokenizer
+        from qatc.prepare import can_compile
+        from qatc.quantize import load_teacher
+
+        config = GenerationConfig(
+            sequences=samples,
+            max_length=max_length,
+            strategy=strategy,  # type: ignore[arg-type]  # checked by the config
+            greedy_tokens=greedy,
+            seed=seed,
+            batch_size=batch_size,
+            shard_size=shard_size,
+        )
+        with terminal.RunDisplay().live() as display:
+            display.stage(f"Loading {model}")
+            tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+            teacher = load_teacher(
+                model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+            display.stage(f"Writing {samples} sequences to {output}")
+            corpus = generate_corpus(
+                teacher,
+                tokenizer,
+                output,
+                config,
+                compile=can_compile() if compile is None else compile,
+                on_progress=lambda done, tokens: display.generated(done, samples, tokens),
+            )
+    manifest = corpus.manifest
+    tokens = sum(shard["tokens"] for shard in manifest["shards"])
+    if json:
+        terminal.print_json({"output": str(output), "tokens": tokens, **manifest})
+        return
+    for number, sequence in enumerate(corpus.sequences()[:preview]):
+        terminal.out.rule(f"sample {number}, {len(sequence)} tokens", align="left")
+        terminal.out.print(tokenizer.decode(sequence), markup=False, highlight=False)
+    shards = len(manifest["shards"])
+    terminal.out.print(
+        f"{output}: {manifest['sequences']} sequences, {tokens:,} tokens in {shards} shards",
+        highlight=False,
+    )

@@ -1,0 +1,39 @@
+"""``qatc``: one command for each use. Torch is imported only by the command that needs it."""
+
+from __future__ import annotations
+
+import typer
+
+import qatc
+from qatc.cli.evaluate import evaluate
+from qatc.cli.export import export
+from qatc.cli.generate_data import generate_data
+from qatc.cli.inspect import inspect
+from qatc.cli.quantize import quantize
+
+app = typer.Typer(
+    name="qatc",
+    help="Quantize language models to integers by data-free quantization-aware training.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("quantize")(quantize)
+app.command("generate-data")(generate_data)
+app.command("inspect")(inspect)
+app.command("evaluate")(evaluate)
+app.command("export")(export)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    """Quantize language models to integers by data-free quantization-aware training."""
+    if version:
+        typer.echo(f"qatc {qatc.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the ``qatc`` script."""
+    app()

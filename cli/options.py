@@ -1,0 +1,90 @@
+"""Options that several commands share, and how they become library values."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatc.errors import ConfigError
+from qatc.recipe import DEFAULT_SKIP, Recipe
+
+Model = Annotated[
+    str, typer.Option("--model", help="Hub name or directory of the model.", show_default=False)
+]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        "--bits",
+        help="Bits of weights, activations and KV cache: 2 to 8, or 16 for none. Default: 4-8-4.",
+        show_default=False,
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="YAML recipe, instead of --bits.", show_default=False),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size",
+        help="Inputs that share a weight scale. Default: all, one scale per output channel.",
+        show_default=False,
+    ),
+]
+KVSite = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-site",
+        help="Where K and V are quantized: cache (default) or projection (as in the paper's code).",
+        show_default=False,
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--skip",
+        help="Pattern of parameter names that stay in full precision, besides embeddings and"
+        " lm_head; may be repeated.",
+        show_default=False,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is done.")
+]
+
+
+def build_recipe(
+    bits: str | None,
+    recipe: Path | None,
+    group_size: int | None = None,
+    kv_site: str | None = None,
+    skip: list[str] | None = None,
+) -> Recipe:
+    """The recipe that the options describe."""
+    if recipe is not None:
+        given = {"--bits": bits, "--group-size": group_size, "--kv-site": kv_site, "--skip": skip}
+        clashing = [name for name, value in given.items() if value]
+        if clashing:
+            raise ConfigError(
+                f"--recipe says it all; leave out {', '.join(clashing)} or change the file"
+            )
+        return Recipe.from_yaml(recipe)
+    changes = {} if kv_site is None else {"kv_site": kv_site}
+    patterns = DEFAULT_SKIP + tuple(skip or ())
+    return Recipe.from_bits(bits or "4-8-4", group_size=group_size, skip=patterns, **changes)
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """``"3-5"`` or ``"4"`` as a range of whole numbers."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if match is None:
+        raise ConfigError(f"--greedy-tokens takes a number or a range such as 3-5; got {text!r}")
+    low = int(match.group(1))
+    return low, int(match.group(2) or low)

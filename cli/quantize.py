@@ -1,0 +1,143 @@
+"""``qatc quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatc.cli import options
+from qatc.cli.errors import readable_errors
+from qatc.errors import ConfigError
+
+
+def quantize(
+    model: options.Model,
+    bits: options.Bits = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Directory to write. Default: NAME-BITS here.", show_default=False),
+    ] = None,
+    recipe: options.RecipeFile = None,
+    group_size: options.GroupSize = None,
+    kv_site: options.KVSite = None,
+    skip: options.Skip = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Corpus made by generate-data. Default: OUTPUT.data, generated if need be.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Sequences to generate.")] = 4096,
+    max_length: Annotated[int, typer.Option(help="Tokens per training row and sequence.")] = 256,
+    strategy: Annotated[str, typer.Option(help="hybrid, sample or greedy.")] = "hybrid",
+    greedy_tokens: Annotated[str, typer.Option(help="Greedy tokens of hybrid.")] = "3-5",
+    generation_batch_size: Annotated[int, typer.Option(help="Sequences side by side.")] = 256,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1500,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate. Default: by the model's width.", show_default=False),
+    ] = None,
+    warmup: Annotated[int, typer.Option(help="Warm-up steps.")] = 0,
+    gradient_clip: Annotated[float, typer.Option(help="Greatest gradient norm.")] = 1.0,
+    train_embeddings: Annotated[
+        bool,
+        typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of data and training order.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
+    keep_checkpoints: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Insist that there is an unfinished run to go on with.")
+    ] = False,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="Text file to evaluate on as well.", show_default=False)
+    ] = None,
+    eval_samples: Annotated[int, typer.Option(help="Generated sequences to hold out.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Compute in auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Torch device, or auto.")] = "auto",
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Compile the graphs. Default: if this machine can."
+        ),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+) -> None:
+    """Quantize a model: the teacher writes a corpus, the student learns from it, integers come out.
+
+    An interrupted run goes on when the same command is given again.
+
+    [bold]Examples[/]
+
+      qatc quantize --model meta-llama/Llama-2-7b-hf --bits 4-8-4
+
+      qatc quantize --model ./my-model --bits 4-8-8 --group-size 64 --eval-text wiki.txt
+    """
+    from qatc.cli import terminal
+
+    with readable_errors("interrupted; the same command goes on from the last checkpoint"):
+        chosen = options.build_recipe(bits, recipe, group_size, kv_site, skip)
+        greedy = options.parse_range(greedy_tokens)
+        if output is None:
+            output = Path(f"{Path(model).resolve().name if '/' in model else model}-{chosen.bits}")
+        if resume and not output.with_name(output.name + ".partial").exists():
+            raise ConfigError(f"there is no unfinished run of {output} to resume; drop --resume")
+        terminal.quiet_libraries()
+        from qatc.distill import TrainingConfig
+        from qatc.generate import GenerationConfig
+        from qatc.quantize import QuantizeConfig
+        from qatc.quantize import quantize as run
+        from qatc.report import figure_rows
+
+        config = QuantizeConfig(
+            model=model,
+            output=output,
+            recipe=chosen,
+            generation=GenerationConfig(
+                sequences=samples,
+                max_length=max_length,
+                strategy=strategy,  # type: ignore[arg-type]  # checked by the config
+                greedy_tokens=greedy,
+                seed=seed,
+                batch_size=generation_batch_size,
+            ),
+            training=TrainingConfig(
+                steps=steps,
+                batch_size=batch_size,
+                accumulate=accumulate,
+                learning_rate=lr,
+                warmup_steps=warmup,
+                gradient_clip=gradient_clip,
+                seed=seed,
+                checkpoint_every=checkpoint_every,
+                keep_checkpoints=keep_checkpoints,
+            ),
+            data=data,
+            eval_text=eval_text,
+            eval_sequences=eval_samples,
+            dtype=dtype,  # type: ignore[arg-type]  # checked by the config
+            device=device,
+            train_embeddings=train_embeddings,
+            compile=compile,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        with terminal.RunDisplay().live() as display:
+            result = run(config, display)
+    if json:
+        figures = {t: {m: v.to_dict() for m, v in r.items()} for t, r in result.figures.items()}
+        terminal.print_json(
+            {"output": str(result.output), "data": str(result.data), "figures": figures}
+        )
+        return
+    terminal.print_table(figure_rows(result.figures))
+    terminal.out.print(f"model   {result.output}", highlight=False)
+    terminal.out.print(f"report  {result.output / 'report.md'}", highlight=False)
+    terminal.out.print(f"corpus  {result.data} (reuse it with --data)", highlight=False)

@@ -1,0 +1,125 @@
+"""All that is printed: results on stdout, status on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from qatc.progress import Observer
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+_LINE_SECONDS = 30.0
+"""Seconds between progress lines where stderr is not a terminal."""
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """A result for machines, on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_table(rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on stdout; the first row is its header. Long cells wrap, nothing is cut off."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*(escape(cell) for cell in row))
+    out.print(table, soft_wrap=False)
+
+
+def quiet_libraries() -> None:
+    """Keep the chatter of libraries off the screen; call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("torchao", "torch.utils._pytree", "torch._export", "torch._inductor"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch|torchao|transformers")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+class RunDisplay(Observer):
+    """Draws a run: stages as lines, work as a bar with rates and time left."""
+
+    def __init__(self) -> None:
+        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=err, transient=True)
+        self._task: TaskID | None = None
+        self._started = time.monotonic()
+        self._first: tuple[float, float] | None = None
+        self._line = 0.0
+
+    @contextmanager
+    def live(self) -> Iterator[RunDisplay]:
+        """Draw inside the block."""
+        with self._bar:
+            yield self
+
+    def stage(self, title: str) -> None:
+        elapsed = time.monotonic() - self._started
+        self._clear()
+        err.print(f"[dim]{_clock(elapsed)}[/] [bold]{escape(title)}[/]", highlight=False)
+
+    def note(self, text: str) -> None:
+        err.print(f"      {escape(text)}", highlight=False)
+
+    def generated(self, sequences: int, total: int, tokens: int) -> None:
+        done = f"{sequences}/{total} sequences, {tokens:,} tokens"
+        self._show(tokens, sequences / total, done, "tokens/s")
+
+    def trained(self, metrics: Any, total: int) -> None:
+        text = f"step {metrics.step}/{total}, loss {metrics.loss:.4f}, KL {metrics.kl:.4f}"
+        rate = metrics.tokens / max(metrics.seconds, 1e-9)
+        self._show(metrics.step, metrics.step / total, f"{text}, {rate:,.0f} tokens/s")
+
+    def evaluated(self, done: int, total: int) -> None:
+        self._show(done, done / total, f"{done}/{total} rows")
+
+    def _show(self, amount: float, share: float, text: str, unit: str | None = None) -> None:
+        now = time.monotonic()
+        if self._first is None or amount < self._first[1]:
+            self._first, self._line = (now, amount), now
+        elapsed, gained = now - self._first[0], amount - self._first[1]
+        if unit is not None and elapsed > 0:
+            text += f", {gained / elapsed:,.0f} {unit}"
+        if share > 0 and gained > 0 and elapsed > 1:
+            text += f", {_clock(elapsed * (1 - share) / share)} left"
+        if err.is_terminal:
+            if self._task is None:
+                self._task = self._bar.add_task(text, total=1.0)
+            self._bar.update(self._task, completed=share, description=text)
+        elif now - self._line > _LINE_SECONDS:
+            self._line = now
+            err.print(f"      {text}", highlight=False)
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task, self._first = None, None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:d}:{seconds:02d}"

@@ -1,0 +1,118 @@
+"""Evaluate a model on disk: a quantized output with the numerics it was trained for, or another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qatc.data import Corpus, Rows, pack_rows, text_rows
+from qatc.errors import ConfigError
+from qatc.evaluate import Metrics, evaluate
+from qatc.export.directory import load_reference, read_recipe
+from qatc.models import load_model, load_tokenizer
+from qatc.prepare import prepare
+from qatc.progress import Observer
+from qatc.quantize import pick_device
+from qatc.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class AssessConfig:
+    """What to evaluate, and on what.
+
+    Args:
+        model: directory of a qatc output, or hub name or directory of a full-precision model.
+        text: text file, or
+        data: corpus; one of the two is needed.
+        teacher: full-precision model, for KL and agreement.
+        recipe: round a full-precision model by this recipe.
+        length: tokens per row.
+        max_tokens: tokens to evaluate on, at most.
+        batch_size: rows per forward pass.
+        device: torch device, or ``auto``.
+        compile: compile the graphs; ``None``: if this machine can.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    model: str
+    text: Path | None = None
+    data: Path | None = None
+    teacher: str | None = None
+    recipe: Recipe | None = None
+    length: int = 256
+    max_tokens: int = 65_536
+    batch_size: int = 8
+    device: str = "auto"
+    compile: bool | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.data is None):
+            raise ConfigError("say what to evaluate on: either --text FILE or --data CORPUS")
+        if self.is_output and self.recipe is not None:
+            raise ConfigError(f"{self.model} is quantized already; leave out --bits")
+        if self.length < 4 or self.batch_size < 1:
+            raise ConfigError(
+                "length must be at least 4 and batch_size at least 1;"
+                f" got {self.length} and {self.batch_size}"
+            )
+
+    @property
+    def is_output(self) -> bool:
+        """Whether the model is an output of qatc."""
+        return (Path(self.model) / "qatc.json").exists()
+
+
+def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
+    """Evaluate a model in fp32, with fake-quantized activations and KV if it is quantized.
+
+    Raises:
+        QatcError: something cannot be read; with the way out.
+    """
+    observer = observer or Observer()
+    device, trust = pick_device(config.device), config.trust_remote_code
+    tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
+    rows = _rows(config, tokenizer)
+    observer.stage(f"Loading {config.model}")
+    recipe = config.recipe
+    model: Any
+    if config.is_output:
+        directory = Path(config.model)
+        recipe = read_recipe(directory)
+        model = load_reference(directory).to(device)  # type: ignore[arg-type]
+    else:
+        model = load_model(
+            config.model, dtype=torch.float32, device=device, trust_remote_code=trust
+        ).model
+    if recipe is not None:
+        prepare(model, recipe, compile=config.compile)
+    teacher = None
+    if config.teacher is not None:
+        teacher = load_model(
+            config.teacher, dtype=torch.float32, device=device, trust_remote_code=trust
+        ).model
+    observer.stage(f"Evaluating on {rows.tokens.size:,} tokens")
+    return evaluate(
+        model,
+        rows,
+        teacher=teacher,
+        batch_size=config.batch_size,
+        on_progress=observer.evaluated,
+    )
+
+
+def _rows(config: AssessConfig, tokenizer: Any) -> Rows:
+    if config.data is not None:
+        corpus = Corpus.open(config.data)
+        corpus.require_tokenizer(tokenizer)
+        rows = pack_rows(corpus.sequences(), config.length, corpus.prompt_tokens)
+        return rows[: max(1, config.max_tokens // config.length)]
+    assert config.text is not None
+    try:
+        text = config.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the text {config.text}: {error}") from error
+    return text_rows(text, tokenizer, config.length, config.max_tokens)

@@ -1,0 +1,249 @@
+"""What would be quantized, and what it would cost, without loading any weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatc.capture import Template
+from qatc.graph import find_attentions, find_linears, is_fake_quantize, parameter_name, shape_of
+from qatc.models.load import load_skeleton
+from qatc.passes import pass_records
+from qatc.prepare import prepare, prepared_state, quantized_parameters
+from qatc.recipe import Recipe
+
+PAPER_LENGTH = 2048
+"""Sequence length at which the paper counts operations."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One fake-quant node of a layer kind.
+
+    Attributes:
+        kind: ``weight``, ``input``, ``key`` or ``value``.
+        where: the weight, or the weights that read the input.
+        shape: sizes, with B and T for batch and sequence.
+        bits: how many.
+        group_size: values that share a scale; 0 for a whole row.
+    """
+
+    kind: str
+    where: str
+    shape: tuple[int | str, ...]
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers that share one graph.
+
+    Attributes:
+        name: their class.
+        layers: names of the layers.
+        sites: fake-quant nodes, in graph order.
+        passes: the pass record: name, options, matches, edits.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    sites: tuple[Site, ...]
+    passes: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does to a model.
+
+    Attributes:
+        model: name.
+        bits: weights-activations-KV.
+        kinds: the layer kinds.
+        skipped: weight in full precision -> why.
+        parameters: how many, tied ones once.
+        size_gb: 10^9 bytes of the checkpoint: before, after.
+        kv_bytes_per_token: bytes of KV cache per token over all layers: before, after (codes and
+            one bf16 scale per token and head).
+        operations: MACs x weight bits x activation bits of one forward pass over
+            ``PAPER_LENGTH`` tokens (LLM-QAT, arXiv 2305.17888, table 1): before, after. Attention
+            products count activation bits (16) times KV bits; what is not quantized counts 16.
+    """
+
+    model: str
+    bits: str
+    kinds: tuple[LayerKind, ...]
+    skipped: dict[str, str]
+    parameters: int
+    size_gb: tuple[float, float]
+    kv_bytes_per_token: tuple[float, float]
+    operations: tuple[float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def inspect_model(name: str, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
+    """Capture a model without weights and say what ``recipe`` would do to it.
+
+    Raises:
+        ConfigError: there is no such model.
+        CaptureError: its layers cannot be captured.
+        PassError: there is nothing to quantize, or it cannot be.
+    """
+    skeleton = load_skeleton(name, trust_remote_code=trust_remote_code)
+    model = prepare(skeleton.model, recipe, compile=False)
+    prepared = prepared_state(model)
+    groups: dict[int, tuple[Template, list[str]]] = {}
+    for forward in prepared.forwards:
+        for template in prepared.store.of(forward):
+            groups.setdefault(id(template), (template, []))[1].append(forward.name)
+    quantized = set(quantized_parameters(model)) if recipe.weights.quantizes else set()
+    kinds = tuple(_kind(model, template, names) for template, names in groups.values())
+    width = skeleton.dtype.itemsize
+    return Plan(
+        model=name,
+        bits=recipe.bits,
+        kinds=kinds,
+        skipped=_skipped(model, recipe, quantized),
+        parameters=sum(p.numel() for p in model.parameters()),
+        size_gb=_sizes(model, recipe, quantized, width),
+        kv_bytes_per_token=_kv_bytes(groups, recipe, width),
+        operations=_operations(model, groups, recipe, quantized),
+    )
+
+
+def _kind(model: nn.Module, template: Template, layers: list[str]) -> LayerKind:
+    gm = template.graph_module
+    sites = []
+    symbols = dict(zip((s for s in template.shapes[0] if isinstance(s, str)), "BT", strict=False))
+    for node in gm.graph.nodes:
+        if not is_fake_quantize(node):
+            continue
+        kind, where = _role(node)
+        node_shape = shape_of(node)
+        shape = tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in node_shape)
+        sites.append(Site(kind, where, shape, int(node.args[1]), node.kwargs["group_size"]))
+    order = {"input": 0, "weight": 1, "key": 2, "value": 3}
+    sites.sort(key=lambda site: order[site.kind])
+    records = tuple(asdict(record) for record in pass_records(gm))
+    name = type(model.get_submodule(layers[0])).__name__
+    return LayerKind(name, tuple(layers), tuple(sites), records)
+
+
+def _role(node: torch.fx.Node) -> tuple[str, str]:
+    """The kind of a fake-quant node, and which weights it belongs to."""
+    gm = node.graph.owning_module
+    assert gm is not None
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    own = parameter_name(node)
+    if own is not None:
+        return "weight", own
+    readers = [linear.parameter for linear in find_linears(gm) if linear.input is node]
+    if readers:
+        return "input", ", ".join(reader.removesuffix(".weight") for reader in readers)
+    for attention in find_attentions(gm):
+        if attention.key is node:
+            return "key", "scaled_dot_product_attention"
+        if attention.value is node:
+            return "value", "scaled_dot_product_attention"
+    projection = parameter_name(source.args[1]) if len(source.args) > 1 else None  # type: ignore[arg-type]
+    return "value" if _feeds_value(node) else "key", f"the output of {projection}"
+
+
+def _feeds_value(node: torch.fx.Node) -> bool:
+    """Whether a node at the projection site belongs to the values (K and V have equal shapes)."""
+    gm = node.graph.owning_module
+    assert gm is not None
+    stack, seen = [a.value for a in find_attentions(gm)], set()
+    while stack:
+        current = stack.pop()
+        if current is node:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def _skipped(model: nn.Module, recipe: Recipe, quantized: set[str]) -> dict[str, str]:
+    reasons = {}
+    for name, parameter in model.named_parameters():
+        if name in quantized:
+            continue
+        if recipe.skips(name):
+            pattern = next(p for p in recipe.skip if Recipe(skip=(p,)).skips(name))
+            reasons[name] = f"matches --skip {pattern}"
+        elif parameter.dim() < 2:
+            reasons[name] = "not the weight of a linear layer"
+        elif not recipe.weights.quantizes:
+            reasons[name] = "the recipe has 16 weight bits"
+        else:
+            reasons[name] = "not read by a linear inside a decoder layer"
+    return reasons
+
+
+def _sizes(
+    model: nn.Module, recipe: Recipe, quantized: set[str], width: int
+) -> tuple[float, float]:
+    before = after = 0.0
+    stored = 4 if recipe.weights.bits <= 4 else 8
+    for name, parameter in model.named_parameters():
+        before += parameter.numel() * width
+        if name in quantized:
+            rows, columns = parameter.shape
+            groups = columns // (recipe.weights.group_size or columns)
+            after += parameter.numel() * stored / 8 + rows * groups * width
+        else:
+            after += parameter.numel() * width
+    return before / 1e9, after / 1e9
+
+
+def _kv_bytes(
+    groups: dict[int, tuple[Template, list[str]]], recipe: Recipe, width: int
+) -> tuple[float, float]:
+    before = after = 0.0
+    for template, layers in groups.values():
+        for attention in find_attentions(template.graph_module):
+            for node in (attention.key, attention.value):
+                heads, size = int(shape_of(node)[1]), int(shape_of(node)[3])
+                before += len(layers) * heads * size * width
+                if recipe.kv.quantizes:
+                    after += len(layers) * heads * (size * recipe.kv.bits / 8 + 2)
+                else:
+                    after += len(layers) * heads * size * width
+    return before, after
+
+
+def _operations(
+    model: nn.Module,
+    groups: dict[int, tuple[Template, list[str]]],
+    recipe: Recipe,
+    quantized: set[str],
+) -> tuple[float, float]:
+    before = after = 0.0
+    for template, layers in groups.values():
+        for linear in find_linears(template.graph_module):
+            rows, columns = (int(size) for size in shape_of(linear.weight))
+            macs = len(layers) * rows * columns * PAPER_LENGTH
+            name = f"{layers[0]}.{linear.parameter}"
+            before += macs * 16 * 16
+            weight_bits = recipe.weights.bits if name in quantized else 16
+            input_bits = recipe.activations.bits if is_fake_quantize(linear.input) else 16
+            after += macs * weight_bits * input_bits
+        for attention in find_attentions(template.graph_module):
+            heads, size = int(shape_of(attention.query)[1]), int(shape_of(attention.query)[3])
+            macs = 2 * len(layers) * heads * size * PAPER_LENGTH * PAPER_LENGTH
+            before += macs * 16 * 16
+            after += macs * 16 * recipe.kv.bits
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None:
+        macs = head.weight.numel() * PAPER_LENGTH
+        before += macs * 16 * 16
+        after += macs * 16 * 16
+    return before, after
