@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qatc.errors import QatcError as QatcError
+    from qatc.export import load_codes as load_codes
     from qatc.prepare import prepare as prepare
     from qatc.prepare import restore as restore
     from qatc.recipe import Recipe as Recipe
@@ -22,11 +23,12 @@ _EXPORTS = {
     "QatcError": "qatc.errors",
     "QuantSpec": "qatc.spec",
     "Recipe": "qatc.recipe",
+    "load_codes": "qatc.export",
     "prepare": "qatc.prepare",
     "restore": "qatc.prepare",
 }
 
-__all__ = ["QatcError", "QuantSpec", "Recipe", "__version__", "prepare", "restore"]
+__all__ = ["QatcError", "QuantSpec", "Recipe", "__version__", "load_codes", "prepare", "restore"]
 
 
 def __getattr__(name: str) -> Any:

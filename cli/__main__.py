@@ -1,0 +1,5 @@
+"""``python -m qatc.cli``."""
+
+from qatc.cli.main import main
+
+main()
