@@ -26,6 +26,14 @@ def readable_errors(interrupted: str = "interrupted") -> Iterator[None]:
     except KeyboardInterrupt:
         print_error(interrupted)
         raise typer.Exit(130) from None
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         print_error("out of memory; try a smaller --batch-size or --max-length")
         raise typer.Exit(1) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch has an error of its own on a GPU, and a plain RuntimeError on a CPU."""
+    signs = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -48,10 +48,10 @@ def generate_data(
     with readable_errors("interrupted; the same command goes on from the last complete shard"):
         greedy = options.parse_range(greedy_tokens)
         terminal.quiet_libraries()
+        from qatc.device import load_teacher
         from qatc.generate import GenerationConfig, generate_corpus
         from qatc.models import load_tokenizer
         from qatc.prepare import can_compile
-        from qatc.quantize import load_teacher
 
         config = GenerationConfig(
             sequences=samples,

@@ -8,7 +8,7 @@ from qatc.cli import options
 from qatc.cli.errors import readable_errors
 
 if TYPE_CHECKING:
-    from qatc.inspect import Plan
+    from qatc.inspect import Plan, Site
 
 
 def inspect(
@@ -47,7 +47,7 @@ def _render(plan: Plan) -> None:
     for kind in plan.kinds:
         rows = [["site", "of", "shape", "bits", "scales"]]
         for site in kind.sites:
-            scales = f"per {site.group_size} values" if site.group_size else _ROW[site.kind]
+            scales = f"per {site.group_size} values" if site.group_size else _row(site)
             shape = " x ".join(map(str, site.shape))
             rows.append([site.kind, site.where, shape, str(site.bits), scales])
         title = f"{len(kind.layers)} x {kind.name}: {kind.layers[0]} to {kind.layers[-1]}"
@@ -76,12 +76,11 @@ def _render(plan: Plan) -> None:
     )
 
 
-_ROW = {
-    "weight": "per output channel",
-    "input": "per token",
-    "key": "per token and head",
-    "value": "per token and head",
-}
+def _row(site: Site) -> str:
+    """What one scale is for, where there are no groups."""
+    if site.kind == "weight":
+        return "per output channel"
+    return "per token and head" if len(site.shape) == 4 else "per token"
 
 
 def _line(name: str, before: float, after: float) -> list[str]:

@@ -26,7 +26,7 @@ def quantize(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Corpus made by generate-data. Default: OUTPUT.data, generated if need be.",
+            help="Corpus made by generate-data, or where to write one. Default: OUTPUT.data.",
             show_default=False,
         ),
     ] = None,
@@ -86,15 +86,15 @@ def quantize(
         chosen = options.build_recipe(bits, recipe, group_size, kv_site, skip)
         greedy = options.parse_range(greedy_tokens)
         if output is None:
-            output = Path(f"{Path(model).resolve().name if '/' in model else model}-{chosen.bits}")
+            output = Path(f"{Path(model).resolve().name}-{chosen.bits}")
         if resume and not output.with_name(output.name + ".partial").exists():
             raise ConfigError(f"there is no unfinished run of {output} to resume; drop --resume")
         terminal.quiet_libraries()
         from qatc.distill import TrainingConfig
         from qatc.generate import GenerationConfig
-        from qatc.quantize import QuantizeConfig
         from qatc.quantize import quantize as run
         from qatc.report import figure_rows
+        from qatc.settings import QuantizeConfig
 
         config = QuantizeConfig(
             model=model,

@@ -9,9 +9,10 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -26,6 +27,15 @@ _LINE_SECONDS = 30.0
 """Seconds between progress lines where stderr is not a terminal."""
 
 
+_TALKATIVE = (
+    "huggingface_hub",
+    "torch._export",
+    "torch._inductor",
+    "torch.utils._pytree",
+    "torchao",
+)
+
+
 def print_error(message: str) -> None:
     """One line on stderr."""
     err.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
@@ -38,7 +48,7 @@ def print_json(value: Any) -> None:
 
 def print_table(rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """A table on stdout; the first row is its header. Long cells wrap, nothing is cut off."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in rows[0]:
         table.add_column(name, overflow="fold")
     for row in rows[1:]:
@@ -51,11 +61,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("torchao", "torch.utils._pytree", "torch._export", "torch._inductor"):
+    for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch|torchao|transformers")
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
@@ -68,17 +79,21 @@ class RunDisplay(Observer):
         self._task: TaskID | None = None
         self._started = time.monotonic()
         self._first: tuple[float, float] | None = None
+        self._last: str | None = None
         self._line = 0.0
 
     @contextmanager
     def live(self) -> Iterator[RunDisplay]:
         """Draw inside the block."""
-        with self._bar:
-            yield self
+        try:
+            with self._bar if err.is_terminal else nullcontext():
+                yield self
+        finally:
+            self._end_stage()
 
     def stage(self, title: str) -> None:
+        self._end_stage()
         elapsed = time.monotonic() - self._started
-        self._clear()
         err.print(f"[dim]{_clock(elapsed)}[/] [bold]{escape(title)}[/]", highlight=False)
 
     def note(self, text: str) -> None:
@@ -87,11 +102,13 @@ class RunDisplay(Observer):
     def generated(self, sequences: int, total: int, tokens: int) -> None:
         done = f"{sequences}/{total} sequences, {tokens:,} tokens"
         self._show(tokens, sequences / total, done, "tokens/s")
+        self._last = done
 
     def trained(self, metrics: Any, total: int) -> None:
         text = f"step {metrics.step}/{total}, loss {metrics.loss:.4f}, KL {metrics.kl:.4f}"
         rate = metrics.tokens / max(metrics.seconds, 1e-9)
         self._show(metrics.step, metrics.step / total, f"{text}, {rate:,.0f} tokens/s")
+        self._last = text
 
     def evaluated(self, done: int, total: int) -> None:
         self._show(done, done / total, f"{done}/{total} rows")
@@ -113,10 +130,13 @@ class RunDisplay(Observer):
             self._line = now
             err.print(f"      {text}", highlight=False)
 
-    def _clear(self) -> None:
+    def _end_stage(self) -> None:
+        """Leave one line of what the stage came to, in place of its bar."""
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task, self._first = None, None
+        if self._last is not None:
+            self.note(self._last)
+        self._task, self._first, self._last = None, None, None
 
 
 def _clock(seconds: float) -> str:

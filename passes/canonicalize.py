@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,7 +76,8 @@ def _unrepeated(attention: Attention, node: Node) -> Node | None:
     """The ``[B, Hkv, S, D]`` node whose heads are repeated to give ``node``, or None.
 
     Only the spelling ``unsqueeze(2)``, ``expand``, ``reshape`` is accepted: it repeats each head in
-    place, which is what ``enable_gqa`` means. Any other order of heads must not match.
+    place, which is what ``enable_gqa`` means. Any other order of heads must not match, nor may
+    anything be cut off on the way.
     """
     path = []
     source = node
@@ -90,11 +92,19 @@ def _unrepeated(attention: Attention, node: Node) -> Node | None:
         return None
     before, expanded = unsqueezes[0].args[0], shape_of(expands[0])
     assert isinstance(before, Node)
+    if len(shape_of(before)) != 4 or len(expanded) != 5:
+        return None
+    batch, kv_heads, length, width = shape_of(before)
     heads = shape_of(attention.query)[1]
-    kv_heads = shape_of(before)[1]
-    if len(expanded) != 5 or expanded[1] != kv_heads or expanded[1] * expanded[2] != heads:
+    repeated = (batch, kv_heads, heads // kv_heads, length, width)
+    if not _same(expanded, repeated) or not _same(shape_of(node), (batch, heads, length, width)):
         return None
     return before
+
+
+def _same(sizes: Sequence[int | torch.SymInt], others: Sequence[int | torch.SymInt]) -> bool:
+    """Whether sizes are equal for certain; to compare two symbols would specialise them."""
+    return [str(size) for size in sizes] == [str(size) for size in others]
 
 
 def _anchor_sizes(gm: GraphModule) -> int:

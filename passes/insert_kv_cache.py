@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
-from qatc.graph import find_attentions
+from qatc.graph import Attention, find_attentions, shape_of
 from qatc.kv_cache import cached_attention
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
@@ -40,7 +41,10 @@ class InsertKVCache(GraphPass):
         attention = attentions[0]
         if attention.mask is not None:
             raise PassError("the layer was captured with a mask; capture it without one")
-        caches = _add_inputs(gm)
+        # Over a single token, causal attention is spelled without the flag.
+        if not attention.is_causal and str(shape_of(attention.query)[2]) != "1":
+            raise PassError("the attention is not causal; a cache holds only what came before")
+        caches = _add_inputs(gm, attention)
         node = attention.node
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(
@@ -54,10 +58,17 @@ class InsertKVCache(GraphPass):
         return Edits(matched=1, edited=1)
 
 
-def _add_inputs(gm: GraphModule) -> list[Node]:
+def _add_inputs(gm: GraphModule, attention: Attention) -> list[Node]:
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     inputs = []
     for name in reversed(CACHE_INPUTS):
         with gm.graph.inserting_after(last):
             inputs.append(gm.graph.placeholder(name))
-    return inputs[::-1]
+    key_cache, value_cache, positions = inputs[::-1]
+    if "val" in attention.key.meta:
+        # The number of slots is free; as an example, as many as there are new tokens.
+        key, value = attention.key.meta["val"], attention.value.meta["val"]
+        key_cache.meta["val"] = torch.empty_like(key)
+        value_cache.meta["val"] = torch.empty_like(value)
+        positions.meta["val"] = key.new_empty((key.shape[0], key.shape[2]), dtype=torch.int64)
+    return [key_cache, value_cache, positions]

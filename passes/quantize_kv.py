@@ -42,7 +42,9 @@ class QuantizeKV(GraphPass):
         find = _cache_sites if self.site == "cache" else _projection_sites
         sites: dict[Node, list[Node]] = {}
         done = 0
-        for attention in find_attentions(gm):
+        attentions = find_attentions(gm)
+        queries = [attention.query for attention in attentions]
+        for attention in attentions:
             for source, user in find(attention):
                 if is_fake_quantize(source):
                     done += 1
@@ -52,12 +54,15 @@ class QuantizeKV(GraphPass):
         kwargs = ops.fake_quantize_kwargs(self.spec, snap_scale=False)
         for source, users in sites.items():
             insert_between(source, users, ops.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+        for attention, query in zip(attentions, queries, strict=True):
+            attention.node.update_arg(0, query)  # which may be the key as well
         return Edits(matched=len(sites) + done, edited=len(sites))
 
     def nothing_matched(self) -> str:
         return (
             "there is no aten.scaled_dot_product_attention; load the model with"
-            ' attn_implementation="sdpa", or leave K and V alone with 16 KV bits, such as 4-8-16'
+            ' attn_implementation="sdpa" if its architecture has it, or leave K and V alone with'
+            " 16 KV bits, such as 4-8-16"
         )
 
 

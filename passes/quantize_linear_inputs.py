@@ -46,7 +46,8 @@ class QuantizeLinearInputs(GraphPass):
     def nothing_matched(self) -> str:
         return (
             "there is no aten.linear whose weight is a parameter"
-            f" and that skip={list(self.skip)} leaves to quantize"
+            f" and that skip={list(self.skip)} leaves to quantize (weights that are multiplied by"
+            " other operations, as those of GPT-2 and Falcon, are not supported)"
         )
 
 

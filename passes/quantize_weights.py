@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from qatc import ops
-from qatc.graph import find_linears, insert_between, is_fake_quantize, matches
+from qatc.graph import find_linears, insert_between, is_quantized, matches
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
@@ -33,7 +33,7 @@ class QuantizeWeights(GraphPass):
         for linear in find_linears(gm):
             if matches(linear.parameter, self.skip):
                 continue
-            if is_fake_quantize(linear.weight):
+            if is_quantized(linear.weight):
                 done += 1
                 continue
             check_groups(self.spec, linear.weight, linear.parameter)
@@ -46,5 +46,6 @@ class QuantizeWeights(GraphPass):
     def nothing_matched(self) -> str:
         return (
             "there is no aten.linear whose weight is a parameter"
-            f" and that skip={list(self.skip)} leaves to quantize"
+            f" and that skip={list(self.skip)} leaves to quantize (weights that are multiplied by"
+            " other operations, as those of GPT-2 and Falcon, are not supported)"
         )

@@ -8,14 +8,22 @@ from typing import Any
 
 import torch
 
-from qatc.data import Corpus, Rows, pack_rows, text_rows
+from qatc.data import (
+    Corpus,
+    Rows,
+    pack_rows,
+    read_text,
+    text_rows,
+    tokenizer_fingerprint,
+)
+from qatc.device import pick_device
 from qatc.errors import ConfigError
 from qatc.evaluate import Metrics, evaluate
 from qatc.export.directory import load_reference, read_recipe
 from qatc.models import load_model, load_tokenizer
+from qatc.models.load import check_length
 from qatc.prepare import prepare
 from qatc.progress import Observer
-from qatc.quantize import pick_device
 from qatc.recipe import Recipe
 
 
@@ -74,9 +82,15 @@ def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
     """
     observer = observer or Observer()
     device, trust = pick_device(config.device), config.trust_remote_code
+    observer.stage(f"Loading {config.model}")
     tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
     rows = _rows(config, tokenizer)
-    observer.stage(f"Loading {config.model}")
+    if config.teacher is not None:
+        _require_one_vocabulary(config, tokenizer)
+
+    def load(name: str) -> Any:
+        return load_model(name, dtype=torch.float32, device=device, trust_remote_code=trust).model
+
     recipe = config.recipe
     model: Any
     if config.is_output:
@@ -84,16 +98,11 @@ def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
         recipe = read_recipe(directory)
         model = load_reference(directory).to(device)  # type: ignore[arg-type]
     else:
-        model = load_model(
-            config.model, dtype=torch.float32, device=device, trust_remote_code=trust
-        ).model
+        model = load(config.model)
+    check_length(config.model, model.config, config.length)
     if recipe is not None:
         prepare(model, recipe, compile=config.compile)
-    teacher = None
-    if config.teacher is not None:
-        teacher = load_model(
-            config.teacher, dtype=torch.float32, device=device, trust_remote_code=trust
-        ).model
+    teacher = None if config.teacher is None else load(config.teacher)
     observer.stage(f"Evaluating on {rows.tokens.size:,} tokens")
     return evaluate(
         model,
@@ -104,6 +113,17 @@ def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
     )
 
 
+def _require_one_vocabulary(config: AssessConfig, tokenizer: Any) -> None:
+    """KL compares two distributions over the same tokens."""
+    assert config.teacher is not None
+    other = load_tokenizer(config.teacher, trust_remote_code=config.trust_remote_code)
+    if tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
+        raise ConfigError(
+            f"the teacher {config.teacher} has another tokenizer than {config.model}; give the"
+            " full-precision model that it was made from"
+        )
+
+
 def _rows(config: AssessConfig, tokenizer: Any) -> Rows:
     if config.data is not None:
         corpus = Corpus.open(config.data)
@@ -111,8 +131,4 @@ def _rows(config: AssessConfig, tokenizer: Any) -> Rows:
         rows = pack_rows(corpus.sequences(), config.length, corpus.prompt_tokens)
         return rows[: max(1, config.max_tokens // config.length)]
     assert config.text is not None
-    try:
-        text = config.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the text {config.text}: {error}") from error
-    return text_rows(text, tokenizer, config.length, config.max_tokens)
+    return text_rows(read_text(config.text), tokenizer, config.length, config.max_tokens)

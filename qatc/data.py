@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qatc.errors import DataError
-from qatc.files import read_json, sha256
+from qatc.errors import ConfigError, DataError
+from qatc.files import read_json, sha256, write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -166,6 +166,8 @@ def text_rows(text: str, tokenizer: Any, length: int, max_tokens: int) -> Rows:
         length: tokens per row, the beginning-of-sequence token included.
         max_tokens: how much of the text to take.
 
+    The first token of a row is not scored: the text before it is not in the row.
+
     Raises:
         DataError: the text is too short for one row.
     """
@@ -174,9 +176,22 @@ def text_rows(text: str, tokenizer: Any, length: int, max_tokens: int) -> Rows:
     body = length - len(prefix)
     count = min(len(ids), max_tokens) // body
     if count == 0:
-        raise DataError(f"the text has {len(ids)} tokens, which is less than one row of {body}")
+        raise DataError(
+            f"there are {min(len(ids), max_tokens)} tokens of text to evaluate on, less than one"
+            f" row of {body}; give a longer text, or shorter rows"
+        )
     rows = [np.concatenate([prefix, ids[i * body : (i + 1) * body]]) for i in range(count)]
     return pack_rows(rows, length, prompt_tokens=len(prefix) + 1)
+
+
+def read_text(path: Path) -> str:
+    """A text file; one that cannot be read raises ``ConfigError``."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the text {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the text {path} is not UTF-8: {error.reason}") from error
 
 
 def prefix_tokens(tokenizer: Any) -> list[int]:
@@ -213,6 +228,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def is_complete(path: Path) -> bool:
+    """Whether there is a corpus that was generated to its end; raises as :func:`read_manifest`."""
+    return (path / MANIFEST).exists() and bool(read_manifest(path)["complete"])
+
+
 def shard_is_whole(path: Path, shard: dict[str, Any]) -> bool:
     """Whether the shard of this manifest entry is there and has the recorded hash."""
     file = path / shard["file"]
@@ -238,8 +258,6 @@ def write_shard(path: Path, number: int, sequences: list[Tokens]) -> dict[str, A
     """Write a shard, atomically, and return its manifest entry."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from qatc.files import write_atomically
 
     column = pa.array([s.tolist() for s in sequences], type=pa.list_(pa.int32()))
     sink = pa.BufferOutputStream()

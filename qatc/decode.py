@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatc.capture import TemplateForward, TemplateStore
 from qatc.errors import CaptureError
+from qatc.kv_cache import cached_attention
 from qatc.models import find_regions
 from qatc.passes import Canonicalize, InsertKVCache, Pipeline
 from qatc.prepare import inductor
+from qatc.templates import TemplateForward, TemplateStore
 
 WINDOW = 64
 """The cache is read up to the longest row, rounded up to this many slots."""
@@ -85,7 +86,7 @@ class _CachedForward(TemplateForward):
 
 def _allocate(gm: Any, rows: int, length: int, device: torch.device) -> list[Tensor]:
     """Zeroed caches of the shapes that the graph's attention writes."""
-    node = next(n for n in gm.graph.nodes if n.name.startswith("cached_attention"))
+    node = next(n for n in gm.graph.nodes if n.target is cached_attention)
     caches = []
     for source in node.args[1:3]:
         value = source.meta["val"]

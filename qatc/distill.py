@@ -173,14 +173,13 @@ class Distiller:
             CheckpointError: a checkpoint is damaged or cannot be written.
         """
         step = self._resume()
-        with StopRequest() as stop, self._open_metrics() as metrics:
+        with StopRequest() as stop:
             while step < self.config.steps:
                 step += 1
                 record = self._step(step)
                 self._check(record)
                 self.history.append(record)
-                metrics.write(json.dumps(asdict(record)) + "\n")
-                metrics.flush()
+                self._log(record)
                 if on_step is not None:
                     on_step(record)
                 ended = step == self.config.steps
@@ -237,14 +236,16 @@ class Distiller:
         if not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
             raise TrainingError(
                 f"the loss is not a number at step {record.step}; {where}."
-                f" Try a lower --lr than {self.rate:g}, or --dtype float32"
+                f" Start over (--overwrite) with a lower --lr than {self.rate:g},"
+                " or with --dtype float32"
             )
         start = [r.kl for r in self.history[:10]]
         recent = [r.kl for r in self.history[-20:]]
         if len(self.history) >= 50 and min(recent) > 3 * max(start) + 1:
             raise TrainingError(
                 f"the loss diverges: KL {record.kl:.2f} at step {record.step} after"
-                f" {max(start):.2f} at the start; {where}. Try a lower --lr than {self.rate:g}"
+                f" {max(start):.2f} at the start; {where}. Start over"
+                f" (--overwrite) with a lower --lr than {self.rate:g}"
             )
 
     def _save(self, step: int) -> None:
@@ -258,10 +259,11 @@ class Distiller:
             self.history = [StepMetrics(**json.loads(line)) for line in lines]
         return step
 
-    def _open_metrics(self) -> Any:
+    def _log(self, record: StepMetrics) -> None:
         with writing_to(self.metrics_file):
             self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            return self.metrics_file.open("a", encoding="utf-8")
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
 
 
 def _schedule(step: int, config: TrainingConfig) -> float:

@@ -36,7 +36,7 @@ from qatc.data import (
 from qatc.decode import Decoder, decoding
 from qatc.errors import ConfigError, DataError
 from qatc.files import write_json, writing_to
-from qatc.models.load import LoadedModel
+from qatc.models.load import LoadedModel, check_length
 
 Strategy = Literal["hybrid", "sample", "greedy"]
 
@@ -118,12 +118,8 @@ def generate_corpus(
         ConfigError: ``output`` holds something else, or the model cannot take ``max_length``.
         CheckpointError: the disk cannot be written.
     """
-    limit = getattr(teacher.model.config, "max_position_embeddings", None)
-    if limit is not None and config.max_length > limit:
-        raise ConfigError(
-            f"{teacher.name} takes at most {limit} tokens; got --max-length {config.max_length}"
-        )
-    manifest = _begin(output, _description(teacher, tokenizer, config))
+    check_length(teacher.name, teacher.model.config, config.max_length)
+    manifest = _begin(output, _description(teacher, tokenizer, config, compile))
     kept = {s["file"]: s for s in manifest["shards"] if shard_is_whole(output, s)}
     shards: list[dict[str, Any]] = []
     vocabulary = _Vocabulary.of(tokenizer, teacher.model)
@@ -145,7 +141,9 @@ def generate_corpus(
     return Corpus.open(output)
 
 
-def _description(teacher: LoadedModel, tokenizer: Any, config: GenerationConfig) -> dict[str, Any]:
+def _description(
+    teacher: LoadedModel, tokenizer: Any, config: GenerationConfig, compile: bool
+) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they come back
     return {
         "format_version": FORMAT_VERSION,
@@ -154,14 +152,21 @@ def _description(teacher: LoadedModel, tokenizer: Any, config: GenerationConfig)
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "prompt_tokens": len(prefix_tokens(tokenizer)) + 1,
         **settings,
+        "dtype": str(teacher.model.dtype).removeprefix("torch."),
+        "compile": compile,
         "qatc_version": qatc.__version__,
         "torch_version": torch.__version__,
     }
 
 
+_INFORMATIVE = ("model", "qatc_version", "torch_version")
+_HOW_COMPUTED = ("dtype", "compile")
+"""They decide the last bits, and so the bytes of an unfinished corpus; of a whole one no more."""
+
+
 def _begin(output: Path, description: dict[str, Any]) -> dict[str, Any]:
     """The manifest to go on with: a new one, or that of the same run."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and _is_empty(output)):
         with writing_to(output):
             output.mkdir(parents=True, exist_ok=True)
         manifest = {**description, "shards": [], "complete": False}
@@ -173,14 +178,24 @@ def _begin(output: Path, description: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"the output {output} exists and is not a corpus to go on with; choose another place"
         ) from error
-    informative = ("model", "qatc_version", "torch_version")
     for key, value in description.items():
-        if found.get(key) != value and key not in informative:
-            raise ConfigError(
-                f"the corpus {output} was made with {key} {found.get(key)!r}, not {value!r};"
-                " choose another output, or remove that one first"
-            )
+        if key in _INFORMATIVE or found.get(key) == value:
+            continue
+        if key in _HOW_COMPUTED and found["complete"]:
+            continue
+        difference = f"with {key} {found.get(key)!r}, not {value!r}"
+        if key.endswith("_fingerprint"):
+            difference = f"by another {key.removesuffix('_fingerprint')}, that of {found['model']}"
+        raise ConfigError(
+            f"the corpus {output} was made {difference}; choose another place, or remove that one"
+            " first"
+        )
     return found
+
+
+def _is_empty(directory: Path) -> bool:
+    """Whether there is nothing in it but what a killed run may have left of a first manifest."""
+    return all(path.name == f"{MANIFEST}.writing" for path in directory.iterdir())
 
 
 def model_fingerprint(model: Any) -> str:

@@ -128,9 +128,16 @@ def is_fake_quantize(node: Node) -> bool:
     return node.op == "call_function" and node.target is ops.FAKE_QUANTIZE
 
 
+def is_quantized(node: Node) -> bool:
+    """Whether ``node`` is a fake-quant node, or a cast of one."""
+    while node.op == "call_function" and node.target in _CASTS:
+        node = _node(node.args[0])
+    return is_fake_quantize(node)
+
+
 def weight_sites(gm: GraphModule) -> list[str]:
     """Names of the weights that are fake-quantized before their linear, in graph order."""
-    return [linear.parameter for linear in find_linears(gm) if is_fake_quantize(linear.weight)]
+    return [linear.parameter for linear in find_linears(gm) if is_quantized(linear.weight)]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -154,11 +161,11 @@ def shape_of(node: Node) -> torch.Size:
 def insert_between(
     source: Node, users: list[Node], target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Node:
-    """Insert a call that ``users`` (in graph order) read instead of ``source``.
+    """Insert a call that ``users`` read instead of ``source``.
 
     The new node has the same ``meta["val"]`` as ``source``: fake-quant keeps shape and dtype.
     """
-    with source.graph.inserting_before(users[0]):
+    with source.graph.inserting_before(min(users)):
         new = source.graph.call_function(target, (source, *args), kwargs)
     new.meta = {key: source.meta[key] for key in ("val", "tensor_meta") if key in source.meta}
     for user in users:

@@ -67,7 +67,7 @@ class Plan:
         parameters: how many, tied ones once.
         size_gb: 10^9 bytes of the checkpoint: before, after.
         kv_bytes_per_token: bytes of KV cache per token over all layers: before, after (codes and
-            one bf16 scale per token and head).
+            bf16 scales).
         operations: MACs x weight bits x activation bits of one forward pass over
             ``PAPER_LENGTH`` tokens (LLM-QAT, arXiv 2305.17888, table 1): before, after. Attention
             products count activation bits (16) times KV bits; what is not quantized counts 16.
@@ -214,7 +214,8 @@ def _kv_bytes(
                 heads, size = int(shape_of(node)[1]), int(shape_of(node)[3])
                 before += len(layers) * heads * size * width
                 if recipe.kv.quantizes:
-                    after += len(layers) * heads * (size * recipe.kv.bits / 8 + 2)
+                    scales = heads if recipe.kv_site == "cache" else 1
+                    after += len(layers) * (heads * size * recipe.kv.bits / 8 + 2 * scales)
                 else:
                     after += len(layers) * heads * size * width
     return before, after

@@ -42,7 +42,17 @@ def compute_scale(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> Tensor:
     amax = _in_groups(x, spec.group_size or 0).float().abs().amax(dim=-1)
     scale = amax / spec.steps
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return scale.to(torch.bfloat16).float().clamp(min=MIN_WEIGHT_SCALE) if snap else scale
+    return _round_to_bf16(scale).clamp(min=MIN_WEIGHT_SCALE) if snap else scale
+
+
+def _round_to_bf16(scale: Tensor) -> Tensor:
+    """The nearest bf16 values of positive fp32 numbers, ties to even, as fp32.
+
+    Done on the bits, since Inductor leaves out a cast to bf16 and back.
+    """
+    bits = scale.view(torch.int32)
+    odd = (bits >> 16) & 1
+    return ((bits + 0x7FFF + odd) & -0x10000).view(torch.float32)
 
 
 def quantize(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> tuple[Tensor, Tensor]:
@@ -51,6 +61,7 @@ def quantize(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> tuple[Tensor,
     Returns:
         ``(codes, scale)``: int8 ``[..., K]`` and fp32 ``[..., K / group_size]``.
     """
+    assert spec.quantizes, "16 bits have no codes"
     scale = compute_scale(x, spec, snap=snap)
     codes = _round_to_codes(_in_groups(x, spec.group_size or 0), scale.unsqueeze(-1), spec)
     return codes.flatten(-2).to(torch.int8), scale
@@ -101,6 +112,8 @@ def _fake_quantize(
     snap_scale: bool = False,
 ) -> Tensor:
     spec = QuantSpec(bits, group_size or None, range)
+    if not spec.quantizes:
+        return x.clone()
     values = x.detach()
     groups = _in_groups(values, group_size)
     scale = compute_scale(values, spec, snap=snap_scale).unsqueeze(-1)

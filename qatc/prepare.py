@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from qatc.capture import Template, TemplateForward, TemplateStore
+from qatc.capture import Template
 from qatc.errors import ConfigError
 from qatc.graph import weight_sites
 from qatc.models import find_regions, is_transformers_model
@@ -27,6 +27,7 @@ from qatc.passes import (
     QuantizeWeights,
 )
 from qatc.recipe import DEFAULT_SKIP, Recipe
+from qatc.templates import TemplateForward, TemplateStore
 
 _PREPARED = "_qatc_prepared"
 

@@ -7,110 +7,34 @@ figures measured so far and the checkpoints. The corpus is in ``OUTPUT.data`` (o
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
-import json
 import shutil
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from qatc.data import MANIFEST, Corpus, Rows, pack_rows, text_rows
-from qatc.distill import Distiller, TrainingConfig, default_learning_rate
-from qatc.errors import ConfigError, DataError
+from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, text_rows
+from qatc.device import device_name, pick_device, pick_dtype
+from qatc.distill import Distiller
+from qatc.errors import ConfigError
 from qatc.evaluate import Metrics, evaluate
 from qatc.export.codes import QuantizedWeight
 from qatc.export.directory import write_model
-from qatc.files import complete_directory, read_json, refuse_existing, write_json, writing_to
-from qatc.generate import GenerationConfig, generate_corpus
+from qatc.files import complete_directory, read_json, refuse_existing, write_json
+from qatc.generate import generate_corpus
 from qatc.models import LoadedModel, load_config, load_model, load_tokenizer
+from qatc.models.load import check_length
 from qatc.prepare import can_compile, prepare, prepared_state, quantized_parameters
 from qatc.progress import Observer
-from qatc.recipe import Recipe
 from qatc.report import write_report
-
-DType = Literal["auto", "float32", "bfloat16"]
+from qatc.settings import QuantizeConfig, begin_run, check_run
 
 GENERATED = "generated"
 """Name of the held-out generated text in the figures."""
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """One run of :func:`quantize`.
-
-    Args:
-        model: hub name or directory of the full-precision model.
-        output: directory to write.
-        recipe: what is quantized and how.
-        generation: how the corpus is generated, unless ``data`` has one already.
-        training: how the student is trained.
-        data: directory of the corpus; ``None`` for ``OUTPUT.data``.
-        eval_text: a text file for a second evaluation.
-        eval_sequences: generated sequences held out of training.
-        eval_tokens: tokens of ``eval_text`` to evaluate on, at most.
-        dtype: compute dtype; ``auto``: bf16 on a GPU, and on a CPU that multiplies bf16 natively
-            for models of hidden size 512 and more; otherwise fp32. Masters are always fp32.
-        device: torch device; ``auto`` for a GPU if there is one.
-        train_embeddings: train embeddings and output head as well, instead of sharing the
-            teacher's.
-        compile: compile the graphs; ``None``: if this machine can.
-        overwrite: replace an existing ``output`` (only when the new one is complete).
-        trust_remote_code: run code that comes with the model.
-    """
-
-    model: str
-    output: Path
-    recipe: Recipe = field(default_factory=Recipe)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    data: Path | None = None
-    eval_text: Path | None = None
-    eval_sequences: int = 256
-    eval_tokens: int = 65_536
-    dtype: DType = "auto"
-    device: str = "auto"
-    train_embeddings: bool = True
-    compile: bool | None = None
-    overwrite: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in get_args(DType):
-            raise ConfigError(
-                f"dtype must be one of {', '.join(get_args(DType))}; got {self.dtype!r}"
-            )
-        if not self.recipe.quantizes:
-            raise ConfigError("the recipe quantizes nothing (16-16-16); choose e.g. --bits 4-8-4")
-        if self.eval_sequences < 1:
-            raise ConfigError(f"eval_sequences must be at least 1; got {self.eval_sequences}")
-
-    @property
-    def partial(self) -> Path:
-        """Directory of the unfinished run."""
-        return self.output.with_name(self.output.name + ".partial")
-
-    @property
-    def data_directory(self) -> Path:
-        """Directory of the corpus."""
-        return self.data or self.output.with_name(self.output.name + ".data")
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides the result, as plain data."""
-        plain = dataclasses.asdict(self)
-        for name in ("output", "overwrite", "trust_remote_code", "recipe"):
-            del plain[name]
-        for name in ("checkpoint_every", "keep_checkpoints"):
-            del plain["training"][name]
-        plain["recipe"] = self.recipe.to_dict()
-        result: dict[str, Any] = json.loads(json.dumps(plain, default=str))
-        return result
 
 
 @dataclass(frozen=True)
@@ -135,30 +59,9 @@ def quantize(config: QuantizeConfig, observer: Observer | None = None) -> Quanti
         QatcError: with the way out; an interrupted or failed run goes on when it is started again
             with the same settings.
     """
-    observer = observer or Observer()
     refuse_existing(config.output, config.overwrite)
-    _begin(config)
-    return _Run(config, observer).run()
-
-
-def _begin(config: QuantizeConfig) -> None:
-    """Create the partial directory, or check that the one there is of the same run."""
-    settings = config.to_dict()
-    file = config.partial / "run.json"
-    if config.partial.exists():
-        found = read_json(file) if file.exists() else {}
-        if found == settings:
-            return
-        if not config.overwrite and found:
-            changed = ", ".join(sorted(k for k in settings if found.get(k) != settings[k]))
-            raise ConfigError(
-                f"{config.partial} holds an unfinished run with other settings ({changed});"
-                " repeat its command to finish it, or pass --overwrite to start over"
-            )
-        shutil.rmtree(config.partial)
-    with writing_to(config.partial):
-        config.partial.mkdir(parents=True)
-    write_json(file, settings)
+    check_run(config)
+    return _Run(config, observer or Observer()).run()
 
 
 class _Run:
@@ -166,37 +69,21 @@ class _Run:
 
     def __init__(self, config: QuantizeConfig, observer: Observer) -> None:
         self.config, self.observer = config, observer
-        self.started = time.time()
         self.device = pick_device(config.device)
         self.compile = can_compile() if config.compile is None else config.compile
 
     def run(self) -> QuantizeResult:
         config, observer = self.config, self.observer
         observer.stage(f"Loading {config.model}")
-        trust = config.trust_remote_code
-        text = _read_text(config.eval_text)
-        self.tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
-        student = load_model(
-            config.model, dtype=torch.float32, device=self.device, trust_remote_code=trust
-        )
-        self.compute = pick_dtype(config.dtype, self.device, student.model.config)
-        self.teacher = load_model(
-            config.model, dtype=self.compute, device=self.device, trust_remote_code=trust
-        )
-        if not self.compile:
-            observer.note(
-                "running uncompiled: no C++ compiler was found, or --no-compile was given"
-            )
+        texts = self._texts()
+        corpus = self._given_corpus()
+        self._load()
         observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
-        self.student = student.model
         self._prepare()
-        corpus = self._corpus()
+        begin_run(config)
+        corpus = corpus or self._generate()
         train, held_out = _split(corpus, config)
-        texts = {GENERATED: held_out}
-        if text is not None:
-            length = config.generation.max_length
-            rows = text_rows(text, self.tokenizer, length, config.eval_tokens)
-            texts[str(config.eval_text)] = rows
+        texts = {GENERATED: held_out, **texts}
         figures = self._baselines(texts)
         observer.stage(f"Training for {config.training.steps} steps")
         distiller = Distiller(
@@ -210,7 +97,7 @@ class _Run:
         history = distiller.run(
             on_step=lambda metrics: observer.trained(metrics, config.training.steps)
         )
-        self._round_unquantized(student.dtype)
+        self._round_unquantized()
         observer.stage("Evaluating the trained model")
         for name, rows in texts.items():
             figures[name]["QAT"] = self._evaluate(self.student, rows)
@@ -218,7 +105,7 @@ class _Run:
         metadata = {
             **_provenance(config, corpus),
             "compute_dtype": str(self.compute).removeprefix("torch."),
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
             "learning_rate": distiller.rate,
             "training_seconds": round(sum(r.seconds for r in history), 1),
             "row_utilization": round(train.utilization, 4),
@@ -227,6 +114,50 @@ class _Run:
         self._write(figures, metadata, history)
         shutil.rmtree(config.partial, ignore_errors=True)
         return QuantizeResult(config.output, config.data_directory, figures)
+
+    def _texts(self) -> dict[str, Rows]:
+        """Load the tokenizer and the evaluation text, and find what is wrong with either early."""
+        config = self.config
+        trust, length = config.trust_remote_code, config.generation.max_length
+        model_config = load_config(config.model, trust_remote_code=trust)
+        check_length(config.model, model_config, length)
+        self.compute = pick_dtype(config.dtype, self.device, model_config)
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
+        if config.eval_text is None:
+            return {}
+        text = read_text(config.eval_text)
+        return {str(config.eval_text): text_rows(text, self.tokenizer, length, config.eval_tokens)}
+
+    def _given_corpus(self) -> Corpus | None:
+        """The corpus that the user has, or None if the teacher is to write or complete one."""
+        config = self.config
+        corpus, sequences = None, config.generation.sequences
+        if config.data is not None and is_complete(config.data):
+            corpus = Corpus.open(config.data)
+            corpus.require_tokenizer(self.tokenizer)
+            sequences = int(corpus.manifest["sequences"])
+            self.observer.note(f"training on the corpus {config.data}, {sequences:,} sequences")
+        if sequences < 2 * config.eval_sequences:
+            raise ConfigError(
+                f"{sequences} sequences are too few to hold out {config.eval_sequences} for"
+                " evaluation; generate more (--samples), or lower --eval-samples"
+            )
+        return corpus
+
+    def _load(self) -> None:
+        def load(dtype: torch.dtype) -> LoadedModel:
+            trust = self.config.trust_remote_code
+            return load_model(
+                self.config.model, dtype=dtype, device=self.device, trust_remote_code=trust
+            )
+
+        student = load(torch.float32)
+        self.student, self.stored = student.model, student.dtype
+        self.teacher = load(self.compute)
+        if not self.compile:
+            asked = self.config.compile is False
+            reason = "as --no-compile asks" if asked else "as there is no C++ compiler: slower"
+            self.observer.note(f"running uncompiled, {reason}")
 
     def _prepare(self) -> None:
         """Put the quantized graph under the student and decide what is trained."""
@@ -237,21 +168,15 @@ class _Run:
         if not self.config.train_embeddings:
             _share_embeddings(self.student, self.teacher.model)
 
-    def _corpus(self) -> Corpus:
+    def _generate(self) -> Corpus:
+        """The corpus that the teacher writes, or completes."""
         config, observer = self.config, self.observer
-        directory = config.data_directory
-        if config.data is not None and (directory / MANIFEST).exists():
-            corpus = Corpus.open(directory)
-            corpus.require_tokenizer(self.tokenizer)
-            observer.note(f"training on the corpus {directory} of {corpus.manifest['model']}")
-            return corpus
-        observer.stage(f"The teacher writes {config.generation.sequences} sequences to {directory}")
-        generator = LoadedModel(self.teacher.model, config.model, self.teacher.dtype)
         total = config.generation.sequences
+        observer.stage(f"The teacher writes {total} sequences to {config.data_directory}")
         return generate_corpus(
-            generator,
+            self.teacher,
             self.tokenizer,
-            directory,
+            config.data_directory,
             config.generation,
             compile=self.compile,
             on_progress=lambda sequences, tokens: observer.generated(sequences, total, tokens),
@@ -289,13 +214,12 @@ class _Run:
         return torch.autocast(torch.device(self.device).type, dtype=self.compute)
 
     @torch.no_grad()
-    def _round_unquantized(self, stored: torch.dtype) -> None:
+    def _round_unquantized(self) -> None:
         """Round what is stored in float to its stored dtype, so that what ships is evaluated."""
         quantized = set(self.quantized)
         for name, parameter in self.student.named_parameters():
             if name not in quantized:
-                parameter.copy_(parameter.to(stored).to(parameter.dtype))
-        self.stored = stored
+                parameter.copy_(parameter.to(self.stored).to(parameter.dtype))
 
     def _write(
         self, figures: dict[str, dict[str, Metrics]], metadata: dict[str, Any], history: list[Any]
@@ -332,53 +256,6 @@ class _Run:
             write_report(staging, metadata, figures, history)
 
 
-def load_teacher(
-    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> LoadedModel:
-    """Load a full-precision model in the dtype that :func:`quantize` would compute in."""
-    if dtype not in get_args(DType):
-        raise ConfigError(f"dtype must be one of {', '.join(get_args(DType))}; got {dtype!r}")
-    device = pick_device(device)
-    config = load_config(name, trust_remote_code=trust_remote_code)
-    compute = pick_dtype(dtype, device, config)  # type: ignore[arg-type]
-    return load_model(name, dtype=compute, device=device, trust_remote_code=trust_remote_code)
-
-
-def pick_device(device: str) -> str:
-    """The device that ``auto`` stands for; another one is checked."""
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"cannot use the device {device!r}: {reason}") from error
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pick_dtype(dtype: DType, device: str, config: Any) -> torch.dtype:
-    """The compute dtype that ``auto`` stands for."""
-    if dtype != "auto":
-        chosen: torch.dtype = getattr(torch, dtype)
-        return chosen
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
-    wide = getattr(config, "hidden_size", 0) >= 512
-    return torch.bfloat16 if wide and _cpu_multiplies_bf16() else torch.float32
-
-
-def _cpu_multiplies_bf16() -> bool:
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text(encoding="utf-8") if flags.exists() else ""
-    return "avx512_bf16" in text or "amx_bf16" in text
-
-
-def _device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:
     """Freeze the student's embeddings and head, and let them use the teacher's memory."""
     for get in ("get_input_embeddings", "get_output_embeddings"):
@@ -392,25 +269,10 @@ def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:
 
 def _split(corpus: Corpus, config: QuantizeConfig) -> tuple[Rows, Rows]:
     """Rows to train on, and rows of the corpus' last sequences, which are held out."""
-    sequences = corpus.sequences()
-    held = config.eval_sequences
-    if len(sequences) < 2 * held:
-        raise DataError(
-            f"the corpus has {len(sequences)} sequences, too few to hold out {held} for evaluation;"
-            " generate more (--samples), or lower --eval-samples"
-        )
-    length = config.generation.max_length
-    pack: Callable[[list[Any]], Rows] = lambda s: pack_rows(s, length, corpus.prompt_tokens)  # noqa: E731
-    return pack(sequences[:-held]), pack(sequences[-held:])
-
-
-def _read_text(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the text {path}: {error}") from error
+    sequences, held = corpus.sequences(), config.eval_sequences
+    length, prompt = config.generation.max_length, corpus.prompt_tokens
+    train, held_out = sequences[:-held], sequences[-held:]
+    return pack_rows(train, length, prompt), pack_rows(held_out, length, prompt)
 
 
 def _provenance(config: QuantizeConfig, corpus: Corpus) -> dict[str, Any]:
@@ -434,6 +296,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-__all__ = ["QuantizeConfig", "QuantizeResult", "default_learning_rate", "quantize"]

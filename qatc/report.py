@@ -36,12 +36,12 @@ def recovery_text(models: Mapping[str, Metrics]) -> str:
     parts = []
     perplexity = recovery(full.perplexity, rounded.perplexity, trained.perplexity)
     if perplexity is not None:
-        parts.append(f"perplexity {perplexity:.1f} %")
+        parts.append(f"{perplexity:.1f} %")
     if rounded.kl is not None and trained.kl is not None:
         divergence = recovery(0.0, rounded.kl, trained.kl)
         if divergence is not None:
-            parts.append(f"KL {divergence:.1f} %")
-    return ", ".join(parts)
+            parts.append(f"(KL {divergence:.1f} %)")
+    return " ".join(parts)
 
 
 def write_report(
@@ -73,7 +73,9 @@ def write_report(
         _markdown_table(
             [
                 ["setting", "value"],
-                *([key, _spec_text(recipe[key])] for key in ("weights", "activations", "kv")),
+                ["weights", _spec_text(recipe["weights"], "output channel")],
+                ["activations", _spec_text(recipe["activations"], "token")],
+                ["KV cache", _spec_text(recipe["kv"], _KV_ROW[recipe["kv_site"]])],
                 ["KV site", recipe["kv_site"]],
                 ["in full precision", ", ".join(f"`{p}`" for p in recipe["skip"])],
                 ["corpus", f"`{metadata['data']['fingerprint'][:16]}`, {_corpus_text(metadata)}"],
@@ -93,11 +95,14 @@ def _corpus_text(metadata: Mapping[str, Any]) -> str:
     )
 
 
-def _spec_text(spec: Mapping[str, Any]) -> str:
+_KV_ROW = {"cache": "token and head", "projection": "token"}
+
+
+def _spec_text(spec: Mapping[str, Any], row: str) -> str:
     if spec["bits"] == 16:
         return "not quantized"
-    group = f"groups of {spec['group_size']}" if spec["group_size"] else "one scale per row"
-    return f"{spec['bits']} bits, {group}, {spec['range']} range"
+    group = f"{spec['group_size']} values" if spec["group_size"] else row
+    return f"{spec['bits']} bits, one scale per {group}, {spec['range']} range"
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:

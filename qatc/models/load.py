@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qatc.errors import ConfigError
+from qatc.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,27 @@ def load_model(
 
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
+        CheckpointError: its weights are damaged or incomplete.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(name, trust_remote_code=trust_remote_code)
     with _readable_errors(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=dtype or "auto",
             attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    model, report = loaded
+    # transformers only warns, and fills what is missing with random numbers.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint {name} is incomplete: {len(missing)} tensors are missing, among them"
+            f" {missing[0]}; copy or download it again"
         )
     own = getattr(config, "dtype", None)
     own = own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
@@ -79,6 +89,15 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
             f"{name} is quantized already; qatc starts from a full-precision checkpoint"
         )
     return config
+
+
+def check_length(name: str, config: Any, length: int) -> None:
+    """Raise ``ConfigError`` if a model of this config cannot take ``length`` tokens."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"{name} takes at most {limit} tokens; got {length}, choose a smaller length"
+        )
 
 
 def load_skeleton(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
@@ -133,16 +152,34 @@ class _readable_errors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from safetensors import SafetensorError
 
-        if isinstance(error, (OSError, ValueError, RuntimeError, ImportError, SafetensorError)):
-            if isinstance(error, ConfigError):
-                return
+        if isinstance(error, ConfigError):
+            return
+        if isinstance(error, SafetensorError):
+            raise CheckpointError(
+                f"the weights of {self.name} are damaged ({error}); copy or download them again"
+            ) from error
+        if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             reason = " ".join(str(error).split())[:400]
-            hint = ""
-            if "trust_remote_code" in reason:
-                hint = "; if you trust its authors, pass --trust-remote-code"
-            elif "scaled_dot_product_attention" in reason:
-                hint = "; qatc needs a model that supports attention through SDPA"
-            raise ConfigError(f"cannot load {self.name}: {reason}{hint}") from error
+            raise ConfigError(f"cannot load {self.name}: {_explain(reason)}") from error
+
+
+def _explain(reason: str) -> str:
+    """What transformers says, shorter where it is known, with the way out where it has none."""
+    if "scaled_dot_product_attention" in reason:
+        return (
+            "transformers has no attention through SDPA for this architecture, which qatc needs;"
+            " choose another model"
+        )
+    if "couldn't connect" in reason or "offline mode" in reason:
+        return (
+            "the hub cannot be reached and it is not in the cache; check the network, or give a"
+            " directory"
+        )
+    if "backend tokenizer" in reason:
+        return "it has no tokenizer files, such as tokenizer.json; put them beside its config.json"
+    if "trust_remote_code" in reason:
+        return f"{reason}; if you trust its authors, pass --trust-remote-code"
+    return reason
 
 
 def _looks_like_path(name: str) -> bool:

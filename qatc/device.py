@@ -1,0 +1,77 @@
+"""Where a model computes, and in which dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from qatc.errors import ConfigError
+from qatc.models import LoadedModel, load_config, load_model
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ``ConfigError`` unless ``dtype`` is one that a user may ask for."""
+    if dtype not in get_args(DType):
+        raise ConfigError(f"dtype must be one of {', '.join(get_args(DType))}; got {dtype!r}")
+
+
+def pick_device(device: str) -> str:
+    """The device that ``auto`` stands for; another one is checked.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"cannot use the device {device!r}; try --device cpu, or auto ({reason})"
+        ) from error
+    return device
+
+
+def pick_dtype(dtype: DType, device: str, config: Any) -> torch.dtype:
+    """The compute dtype that ``auto`` stands for.
+
+    It is bf16 on a GPU, and on a CPU that multiplies bf16 natively for models of hidden size 512
+    and more; otherwise fp32.
+    """
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    wide = getattr(config, "hidden_size", 0) >= 512
+    return torch.bfloat16 if wide and _cpu_multiplies_bf16() else torch.float32
+
+
+def device_name(device: str) -> str:
+    """What to call the device in a report."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def load_teacher(
+    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a full-precision model in the dtype that :func:`qatc.quantize.quantize` computes in."""
+    check_dtype(dtype)
+    device = pick_device(device)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    compute = pick_dtype(dtype, device, config)  # type: ignore[arg-type]  # checked
+    return load_model(name, dtype=compute, device=device, trust_remote_code=trust_remote_code)
+
+
+def _cpu_multiplies_bf16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text(encoding="utf-8") if flags.exists() else ""
+    return "avx512_bf16" in text or "amx_bf16" in text

@@ -1,0 +1,164 @@
+"""Shared by the tests: a tiny random model with a real tokenizer, and the text it knows."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+torch.set_num_threads(1)
+
+TEXT = " ".join(
+    f"The {adjective} {noun} {verb} by the {place}, and nobody asked why."
+    for adjective in ("old", "quiet", "blue", "tired")
+    for noun in ("fox", "miller", "lantern", "river")
+    for verb in ("sleeps", "waits", "sings")
+    for place in ("bridge", "orchard", "window")
+)
+"""What the tokenizer is trained on; about 1,900 tokens."""
+
+
+def make_tokenizer(size: int = 112, *, bos: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of ``size`` tokens which puts <s> before every text, or does not."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    core.train_from_iterator([TEXT], trainer)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+def make_llama(vocabulary: int = 112, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama of two layers; large weights, so that its logits have something to say."""
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "attn_implementation": "sdpa",
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def save(directory: Path, model: PreTrainedModel, tokenizer: Any = None) -> Path:
+    """Write a model directory."""
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tokenizer of ``model_path``."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def shared_model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A model directory that no test changes."""
+    return save(tmp_path_factory.mktemp("models") / "tiny", make_llama(), tokenizer)
+
+
+@pytest.fixture
+def model_path(shared_model_path: Path, tmp_path: Path) -> Path:
+    """A model directory that the test may damage."""
+    return Path(shutil.copytree(shared_model_path, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer is another one."""
+    path = tmp_path_factory.mktemp("models") / "other"
+    return save(path, make_llama(90), make_tokenizer(90))
+
+
+@pytest.fixture(scope="session")
+def bloom_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A model whose attention transformers does not route through SDPA."""
+    config = BloomConfig(vocab_size=112, hidden_size=32, n_layer=2, n_head=4)
+    path = tmp_path_factory.mktemp("models") / "bloom"
+    return save(path, BloomForCausalLM(config), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def falcon_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A model whose linear layers are no ``aten.linear``."""
+    config = FalconConfig(
+        vocab_size=112, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    path = tmp_path_factory.mktemp("models") / "falcon"
+    return save(path, FalconForCausalLM(config), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``TEXT`` in a file."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def run_until_killed(function: Callable[[], object]) -> None:
+    """Run ``function`` in a copy of this process, where it has to end by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "it was not killed"
+
+
+def kill_at_call(function: Callable[..., Any], number: int = 1) -> Callable[..., Any]:
+    """``function``, but its ``number``-th call kills the process instead."""
+    calls = itertools.count(1)
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return killing
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory, by relative path."""
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }

@@ -1,0 +1,102 @@
+"""Loading: what is wrong with a model is said in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qatc.errors import CheckpointError, ConfigError
+from qatc.models import load_config, load_model, load_tokenizer
+from qatc.models.load import check_length, load_skeleton
+
+
+def test_loads_a_model_as_it_is(shared_model_path: Path) -> None:
+    stored = load_file(shared_model_path / "model.safetensors")
+    loaded = load_model(str(shared_model_path), dtype=torch.bfloat16)
+    assert (loaded.dtype, loaded.model.dtype) == (torch.float32, torch.bfloat16)
+    assert not loaded.model.training
+    assert loaded.model.config._attn_implementation == "sdpa"
+    for name, value in stored.items():
+        assert torch.equal(loaded.model.get_parameter(name), value.bfloat16())
+
+
+def test_a_skeleton_needs_no_weights(model_path: Path) -> None:
+    (model_path / "model.safetensors").unlink()
+    model = load_skeleton(str(model_path)).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_quantized_model_is_refused(model_path: Path) -> None:
+    config = json.loads((model_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (model_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="quantized already; qatc starts from a full-precision"):
+        load_model(str(model_path))
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent/model", "a/b/c"])
+def test_no_such_directory(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"there is no model directory {name}; give a directory"):
+        load_config(name)
+
+
+def test_a_file_is_no_model(model_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no model directory"):
+        load_config(str(model_path / "config.json"))
+
+
+def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="cannot load nobody/nothing: the hub cannot be reached"):
+        load_config("nobody/nothing")
+
+
+@pytest.mark.parametrize("keep", [1 / 2, 0])
+def test_truncated_weights(model_path: Path, keep: float) -> None:
+    file = model_path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(CheckpointError, match="the weights of .* are damaged .* copy or download"):
+        load_model(str(model_path))
+
+
+def test_a_missing_tensor_is_no_random_one(model_path: Path) -> None:
+    """Transformers fills it with random numbers, and only warns."""
+    file = model_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="1 tensors are missing, among them .*1.mlp.up_proj"):
+        load_model(str(model_path))
+
+
+def test_missing_files(model_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model_path / name).unlink()
+    with pytest.raises(ConfigError, match="it has no tokenizer files, such as tokenizer.json"):
+        load_tokenizer(str(model_path))
+    (model_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="no file named model.safetensors"):
+        load_model(str(model_path))
+    (model_path / "config.json").write_text('{"model_type":')
+    with pytest.raises(ConfigError, match="not a valid JSON file"):
+        load_config(str(model_path))
+
+
+def test_attention_without_sdpa(bloom_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no attention through SDPA .*; choose another model"):
+        load_model(str(bloom_path))
+
+
+def test_length() -> None:
+    config: Any = SimpleNamespace(max_position_embeddings=128)
+    check_length("tiny", config, 128)
+    check_length("tiny", SimpleNamespace(), 10**9)
+    with pytest.raises(ConfigError, match="tiny takes at most 128 tokens; got 129"):
+        check_length("tiny", config, 129)

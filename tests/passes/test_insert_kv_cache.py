@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qatc.errors import PassError
+from qatc.kv_cache import cached_attention
+from qatc.passes import Canonicalize, InsertKVCache
+from qatc.passes.insert_kv_cache import CACHE_INPUTS
+from qatc.testing import check_pass
+
+
+def test_attention_goes_through_a_cache(llama_layer: Any) -> None:
+    gm = Canonicalize()(llama_layer.graph).graph_module
+    edited = check_pass(
+        InsertKVCache(),
+        gm,
+        before={"aten.scaled_dot_product_attention": 1},
+        after={"aten.scaled_dot_product_attention": 0, cached_attention: 1},
+    )
+    inputs = [node for node in edited.graph.nodes if node.op == "placeholder"]
+    assert [node.name for node in inputs[-3:]] == list(CACHE_INPUTS)
+    key_cache, value_cache, positions = (node.meta["val"] for node in inputs[-3:])
+    assert key_cache.shape[1:] == value_cache.shape[1:] and key_cache.shape[1::2] == (2, 8)
+    assert positions.dtype == torch.int64 and positions.dim() == 2
+
+
+def test_an_empty_cache_gives_what_causal_attention_gives(llama_layer: Any) -> None:
+    gm = Canonicalize()(llama_layer.graph).graph_module
+    edited = check_pass(InsertKVCache(), gm, before={}, after={})
+    stale = [torch.full((2, 2, 9, 8), 1e9) for _ in range(2)]
+    positions = torch.arange(5).expand(2, 5)
+    with torch.no_grad():
+        one = gm(*llama_layer.args)[0]
+        other = edited(*llama_layer.args, *stale, positions)[0]
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_layer_captured_with_a_mask_is_refused(masked_llama_layer: Any) -> None:
+    with pytest.raises(PassError, match="captured with a mask; capture it without one"):
+        InsertKVCache()(Canonicalize()(masked_llama_layer.graph).graph_module)
+
+
+def test_two_attentions_are_refused() -> None:
+    class Two(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):
+                x = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+            return x
+
+    gm = torch.export.export(Two(), (torch.randn(2, 2, 3, 4),), strict=False).graph_module
+    with pytest.raises(PassError, match="2 attentions has no place for one KV cache"):
+        InsertKVCache()(gm)
+
+
+def test_attention_to_what_comes_later_is_refused() -> None:
+    """A cache holds what came before: bidirectional attention has no use for it."""
+
+    class Bidirectional(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    gm = torch.export.export(Bidirectional(), (torch.randn(2, 2, 3, 4),), strict=False).graph_module
+    with pytest.raises(PassError, match="is not causal"):
+        InsertKVCache()(gm)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qatc.errors import PassError
+from qatc.graph import find_attentions, find_linears, is_fake_quantize, shape_of
+from qatc.passes import Canonicalize, QuantizeKV, QuantizeWeights
+from qatc.spec import QuantSpec
+from qatc.testing import check_pass
+
+
+@pytest.mark.parametrize("layer", ["llama_layer", "masked_llama_layer", "neox_layer"])
+def test_the_cache_site_is_what_attention_reads(layer: str, request: pytest.FixtureRequest) -> None:
+    captured = request.getfixturevalue(layer)
+    gm = Canonicalize()(captured.graph).graph_module
+    heads = 4 if layer == "neox_layer" else 2
+    edited = check_pass(
+        QuantizeKV(QuantSpec(4)),
+        gm,
+        before={"qatc.fake_quantize": 0},
+        after={"qatc.fake_quantize": 2, "aten.scaled_dot_product_attention": 1},
+    )
+    (attention,) = find_attentions(edited)
+    for node in (attention.key, attention.value):
+        assert is_fake_quantize(node) and node.kwargs["snap_scale"] is False
+        assert shape_of(node)[1] == heads and shape_of(node)[3] == 8
+    assert not is_fake_quantize(attention.query)
+
+
+def test_the_projection_site_is_what_the_projections_give(llama_layer: Any) -> None:
+    edited = check_pass(
+        QuantizeKV(QuantSpec(4), site="projection"),
+        Canonicalize()(llama_layer.graph).graph_module,
+        before={},
+        after={"qatc.fake_quantize": 2},
+    )
+    quantized = {
+        linear.parameter
+        for linear in find_linears(edited)
+        if all(is_fake_quantize(user) for user in linear.node.users)
+    }
+    assert quantized == {"self_attn.k_proj.weight", "self_attn.v_proj.weight"}
+
+
+def test_the_projection_site_of_a_fused_projection_is_refused(neox_layer: Any) -> None:
+    gm = Canonicalize()(neox_layer.graph).graph_module
+    with pytest.raises(PassError) as raised:
+        QuantizeKV(site="projection")(gm)
+    assert str(raised.value) == (
+        "K and V come from one projection (attention.query_key_value.weight);"
+        " use the cache site (--kv-site cache)"
+    )
+
+
+def test_a_group_size_that_does_not_divide(llama_layer: Any) -> None:
+    gm = Canonicalize()(llama_layer.graph).graph_module
+    with pytest.raises(PassError, match="does not divide the 8 values of the cache site"):
+        QuantizeKV(QuantSpec(4, group_size=3))(gm)
+    QuantizeKV(QuantSpec(4, group_size=4))(gm)
+
+
+def test_a_graph_without_attention(plain: Any) -> None:
+    with pytest.raises(PassError, match="or leave K and V alone with 16 KV bits"):
+        QuantizeKV()(plain.graph)
+
+
+def test_keys_without_a_projection() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    example = (torch.randn(2, 2, 3, 4),)
+    gm = torch.export.export(Attention(), example, strict=False).graph_module
+    with pytest.raises(PassError, match=r"0 were found; use the cache site \(--kv-site cache\)"):
+        QuantizeKV(site="projection")(gm)
+    edited = check_pass(QuantizeKV(), gm, before={}, after={"qatc.fake_quantize": 1})
+    (attention,) = find_attentions(edited)
+    assert attention.key is attention.value is not attention.query
+
+
+def test_sites_and_weights_do_not_disturb_each_other(llama_layer: Any) -> None:
+    gm = Canonicalize()(llama_layer.graph).graph_module
+    QuantizeKV(site="projection")(gm)
+    check_pass(QuantizeWeights(), gm, before={}, after={"qatc.fake_quantize": 9})

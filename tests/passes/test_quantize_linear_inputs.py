@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qatc.errors import PassError
+from qatc.graph import find_linears, is_fake_quantize
+from qatc.ops import fake_quantize
+from qatc.passes import QuantizeLinearInputs
+from qatc.spec import QuantSpec
+from qatc.testing import check_pass
+
+
+def test_linears_that_share_an_input_share_a_node(llama_layer: Any) -> None:
+    """q, k, v | o | gate, up | down."""
+    edited = check_pass(
+        QuantizeLinearInputs(QuantSpec(8)),
+        llama_layer.graph,
+        before={"aten.linear": 7, "qatc.fake_quantize": 0},
+        after={"aten.linear": 7, "qatc.fake_quantize": 4},
+    )
+    for linear in find_linears(edited):
+        assert is_fake_quantize(linear.input)
+        assert linear.input.args[1:] == (8,)
+        assert linear.input.kwargs["snap_scale"] is False
+
+
+def test_one_scale_per_token(plain: Any) -> None:
+    edited = check_pass(
+        QuantizeLinearInputs(QuantSpec(4)),
+        plain.graph,
+        plain.args,
+        before={"aten.linear": 3},
+        after={"qatc.fake_quantize": 3},
+    )
+    weight, bias, head, x = plain.args
+    hidden = torch.nn.functional.linear(fake_quantize(x, QuantSpec(4)), weight, bias).relu()
+    hidden = torch.nn.functional.linear(fake_quantize(hidden, QuantSpec(4)), weight, bias)
+    wanted = torch.nn.functional.linear(fake_quantize(hidden, QuantSpec(4)), head)
+    assert torch.equal(edited(*plain.args)[0], wanted)
+
+
+def test_skipped_linears_read_the_input_as_it_was(llama_layer: Any) -> None:
+    edited = check_pass(
+        QuantizeLinearInputs(skip=("*.k_proj.weight", "mlp.down_proj.weight")),
+        llama_layer.graph,
+        before={},
+        after={"qatc.fake_quantize": 3},
+    )
+    whole = {m.parameter for m in find_linears(edited) if not is_fake_quantize(m.input)}
+    assert whole == {"self_attn.k_proj.weight", "mlp.down_proj.weight"}
+
+
+def test_a_group_size_that_does_not_divide_names_the_linear(llama_layer: Any) -> None:
+    with pytest.raises(PassError, match="the 48 values of the input of mlp.down_proj.weight; 16"):
+        QuantizeLinearInputs(QuantSpec(8, group_size=32))(llama_layer.graph)
+
+
+def test_skipping_everything_is_an_error(plain: Any) -> None:
+    with pytest.raises(PassError, match="as those of GPT-2 and Falcon, are not supported"):
+        QuantizeLinearInputs(skip=("*",))(plain.graph)

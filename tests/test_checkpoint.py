@@ -1,0 +1,124 @@
+"""Checkpoints: complete or absent, never pickled, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from qatc.checkpoint import Checkpoints
+from qatc.errors import CheckpointError
+from tests.conftest import contents
+
+
+class Run:
+    """A small model under AdamW."""
+
+    def __init__(self, directory: Path, width: int = 3, keep: int = 2) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 1))
+        self.trained = dict(self.model.named_parameters())
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=0.1, fused=True)
+        self.checkpoints = Checkpoints(directory, keep)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            x = torch.rand(5, 3)
+            self.model(x).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def save(self, step: int) -> None:
+        self.checkpoints.save(step, self.model, self.trained, self.optimizer)
+
+    def restore(self) -> int:
+        return self.checkpoints.restore(self.model, self.trained, self.optimizer)
+
+    def state(self) -> list[Tensor]:
+        slots = [self.optimizer.state[p] for p in self.trained.values()]
+        moments = [torch.as_tensor(slot[key]) for slot in slots for key in sorted(slot)]
+        return [*(p.detach().clone() for p in self.trained.values()), *moments]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "checkpoints")
+
+
+def test_goes_on_as_if_nothing_had_happened(run: Run) -> None:
+    run.train(3)
+    run.save(3)
+    run.train(4)
+    expected = run.state()
+    other = Run(run.checkpoints.directory)
+    assert other.restore() == 3
+    other.train(4)
+    assert all(torch.equal(a, b) for a, b in zip(other.state(), expected, strict=True))
+
+
+def test_nothing_to_restore(run: Run) -> None:
+    assert run.restore() == 0
+    assert run.checkpoints.latest() is None
+
+
+def test_keeps_the_last_ones(run: Run) -> None:
+    for step in (5, 10, 15, 100):
+        run.train(1)
+        run.save(step)
+    assert run.checkpoints.steps() == [15, 100]
+    names = {"step-000015/state.safetensors", "step-000100/state.safetensors"}
+    assert set(contents(run.checkpoints.directory)) == names
+
+
+def test_what_a_killed_run_left_is_no_checkpoint(run: Run) -> None:
+    run.train(1)
+    run.save(5)
+    (run.checkpoints.directory / "step-000010.writing").mkdir()
+    assert run.checkpoints.latest() == 5
+    run.save(10)
+    assert sorted(p.name for p in run.checkpoints.directory.iterdir()) == [
+        "step-000005",
+        "step-000010",
+    ]
+
+
+@pytest.mark.parametrize("error", [SafetensorError("disk full"), OSError(28, "No space left")])
+def test_a_full_disk_keeps_the_earlier_ones(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run.train(1)
+    run.save(5)
+    before = contents(run.checkpoints.directory)
+
+    def full(tensors: Any, path: Path, **kwargs: Any) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(CheckpointError, match="cannot write .*step-000010: .*free some space"):
+        run.save(10)
+    assert contents(run.checkpoints.directory) == before
+
+
+@pytest.mark.parametrize(("steps", "back"), [((5,), "the start"), ((5, 10), "step 5")])
+def test_a_truncated_one_says_how_to_go_on(run: Run, steps: tuple[int, ...], back: str) -> None:
+    run.train(1)
+    for step in steps:
+        run.save(step)
+    file = run.checkpoints.directory / f"step-{steps[-1]:06d}" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match=f"is damaged .* to go on from {back}$") as raised:
+        run.restore()
+    assert f"remove the directory {file.parent} " in str(raised.value)
+
+
+def test_of_another_model(run: Run) -> None:
+    run.train(1)
+    run.save(5)
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        Run(run.checkpoints.directory, width=8).restore()

@@ -1,0 +1,242 @@
+"""The numerics contract, against a reference in numpy that shares no code with qatc."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+from qatc.errors import ConfigError
+from qatc.ops import FAKE_QUANTIZE, compute_scale, dequantize, fake_quantize, quantize
+from qatc.prepare import can_compile
+from qatc.spec import QuantSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+specs = st.builds(
+    QuantSpec,
+    bits=st.integers(2, 8),
+    group_size=st.none() | st.integers(1, 5),
+    range=st.sampled_from(["restricted", "full"]),
+)
+
+
+@st.composite
+def cases(draw: Any) -> tuple[Tensor, QuantSpec, bool]:
+    """Rows of any width, any float dtype and any size of value, subnormal and huge included."""
+    spec = draw(specs)
+    dtype = draw(st.sampled_from(DTYPES))
+    width = (spec.group_size or draw(st.integers(1, 9))) * draw(st.integers(1, 3))
+    largest = draw(st.sampled_from([1e-40, 1e-30, 1e-4, 1.0, 1e4, 3e38]))
+    largest = float(np.float32(min(largest, 6e4 if dtype == torch.float16 else largest)))
+    elements = st.just(0.0) | st.floats(-largest, largest, width=32)
+    rows = draw(hnp.arrays(np.float32, (draw(st.integers(1, 3)), width), elements=elements))
+    return torch.from_numpy(rows).to(dtype), spec, draw(st.booleans())
+
+
+def bf16(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The nearest number of eight significant bits, ties to even."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+
+
+def reference(
+    x: Tensor, bits: int, group_size: int | None, full: bool, snap: bool
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Codes and scales as design and module documentation state them.
+
+    Computed in fp64; what the contract says to be fp32 (the scale and the quotient) is rounded to
+    fp32 once, which for a quotient is what a division in fp32 gives.
+    """
+    values = x.double().numpy()
+    values = values.reshape(values.shape[0], -1, group_size or values.shape[-1])
+    steps = (2**bits - 1) / 2 if full else 2 ** (bits - 1) - 1
+    scale = (np.abs(values).max(axis=-1) / steps).astype(np.float32).astype(np.float64)
+    scale[scale == 0] = 1
+    if snap:
+        scale = np.maximum(bf16(scale), 2.0**-17)
+    ratio = (values / scale[..., None]).astype(np.float32)
+    low = -(2 ** (bits - 1)) if full else -(2 ** (bits - 1) - 1)
+    codes = np.clip(np.rint(ratio), low, 2 ** (bits - 1) - 1)
+    return codes.reshape(x.shape), scale
+
+
+@settings(deadline=None, max_examples=300)
+@given(cases())
+def test_codes_and_scales(case: tuple[Tensor, QuantSpec, bool]) -> None:
+    x, spec, snap = case
+    codes, scale = quantize(x, spec, snap=snap)
+    wanted = reference(x, spec.bits, spec.group_size, spec.range == "full", snap)
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float32
+    np.testing.assert_array_equal(codes.numpy(), wanted[0])
+    np.testing.assert_array_equal(scale.double().numpy(), wanted[1])
+    assert torch.equal(compute_scale(x, spec, snap=snap), scale)
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases())
+def test_fake_quantize_is_code_times_scale_in_the_dtype_of_the_input(
+    case: tuple[Tensor, QuantSpec, bool],
+) -> None:
+    x, spec, snap = case
+    codes, scale = reference(x, spec.bits, spec.group_size, spec.range == "full", snap)
+    groups = codes.reshape(*scale.shape, -1) * scale[..., None]
+    wanted = torch.from_numpy(groups.astype(np.float32).reshape(x.shape)).to(x.dtype)
+    assert torch.equal(fake_quantize(x, spec, snap_scale=snap), wanted)
+    assert torch.equal(dequantize(*quantize(x, spec, snap=snap), x.dtype), wanted)
+
+
+@settings(deadline=None, max_examples=50)
+@given(cases(), st.integers(0, 9))
+def test_the_gradient_is_the_identity(case: tuple[Tensor, QuantSpec, bool], seed: int) -> None:
+    x, spec, snap = case
+    x.requires_grad_()
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
+    fake_quantize(x, spec, snap_scale=snap).backward(gradient)
+    assert x.grad is not None and torch.equal(x.grad, gradient)
+
+
+@settings(deadline=None, max_examples=50)
+@given(cases())
+def test_sixteen_bits_are_the_identity(case: tuple[Tensor, QuantSpec, bool]) -> None:
+    x, spec, snap = case
+    assert fake_quantize(x, QuantSpec(), snap_scale=snap) is x
+    assert torch.equal(FAKE_QUANTIZE(x, 16, group_size=0, snap_scale=snap), x)
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases())
+def test_a_snapped_scale_is_exact_in_bf16_and_fp16(case: tuple[Tensor, QuantSpec, bool]) -> None:
+    x, spec, _ = case
+    scale = compute_scale(x.clamp(-6e4, 6e4), spec, snap=True)
+    assert (scale >= 2.0**-17).all()
+    assert torch.equal(scale.to(torch.bfloat16).float(), scale)
+    assert torch.equal(scale.to(torch.float16).float(), scale)
+
+
+@pytest.mark.parametrize(
+    ("scale", "snapped"),
+    [
+        (1 + 2**-8, 1.0),  # a tie goes to the even neighbour below ...
+        (1 + 3 * 2**-8, 1 + 2**-6),  # ... and above
+        (1 + 2**-8 + 2**-20, 1 + 2**-7),
+        (2.0**-20, 2.0**-17),
+        (0.0, 1.0),
+    ],
+)
+def test_rounding_of_weight_scales(scale: float, snapped: float) -> None:
+    row = torch.tensor([[scale * 7, 0.0]])
+    assert compute_scale(row, QuantSpec(4), snap=True).item() == snapped
+
+
+def test_ties_go_to_even_codes() -> None:
+    row = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
+    codes, _ = quantize(row, QuantSpec(4))
+    assert codes.tolist() == [[7, 0, 2, 2, 0, -2, -2]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_zeros_has_scale_one(dtype: torch.dtype) -> None:
+    rows = torch.tensor([[0.0, 0.0], [0.0, 3.5]], dtype=dtype)
+    assert compute_scale(rows, QuantSpec(4)).tolist() == [[1.0], [0.5]]
+    assert fake_quantize(rows, QuantSpec(4))[0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_lowest_code_occurs_in_the_full_range_alone(bits: int) -> None:
+    lowest = -(2 ** (bits - 1))
+    row = torch.tensor([[lowest + 0.5, -lowest - 0.5, 0.3]])
+    assert quantize(row, QuantSpec(bits, range="full"))[0].min() == lowest
+    assert quantize(row, QuantSpec(bits))[0].min() == lowest + 1
+
+
+def test_groups_do_not_see_each_other() -> None:
+    row = torch.tensor([[7.0, 1.0, 0.07, 0.01]])
+    codes, scale = quantize(row, QuantSpec(4, group_size=2))
+    assert codes.tolist() == [[7, 1, 7, 1]]
+    torch.testing.assert_close(scale, torch.tensor([[1.0, 0.01]]))
+
+
+def test_a_group_size_that_does_not_divide() -> None:
+    with pytest.raises(ConfigError, match="group_size 3 does not divide the 8 values"):
+        fake_quantize(torch.ones(2, 8), QuantSpec(4, group_size=3))
+
+
+def test_not_a_number_stays_one() -> None:
+    """So that a diverged training is noticed."""
+    assert fake_quantize(torch.tensor([[1.0, float("nan")]]), QuantSpec(4)).isnan().any()
+
+
+class TwoLinears(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in (self.up, self.down):
+            quantized = fake_quantize(self.norm(x), QuantSpec(8))
+            weight = fake_quantize(linear.weight, QuantSpec(4, group_size=8), snap_scale=True)
+            x = nn.functional.silu(nn.functional.linear(quantized, weight, linear.bias))
+        return x
+
+
+def fake_quantize_nodes(program: torch.export.ExportedProgram) -> int:
+    return sum(node.target is torch.ops.qatc.fake_quantize.default for node in program.graph.nodes)
+
+
+def test_an_exported_program_holds_the_op_saves_and_loads() -> None:
+    torch.manual_seed(0)
+    model, x = TwoLinears(), torch.randn(2, 3, 16)
+    exported = torch.export.export(model, (x,), strict=False)
+    assert fake_quantize_nodes(exported) == 4
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert fake_quantize_nodes(loaded) == 4
+    assert torch.equal(loaded.module()(x), model(x))
+    again = torch.export.export(loaded.module(), (x,), strict=False)
+    assert fake_quantize_nodes(again) == 4
+
+
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
+def test_inductor_fuses_the_op() -> None:
+    """Four fake-quant nodes, and no kernel more than without them; none of them a call."""
+    torch.manual_seed(0)
+    model, x = TwoLinears(), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        _, sources = run_and_get_code(torch.compile(model), x)
+    code = "\n".join(sources)
+    assert "qatc" not in code.replace("Topologically Sorted", "")
+    kernels = code.count("async_compile.cpp_pybinding(") + code.count("async_compile.triton(")
+    # norm and quantize, (product), activate with norm and quantize, (product), activate
+    assert kernels <= 4
+
+
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
+def test_compiled_is_eager_bit_for_bit() -> None:
+    """Above all the bf16 rounding of weight scales, which a cast and back would not survive."""
+    cases = [
+        (QuantSpec(bits, group_size, range_), snap)
+        for (bits, range_), group_size, snap in itertools.product(
+            [(4, "restricted"), (8, "full")], [None, 8], [False, True]
+        )
+    ]
+
+    def everything(x: Tensor) -> list[Tensor]:
+        return [fake_quantize(x, spec, snap_scale=snap) for spec, snap in cases]
+
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(torch.compile(everything)(x), everything(x), strict=True):
+        assert torch.equal(one, other)
