@@ -85,12 +85,16 @@ class _CachedForward(TemplateForward):
 
 
 def _allocate(gm: Any, rows: int, length: int, device: torch.device) -> list[Tensor]:
-    """Zeroed caches of the shapes that the graph's attention writes."""
+    """Zeroed caches of the shapes that the graph's attention writes.
+
+    One slot more than is ever read, so that what is read is never contiguous: Inductor would
+    compile a second graph for that.
+    """
     node = next(n for n in gm.graph.nodes if n.target is cached_attention)
     caches = []
     for source in node.args[1:3]:
         value = source.meta["val"]
-        shape = (rows, int(value.shape[1]), length, int(value.shape[3]))
+        shape = (rows, int(value.shape[1]), length + 1, int(value.shape[3]))
         caches.append(torch.zeros(shape, dtype=value.dtype, device=device))
     return caches
 

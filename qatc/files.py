@@ -19,6 +19,7 @@ _DISK_ERRORS = {
     errno.EDQUOT,
     errno.EROFS,
     errno.EACCES,
+    errno.ENOENT,
     errno.EPERM,
     errno.EIO,
     errno.ENOTDIR,

@@ -92,6 +92,7 @@ class _Run:
             train,
             config.training,
             config.partial,
+            rounding_kl=figures[GENERATED]["RTN"].kl or 0.0,
             autocast=self._autocast,
         )
         history = distiller.run(

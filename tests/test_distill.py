@@ -155,9 +155,12 @@ class TestStep:
         for record in history:
             assert record.loss > record.kl > 0
 
-    @pytest.mark.parametrize(("width", "rate"), [(64, 5e-4), (4096, 2e-5), (512, 1e-4)])
-    def test_default_learning_rate(self, width: int, rate: float) -> None:
-        assert default_learning_rate(width) == pytest.approx(rate, rel=0.01)
+    @pytest.mark.parametrize(
+        ("width", "kl", "rate"),
+        [(64, 1.4, 1.28e-3), (4096, 2.0, 2e-5), (64, 0.01, 1.28e-4), (64, 0.0, 1.28e-5)],
+    )
+    def test_default_learning_rate(self, width: int, kl: float, rate: float) -> None:
+        assert default_learning_rate(width, kl) == pytest.approx(rate, rel=0.01)
 
 
 def _first_batch(config: TrainingConfig) -> Any:

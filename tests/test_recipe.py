@@ -83,7 +83,9 @@ def test_bad_kv_site_is_quoted_and_the_valid_ones_listed() -> None:
 def test_bad_skip_is_quoted(skip: Any) -> None:
     with pytest.raises(ConfigError) as raised:
         Recipe(skip=skip)
-    assert str(raised.value) == f"skip must be a list of name patterns; got {skip!r}"
+    assert str(raised.value) == (
+        f"skip must be a tuple (in YAML a list) of name patterns; got {skip!r}"
+    )
 
 
 @pytest.mark.parametrize(
