@@ -18,7 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: venv ## Quantize the example model to 4-8-4 and write build/demo/report.md.
-	$(BIN)/qatc quantize --model examples/demo-model --bits 4-8-4 --output build/demo --overwrite
+	$(BIN)/qatc quantize --model examples/demo-model --bits 4-8-4 --output build/demo \
+		--samples 1024 --steps 300 --overwrite
 	@echo 'What was done and what it cost: build/demo/report.md'
 
 test: lint types ## Run everything that must pass: lint, types and tests.

@@ -211,9 +211,9 @@ class TemplateForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> TemplateForward:
         # The copied module is already in the memo: deepcopy creates it before its attributes.
         module = memo.get(id(self.module), self.module)
-        copied = TemplateForward(module, self.name, self.store, self.skip)
+        copied = copy.copy(self)
+        copied.module = module
         copied.original = copy.deepcopy(self.original, memo)
-        copied._constants = self._constants
         return copied
 
     def install(self) -> None:

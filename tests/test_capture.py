@@ -33,7 +33,8 @@ class Layer(nn.Module):
 
 
 def call(template: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    parameters = module.named_parameters(remove_duplicate=False)
+    tensors = dict(parameters) | dict(module.named_buffers())
     leaves = pytree.tree_leaves((args, kwargs))
     return template([tensors[name] for name in template.parameters], leaves)
 
@@ -43,7 +44,7 @@ def test_a_template_computes_what_the_module_does() -> None:
     module = Layer()
     x, pair = torch.randn(2, 3, 4), (torch.randn(2, 3, 4), None)
     template = capture(module, (x, 0.5), {"mask": None, "pair": pair})
-    assert template.parameters == ("linear.weight", "linear.bias", "table")
+    assert template.parameters == ("linear.weight", "linear.bias", "tied.weight", "table")
     assert len(template.inputs) == 2
     module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()})
     for batch, length in ((2, 3), (1, 1), (5, 7)):
@@ -152,8 +153,11 @@ def test_a_module_that_cannot_be_exported() -> None:
     assert 'attn_implementation="sdpa"' in message and "\n" not in message
 
 
-def test_a_module_that_changes_its_state() -> None:
-    module = nn.BatchNorm1d(4)
-    with pytest.raises(CaptureError, match="it changes .*running_mean.* while it runs"):
-        capture(module, (torch.randn(3, 4),), {})
-    capture(module.eval(), (torch.randn(3, 4),), {})
+def test_running_statistics_are_updated() -> None:
+    module, reference = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    template = capture(module, (torch.randn(3, 4),), {})
+    for batch in (3, 5):
+        x = torch.randn(batch, 4)
+        assert torch.equal(call(template, module, x), reference(x))
+    pairs = zip(module.buffers(), reference.buffers(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)

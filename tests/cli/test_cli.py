@@ -1,0 +1,172 @@
+"""The command line, driven for real: exit codes, streams, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from qatc.cli.main import app
+
+TINY = ["--samples", "24", "--max-length", "16", "--eval-samples", "8", "--steps", "4"]
+TINY += ["--batch-size", "4", "--generation-batch-size", "8", "--no-compile"]
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(code: int, says: str, *arguments: Any) -> str:
+    """The command ends with ``code`` and one line on stderr; returns that line."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and says in lines[0], result.stderr
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def output(shared_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized model, made by the command in a process of its own."""
+    path = tmp_path_factory.mktemp("cli") / "out"
+    command = [sys.executable, "-m", "qatc.cli", "quantize", "--model", str(shared_model_path)]
+    done = subprocess.run(
+        [*command, "--output", str(path), "--json", *TINY],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # nothing but JSON on stdout
+    assert set(result["figures"]["generated"]) == {"full precision", "RTN", "QAT"}
+    assert "Training for 4 steps" in done.stderr and "Warning" not in done.stderr
+    return path
+
+
+@pytest.mark.parametrize("bits", ["4-8", "3.5-8-4", "0-8-4", "9-8-4", "4-8-4-4"])
+def test_bits(bits: str, shared_model_path: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    refused(2, "bits", "quantize", "--model", shared_model_path, "--bits", bits, "--output", target)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--steps", "0"], 2, "steps must be at least 1"),
+        (["--device", "nonsense"], 2, "nonsense"),
+        (["--dtype", "int3"], 2, "dtype must be one of"),
+        (["--strategy", "guess"], 2, "strategy must be one of"),
+        (["--greedy-tokens", "many"], 2, "3-5"),
+        (["--skip", "*no_such*"], 2, "matches no parameter"),
+        (["--group-size", "7"], 1, "does not divide"),
+        (["--kv-site", "moon"], 2, "cache, projection"),
+        (["--bits", "16-16-16"], 2, "quantizes nothing"),
+        (["--max-length", "4096"], 2, "takes at most 128 tokens"),
+        (["--eval-text", "no-such-file.txt"], 2, "no-such-file.txt"),
+        (["--resume"], 2, "no unfinished run"),
+        (["--recipe", "no-such-recipe.yaml"], 2, "cannot read the recipe"),
+    ],
+)
+def test_wrong_options(
+    options: list[str], code: int, says: str, shared_model_path: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    command = ["quantize", "--model", shared_model_path, "--output", target, *TINY, *options]
+    refused(code, says, *command)
+    assert not target.exists()
+
+
+def test_recipes(shared_model_path: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    command = ["inspect", "--model", shared_model_path, "--recipe", recipe]
+    recipe.write_text("wieghts: {bits: 4}\n")
+    assert "weights, activations, kv" in refused(2, "wieghts", *command)
+    recipe.write_text("[unclosed")
+    refused(2, "not valid YAML", *command)
+    recipe.write_text("weights: {bits: 4}\n")
+    refused(2, "--recipe", *command, "--bits", "4-8-4")
+    assert run(*command).exit_code == 0
+
+
+def test_models(tmp_path: Path, shared_model_path: Path, bloom_path: Path, output: Path) -> None:
+    target = tmp_path / "out"
+    for model, code, says in [
+        (tmp_path / "absent", 2, "no model directory"),
+        (bloom_path, 2, "no attention through SDPA"),
+        (output, 2, "quantized already"),
+    ]:
+        refused(code, says, "quantize", "--model", model, "--output", target, *TINY)
+        assert not target.exists()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in shared_model_path.iterdir():
+        damaged.joinpath(file.name).write_bytes(file.read_bytes())
+    whole = damaged.joinpath("model.safetensors").read_bytes()
+    damaged.joinpath("model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(2, "cannot load", "quantize", "--model", damaged, "--output", target, *TINY)
+
+
+def test_existing_and_unwritable_outputs(shared_model_path: Path, output: Path) -> None:
+    command = ["quantize", "--model", shared_model_path, *TINY, "--output"]
+    refused(2, "--overwrite", *command, output)
+    refused(1, "cannot write", *command, output / "qatc.json" / "below")
+
+
+def test_generate_data(shared_model_path: Path, tmp_path: Path) -> None:
+    target = tmp_path / "corpus"
+    command = ["generate-data", "--model", shared_model_path, "--output", target, "--no-compile"]
+    command += ["--samples", "6", "--max-length", "12", "--shard-size", "2", "--batch-size", "4"]
+    result = run(*command, "--preview", "2")
+    assert result.exit_code == 0 and "sample 1" in result.stdout
+    shard = target / "shard-00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-7])
+    assert "generate-data" in refused(1, "damaged", "evaluate", shared_model_path, "--data", target)
+    assert run(*command).exit_code == 0
+    assert shard.read_bytes() == whole
+    refused(2, "seed", *command, "--seed", "1")
+
+
+def test_evaluate(output: Path, shared_model_path: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The old fox sleeps by the bridge. " * 20)
+    common = ["--text", text, "--length", "16", "--no-compile", "--json"]
+    result = run("evaluate", output, "--teacher", shared_model_path, *common)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["kl"] > 0 and 0 <= figures["top1_agreement"] <= 1
+    refused(2, "--text", "evaluate", output)
+    refused(2, "quantized already", "evaluate", output, "--bits", "4-8-4", *common)
+
+
+def test_export(output: Path, tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    assert run("export", output, "--output", target).exit_code == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (target / name).read_bytes() == (output / name).read_bytes()
+    refused(2, "--overwrite", "export", output, "--output", target)
+    refused(2, "compressed-tensors", "export", output, "--output", tmp_path / "x", "--format", "y")
+    refused(1, "qatc quantize", "export", tmp_path, "--output", tmp_path / "x")
+
+
+def test_inspect(shared_model_path: Path) -> None:
+    result = run("inspect", "--model", shared_model_path, "--bits", "4-8-4", "--json")
+    plan = json.loads(result.stdout)
+    assert plan["kinds"][0]["layers"] == ["model.layers.0", "model.layers.1"]
+    kinds = [site["kind"] for site in plan["kinds"][0]["sites"]]
+    assert [kinds.count(k) for k in ("input", "weight", "key", "value")] == [4, 7, 1, 1]
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout
+    for name in ("quantize", "generate-data", "inspect", "evaluate", "export"):
+        assert name in text and "qatc" in run(name, "--help").stdout
