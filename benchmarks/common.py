@@ -42,8 +42,8 @@ def save(name: str, result: dict[str, Any]) -> Path:
 
 
 def display_path(path: str) -> str:
-    """A path as it may stand in a committed result: relative to the repository's parent."""
+    """A path as it may stand in a committed result: within the repository, or the last name."""
     try:
         return str(Path(path).resolve().relative_to(ROOT))
     except ValueError:
-        return os.path.relpath(Path(path).resolve(), ROOT)
+        return Path(path).resolve().name
