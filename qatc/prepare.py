@@ -89,7 +89,8 @@ def prepare(
         recipe: what is quantized and how.
         compile: whether to compile the graphs with Inductor; ``None``: if this machine can.
         compute_dtype: float dtype of the layers' computation when it is not that of the
-            parameters, e.g. bf16 over fp32 masters.
+            parameters, e.g. bf16 over fp32 masters. The layers' results have that dtype as well,
+            so call the model under ``torch.autocast`` of the same dtype, for the head's sake.
 
     Returns:
         ``model`` itself.
@@ -165,7 +166,8 @@ def _capture_now(model: nn.Module, store: TemplateStore) -> None:
     """Run a tiny batch, so that what cannot be captured or quantized is known at once."""
     compiler, store.compile, store.dry_run = store.compile, None, True
     ids = torch.zeros((2, 8), dtype=torch.long, device=next(model.parameters()).device)
-    model(input_ids=ids, use_cache=False)
+    with torch.autocast(ids.device.type, store.compute_dtype, store.compute_dtype is not None):
+        model(input_ids=ids, use_cache=False)
     store.compile, store.dry_run = compiler, False
     for template in store:
         if compiler is not None:
