@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(common.ROOT / "examples/demo-model"))
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=768)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--samples", type=int, default=256)
     arguments = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="qatc-resume-"))
     try:
@@ -56,7 +56,7 @@ def compare(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     kills: list[dict[str, Any]] = []
     output = base / "killed"
     while len(kills) < arguments.kills:
-        after = draw.uniform(2.0, 0.6 * through)
+        after = draw.uniform(2.0, 0.3 * through)
         process = subprocess.Popen(
             [*command, "--output", str(output)],
             stdout=subprocess.DEVNULL,
