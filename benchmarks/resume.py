@@ -56,7 +56,7 @@ def compare(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     kills: list[dict[str, Any]] = []
     output = base / "killed"
     while len(kills) < arguments.kills:
-        after = draw.uniform(2.0, 0.3 * through)
+        after = draw.uniform(2.0, 20.0)
         process = subprocess.Popen(
             [*command, "--output", str(output)],
             stdout=subprocess.DEVNULL,
