@@ -230,9 +230,7 @@ class _Run:
         weights = {}
         if config.recipe.weights.quantizes:
             weights = {
-                name: QuantizedWeight.from_float(
-                    state[name].to(self.compute), config.recipe.weights
-                )
+                name: QuantizedWeight.from_float(state[name], config.recipe.weights)
                 for name in self.quantized
             }
         floats = {
