@@ -18,7 +18,7 @@ def export(
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Write a quantized model in the format of another runtime.
+    """Write a quantized model in the format of another runtime, once it is verified.
 
     [bold]Example[/]
 
@@ -28,9 +28,17 @@ def export(
 
     with readable_errors("interrupted; nothing was written"):
         terminal.quiet_libraries()
+        from qatc.errors import PassError
         from qatc.export import export as run
+        from qatc.parity import verify
 
-        written = run(source, output, format=format, overwrite=overwrite)
+        def check(directory: Path) -> None:
+            try:
+                verify(directory).require(str(directory))
+            except PassError as error:
+                terminal.err.print(f"not verified, as it does not run on integers: {error}")
+
+        written = run(source, output, format=format, overwrite=overwrite, verify=check)
     if json:
         terminal.print_json({"output": str(written), "format": format})
         return

@@ -51,7 +51,7 @@ def generate_data(
         from qatc.device import load_teacher
         from qatc.generate import GenerationConfig, generate_corpus
         from qatc.models import load_tokenizer
-        from qatc.prepare import can_compile
+        from qatc.preparation import can_compile
 
         config = GenerationConfig(
             sequences=samples,

@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
+from qatc.errors import ConfigError
 
 if TYPE_CHECKING:
     from qatc.inspect import Plan, Site
 
 
 def inspect(
-    model: options.Model,
+    output: Annotated[
+        Path | None,
+        typer.Argument(help="A qatc output, for --kernels.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Hub name or directory of the model.", show_default=False),
+    ] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="What runs every linear of an output, and its memory.")
+    ] = False,
     bits: options.Bits = None,
     recipe: options.RecipeFile = None,
     group_size: options.GroupSize = None,
     kv_site: options.KVSite = None,
     skip: options.Skip = None,
+    target: options.Target = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Show what would be quantized, what is skipped and why, and the size. Loads no weights.
 
-    [bold]Example[/]
+    [bold]Examples[/]
 
       qatc inspect --model meta-llama/Llama-2-7b-hf --bits 4-8-4
+
+      qatc inspect Llama-2-7b-4-8-4 --kernels
     """
     from qatc.cli import terminal
 
     with readable_errors():
-        chosen = options.build_recipe(bits, recipe, group_size, kv_site, skip)
+        if kernels:
+            if output is None:
+                raise ConfigError("--kernels is about an output: qatc inspect OUTPUT --kernels")
+            terminal.quiet_libraries()
+            _render_kernels(output, json)
+            return
+        if model is None:
+            raise ConfigError("say what to inspect: --model MODEL, or OUTPUT --kernels")
+        chosen = options.build_recipe(bits, recipe, group_size, kv_site, skip, target)
         terminal.quiet_libraries()
         from qatc.inspect import inspect_model
 
@@ -39,6 +64,30 @@ def inspect(
         terminal.print_json(plan.to_dict())
         return
     _render(plan)
+
+
+def _render_kernels(output: Path, json: bool) -> None:
+    from dataclasses import asdict
+
+    from qatc.cli import terminal
+    from qatc.runtime import kernel_report, load, memory
+
+    loaded = load(output, compile=False)
+    uses, held = kernel_report(loaded), memory(loaded)
+    if json:
+        terminal.print_json({"kernels": [asdict(use) for use in uses], "memory": asdict(held)})
+        return
+    rows = [["layer", "weight", "shape", "phase", "kernel", "not used"]]
+    for use in uses:
+        passed_over = "; ".join(f"{name}: {why}" for name, why in use.passed_over)
+        shape = " x ".join(map(str, use.shape))
+        rows.append([use.layer, use.weight, shape, use.phase, use.kernel, passed_over])
+    terminal.print_table(rows)
+    table = [["bytes", "bf16", "held", "ratio"]]
+    if held.bf16_quantized:
+        table.append(_line("quantized linears", held.bf16_quantized, held.quantized))
+    table.append(_line("KV cache, per token", held.bf16_cache_per_token, held.cache_per_token))
+    terminal.print_table(table)
 
 
 def _render(plan: Plan) -> None:

@@ -7,9 +7,11 @@ import typer
 import qatc
 from qatc.cli.evaluate import evaluate
 from qatc.cli.export import export
+from qatc.cli.generate import generate
 from qatc.cli.generate_data import generate_data
 from qatc.cli.inspect import inspect
 from qatc.cli.quantize import quantize
+from qatc.cli.verify import verify
 
 app = typer.Typer(
     name="qatc",
@@ -23,6 +25,8 @@ app.command("quantize")(quantize)
 app.command("generate-data")(generate_data)
 app.command("inspect")(inspect)
 app.command("evaluate")(evaluate)
+app.command("generate")(generate)
+app.command("verify")(verify)
 app.command("export")(export)
 
 

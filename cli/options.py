@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +51,15 @@ Skip = Annotated[
         show_default=False,
     ),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="Runtime to train for: qatc (default), transformers, vllm or llama.cpp. Sets how"
+        " activations, K and V are rounded.",
+        show_default=False,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -66,17 +75,25 @@ def build_recipe(
     group_size: int | None = None,
     kv_site: str | None = None,
     skip: list[str] | None = None,
+    target: str | None = None,
 ) -> Recipe:
     """The recipe that the options describe."""
     if recipe is not None:
-        given = {"--bits": bits, "--group-size": group_size, "--kv-site": kv_site, "--skip": skip}
+        given: dict[str, Any] = {
+            "--bits": bits,
+            "--group-size": group_size,
+            "--kv-site": kv_site,
+            "--skip": skip,
+        }
+        given["--target"] = target
         clashing = [name for name, value in given.items() if value]
         if clashing:
             raise ConfigError(
                 f"--recipe says it all; leave out {', '.join(clashing)} or change the file"
             )
         return Recipe.from_yaml(recipe)
-    changes = {} if kv_site is None else {"kv_site": kv_site}
+    changes: dict[str, Any] = {} if kv_site is None else {"kv_site": kv_site}
+    changes |= {} if target is None else {"target": target}
     patterns = DEFAULT_SKIP + tuple(skip or ())
     return Recipe.from_bits(bits or "4-8-4", group_size=group_size, skip=patterns, **changes)
 

@@ -23,6 +23,7 @@ def quantize(
     group_size: options.GroupSize = None,
     kv_site: options.KVSite = None,
     skip: options.Skip = None,
+    target: options.Target = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -66,6 +67,13 @@ def quantize(
             "--compile/--no-compile", help="Compile the graphs. Default: if this machine can."
         ),
     ] = None,
+    integer_forward: Annotated[
+        bool | None,
+        typer.Option(
+            "--integer-forward/--no-integer-forward",
+            help="Train on int8 codes. Default: where that is exact and fast.",
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -83,7 +91,7 @@ def quantize(
     from qatc.cli import terminal
 
     with readable_errors("interrupted; the same command goes on from the last checkpoint"):
-        chosen = options.build_recipe(bits, recipe, group_size, kv_site, skip)
+        chosen = options.build_recipe(bits, recipe, group_size, kv_site, skip, target)
         greedy = options.parse_range(greedy_tokens)
         if output is None:
             output = Path(f"{Path(model).resolve().name}-{chosen.bits}")
@@ -126,6 +134,7 @@ def quantize(
             device=device,
             train_embeddings=train_embeddings,
             compile=compile,
+            integer_forward=integer_forward,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )

@@ -41,6 +41,12 @@ def print_error(message: str) -> None:
     err.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
 
 
+def stream(text: str) -> None:
+    """Text on stdout as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def print_json(value: Any) -> None:
     """A result for machines, on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")

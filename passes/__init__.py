@@ -7,6 +7,8 @@ Canonicalize            one spelling for the matchers: asserts dropped, repeated
 QuantizeLinearInputs    fake-quant nodes on the inputs of linears, one scale per token
 QuantizeWeights         fake-quant nodes on weights, one scale per output channel or group
 QuantizeKV              fake-quant nodes on keys and values, one scale per token and head
+UseIntegerForward       quantized linears on int8 codes with an exact product, differentiable
+LowerLinear             linears on packed codes, by the fastest exact kernel
 InsertKVCache           attention that writes to, and reads from, a preallocated KV cache
 ======================  ===========================================================================
 
@@ -18,19 +20,23 @@ InsertKVCache           attention that writes to, and reads from, a preallocated
 from qatc.passes.base import Edits, GraphPass, PassRecord, Pipeline, pass_records
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.insert_kv_cache import InsertKVCache
+from qatc.passes.lower_linear import LowerLinear
 from qatc.passes.quantize_kv import QuantizeKV
 from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs
 from qatc.passes.quantize_weights import QuantizeWeights
+from qatc.passes.use_integer_forward import UseIntegerForward
 
 __all__ = [
     "Canonicalize",
     "Edits",
     "GraphPass",
     "InsertKVCache",
+    "LowerLinear",
     "PassRecord",
     "Pipeline",
     "QuantizeKV",
     "QuantizeLinearInputs",
     "QuantizeWeights",
+    "UseIntegerForward",
     "pass_records",
 ]

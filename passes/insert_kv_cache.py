@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
-from qatc.graph import Attention, find_attentions, shape_of
-from qatc.kv_cache import cached_attention
+from qatc.graph import Attention, argument, find_attentions, quantizer_of, shape_of
+from qatc.kv_cache import cache_shapes, cached_attention, quantized_attention
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
-
-CACHE_INPUTS = ("key_cache", "value_cache", "positions")
-"""The graph inputs that the pass adds, in order, after all others."""
+from qatc.spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class InsertKVCache(GraphPass):
-    """Replace a layer's causal attention by attention over a cache in full precision.
+    """Replace a layer's causal attention by attention over a cache.
 
-    The graph gets three more inputs, in place changed: ``key_cache`` and ``value_cache``
-    ``[B, Hkv, S, D]``, and ``positions`` int64 ``[B, T]``, see
-    :func:`qatc.kv_cache.cached_attention`.
+    The graph gets more inputs at its end, of which the caches are changed in place:
+
+    - in full precision ``key_cache`` and ``value_cache`` ``[B, Hkv, S, D]``; quantized
+      ``key_codes``, ``key_scale``, ``value_codes`` and ``value_scale``, see
+      :func:`qatc.kv_cache.quantized_attention`;
+    - ``positions`` int64 ``[B, T]``;
+    - if it is ``masked``, ``cache_mask`` bool ``[B, 1, T, S]``.
+
+    Args:
+        spec: bits of the cache: those at which the graph quantizes K and V, whose fake-quant nodes
+            give way to the codes.
+        masked: take a mask.
     """
 
+    spec: QuantSpec = field(default_factory=lambda: QuantSpec(16))
+    masked: bool = False
     requires: ClassVar = (Canonicalize,)
 
     def edit(self, gm: GraphModule) -> Edits:
         attentions = find_attentions(gm)
-        done = [n for n in gm.graph.nodes if n.target is cached_attention]
+        done = [n for n in gm.graph.nodes if n.target in (cached_attention, quantized_attention)]
         if not attentions:
             return Edits(matched=len(done), edited=0)
         if len(attentions) != 1:
@@ -44,31 +54,75 @@ class InsertKVCache(GraphPass):
         # Over a single token, causal attention is spelled without the flag.
         if not attention.is_causal and str(shape_of(attention.query)[2]) != "1":
             raise PassError("the attention is not causal; a cache holds only what came before")
-        caches = _add_inputs(gm, attention)
+        key, value = attention.key, attention.value
+        options: dict[str, Any] = {"scale": attention.scale}
+        if self.spec.quantizes:
+            key, value = (self._unquantized(node) for node in (key, value))
+            options |= {"bits": self.spec.bits, "range": self.spec.range}
+        inputs = self._add_inputs(gm, attention)
         node = attention.node
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(
-                cached_attention,
-                (attention.query, attention.key, attention.value, *caches),
-                {"scale": attention.scale},
+                quantized_attention if self.spec.quantizes else cached_attention,
+                (attention.query, key, value, *inputs),
+                options,
             )
-        new.meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
+        new.meta = {name: node.meta[name] for name in ("val", "tensor_meta") if name in node.meta}
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         return Edits(matched=1, edited=1)
 
+    def _unquantized(self, node: Node) -> Node:
+        """What the cache's fake-quant node rounds, which the cache rounds itself."""
+        quantizer = quantizer_of(node)
+        if quantizer is None:
+            raise PassError(
+                "the K or V that attention reads is not what was quantized, so that a cache has no"
+                " codes to store; quantize them where the cache stores them (--kv-site cache)"
+            )
+        if argument(quantizer, 2, "group_size", 0):
+            raise PassError(
+                "the KV cache stores one scale per token and head; leave kv.group_size out"
+            )
+        bits, kind = quantizer.args[1], argument(quantizer, 3, "range", "restricted")
+        if (bits, kind) != (self.spec.bits, self.spec.range):
+            raise PassError(
+                f"the graph quantizes K and V to {bits} bits ({kind}), and the cache is to have"
+                f" {self.spec.bits} ({self.spec.range})"
+            )
+        source = quantizer.args[0]
+        assert isinstance(source, Node)
+        return source
 
-def _add_inputs(gm: GraphModule, attention: Attention) -> list[Node]:
-    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
-    inputs = []
-    for name in reversed(CACHE_INPUTS):
-        with gm.graph.inserting_after(last):
-            inputs.append(gm.graph.placeholder(name))
-    key_cache, value_cache, positions = inputs[::-1]
-    if "val" in attention.key.meta:
-        # The number of slots is free; as an example, as many as there are new tokens.
-        key, value = attention.key.meta["val"], attention.value.meta["val"]
-        key_cache.meta["val"] = torch.empty_like(key)
-        value_cache.meta["val"] = torch.empty_like(value)
-        positions.meta["val"] = key.new_empty((key.shape[0], key.shape[2]), dtype=torch.int64)
-    return [key_cache, value_cache, positions]
+    def _add_inputs(self, gm: GraphModule, attention: Attention) -> list[Node]:
+        """The new inputs; as an example, the cache has as many slots as there are new tokens."""
+        examples: dict[str, Tensor | None] = {}
+        known = "val" in attention.key.meta
+        for name, node in (("key", attention.key), ("value", attention.value)):
+            value = node.meta["val"] if known else None
+            if not self.spec.quantizes:
+                examples[f"{name}_cache"] = None if value is None else torch.empty_like(value)
+                continue
+            for part, index in (("codes", 0), ("scale", 1)):
+                example = None
+                if value is not None:
+                    width, dtype = cache_shapes(self.spec, int(value.shape[-1]))[index]
+                    example = value.new_empty((*value.shape[:-1], width), dtype=dtype)
+                examples[f"{name}_{part}"] = example
+        key = attention.key.meta["val"] if known else None
+        shape = None if key is None else (key.shape[0], key.shape[2])
+        examples["positions"] = None if key is None else key.new_empty(shape, dtype=torch.int64)
+        if self.masked:
+            visible = None if shape is None else (shape[0], 1, shape[1], shape[1])
+            examples["cache_mask"] = (
+                None if key is None else key.new_empty(visible, dtype=torch.bool)
+            )
+        last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+        inputs = []
+        for name, example in examples.items():
+            with gm.graph.inserting_after(last):
+                last = gm.graph.placeholder(name)
+            if example is not None:
+                last.meta["val"] = example
+            inputs.append(last)
+        return inputs

@@ -14,21 +14,35 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qatc.errors import QatcError as QatcError
     from qatc.export import load_codes as load_codes
-    from qatc.prepare import prepare as prepare
-    from qatc.prepare import restore as restore
+    from qatc.parity import verify as verify
+    from qatc.preparation import prepare as prepare
+    from qatc.preparation import restore as restore
     from qatc.recipe import Recipe as Recipe
+    from qatc.runtime import load as load
     from qatc.spec import QuantSpec as QuantSpec
 
 _EXPORTS = {
     "QatcError": "qatc.errors",
     "QuantSpec": "qatc.spec",
     "Recipe": "qatc.recipe",
+    "load": "qatc.runtime",
     "load_codes": "qatc.export",
-    "prepare": "qatc.prepare",
-    "restore": "qatc.prepare",
+    "prepare": "qatc.preparation",
+    "restore": "qatc.preparation",
+    "verify": "qatc.parity",
 }
 
-__all__ = ["QatcError", "QuantSpec", "Recipe", "__version__", "load_codes", "prepare", "restore"]
+__all__ = [
+    "QatcError",
+    "QuantSpec",
+    "Recipe",
+    "__version__",
+    "load",
+    "load_codes",
+    "prepare",
+    "restore",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

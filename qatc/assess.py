@@ -22,7 +22,7 @@ from qatc.evaluate import Metrics, evaluate
 from qatc.export.directory import load_reference, read_recipe
 from qatc.models import load_model, load_tokenizer
 from qatc.models.load import check_length
-from qatc.prepare import prepare
+from qatc.preparation import prepare
 from qatc.progress import Observer
 from qatc.recipe import Recipe
 

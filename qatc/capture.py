@@ -81,6 +81,11 @@ class Template:
             and all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
         )
 
+    def find_parameters(self) -> None:
+        """Read the parameters off the graph again, whose passes may have replaced some."""
+        nodes = (n for n in self.graph_module.graph.nodes if n.op == "placeholder")
+        self.parameters = tuple(n.meta["parameter"] for n in nodes if "parameter" in n.meta)
+
     def keeps_shape(self) -> bool:
         """Whether the only result is shaped like the first input."""
         output = next(n for n in self.graph_module.graph.nodes if n.op == "output")

@@ -17,7 +17,7 @@ from qatc.errors import CaptureError
 from qatc.kv_cache import cached_attention
 from qatc.models import find_regions
 from qatc.passes import Canonicalize, InsertKVCache, Pipeline
-from qatc.prepare import inductor
+from qatc.preparation import inductor
 from qatc.templates import TemplateForward, TemplateStore
 
 WINDOW = 64

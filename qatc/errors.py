@@ -33,3 +33,7 @@ class CheckpointError(QatcError):
 
 class TrainingError(QatcError):
     """Training stopped because going on would be useless (NaN or a diverging loss)."""
+
+
+class ParityError(QatcError):
+    """What runs on integers is not what was trained."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from qatc import ops
+from qatc import integer, ops
 
 aten = torch.ops.aten
 
@@ -89,6 +89,20 @@ def find_linears(gm: GraphModule) -> list[Linear]:
     return found
 
 
+def find_integer_linears(gm: GraphModule) -> list[Linear]:
+    """All integer linears whose weight is a parameter, in graph order.
+
+    They quantize input and weight themselves: the two that they read are in full precision.
+    """
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is integer.INTEGER_LINEAR:
+            name = parameter_name(_node(node.args[1]))
+            if name is not None:
+                found.append(Linear(node, name))
+    return found
+
+
 def find_attentions(gm: GraphModule) -> list[Attention]:
     """All ``scaled_dot_product_attention`` nodes, in graph order."""
     return [
@@ -128,16 +142,34 @@ def is_fake_quantize(node: Node) -> bool:
     return node.op == "call_function" and node.target is ops.FAKE_QUANTIZE
 
 
-def is_quantized(node: Node) -> bool:
-    """Whether ``node`` is a fake-quant node, or a cast of one."""
+def quantizer_of(node: Node) -> Node | None:
+    """The fake-quant node that ``node`` is, or is a cast of."""
     while node.op == "call_function" and node.target in _CASTS:
         node = _node(node.args[0])
-    return is_fake_quantize(node)
+    return node if is_fake_quantize(node) else None
+
+
+def is_quantized(node: Node) -> bool:
+    """Whether ``node`` is a fake-quant node, or a cast of one."""
+    return quantizer_of(node) is not None
 
 
 def weight_sites(gm: GraphModule) -> list[str]:
-    """Names of the weights that are fake-quantized before their linear, in graph order."""
-    return [linear.parameter for linear in find_linears(gm) if is_quantized(linear.weight)]
+    """Names of the weights that are quantized for their linear, in graph order."""
+    linears = [*find_linears(gm), *find_integer_linears(gm)]
+    order = {node: position for position, node in enumerate(gm.graph.nodes)}
+    return [
+        linear.parameter
+        for linear in sorted(linears, key=lambda linear: order[linear.node])
+        if linear.node.target is integer.INTEGER_LINEAR or is_quantized(linear.weight)
+    ]
+
+
+def reads_master(user: Node, source: Node) -> bool:
+    """Whether ``user`` rounds ``source`` to codes, for which it wants it in full precision."""
+    if user.op == "call_function" and user.target is integer.INTEGER_LINEAR:
+        return user.args[1] is source
+    return is_fake_quantize(user)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -12,7 +12,7 @@ from qatc.capture import Template
 from qatc.graph import find_attentions, find_linears, is_fake_quantize, parameter_name, shape_of
 from qatc.models.load import load_skeleton
 from qatc.passes import pass_records
-from qatc.prepare import prepare, prepared_state, quantized_parameters
+from qatc.preparation import prepare, prepared_state, quantized_parameters
 from qatc.recipe import Recipe
 
 PAPER_LENGTH = 2048
@@ -96,7 +96,7 @@ def inspect_model(name: str, recipe: Recipe, *, trust_remote_code: bool = False)
         PassError: there is nothing to quantize, or it cannot be.
     """
     skeleton = load_skeleton(name, trust_remote_code=trust_remote_code)
-    model = prepare(skeleton.model, recipe, compile=False)
+    model = prepare(skeleton.model, recipe, compile=False, integer_forward=False)
     prepared = prepared_state(model)
     groups: dict[int, tuple[Template, list[str]]] = {}
     for forward in prepared.forwards:

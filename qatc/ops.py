@@ -15,9 +15,14 @@ the whole row.
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import torch
+import torch.compiler.config
 from torch import Tensor
 
+from qatc import spec as spec_module
 from qatc.errors import ConfigError
 from qatc.spec import QuantSpec, Range
 
@@ -95,6 +100,20 @@ def _round_to_codes(groups: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     codes = torch.round(groups.float() / scale)  # torch.round: half to even
     return codes.clamp(spec.code_min, spec.code_max)
 
+
+def _tag_compiled_code() -> None:
+    """Let the caches of ``torch.compile`` tell one version of this file from another.
+
+    A compiled graph is found again on disk by its nodes, and a node names an op, not its body: a
+    kernel of an older body would be served without a word.
+    """
+    sources = (Path(__file__), Path(spec_module.__file__))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    config = torch.compiler.config
+    config.cache_key_tag = f"{config.cache_key_tag}qatc-{digest[:16]};"
+
+
+_tag_compiled_code()
 
 _LIBRARY = torch.library.Library("qatc", "DEF")
 _LIBRARY.define(

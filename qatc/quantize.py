@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, text_rows
 from qatc.device import device_name, pick_device, pick_dtype
 from qatc.distill import Distiller
-from qatc.errors import ConfigError
+from qatc.errors import ConfigError, PassError
 from qatc.evaluate import Metrics, evaluate
 from qatc.export.codes import QuantizedWeight
 from qatc.export.directory import write_model
@@ -28,9 +28,17 @@ from qatc.files import complete_directory, read_json, refuse_existing, write_jso
 from qatc.generate import generate_corpus
 from qatc.models import LoadedModel, load_config, load_model, load_tokenizer
 from qatc.models.load import check_length
-from qatc.prepare import can_compile, prepare, prepared_state, quantized_parameters
+from qatc.parity import verify
+from qatc.preparation import (
+    can_compile,
+    prepare,
+    prepared_state,
+    quantized_parameters,
+    why_no_integer_forward,
+)
 from qatc.progress import Observer
 from qatc.report import write_report
+from qatc.runtime import kernel_report, load, memory
 from qatc.settings import QuantizeConfig, begin_run, check_run
 
 GENERATED = "generated"
@@ -106,6 +114,7 @@ class _Run:
         metadata = {
             **_provenance(config, corpus),
             "compute_dtype": str(self.compute).removeprefix("torch."),
+            "integer_forward": self.integer_forward,
             "device": device_name(self.device),
             "learning_rate": distiller.rate,
             "training_seconds": round(sum(r.seconds for r in history), 1),
@@ -164,7 +173,18 @@ class _Run:
         """Put the quantized graph under the student and decide what is trained."""
         masters = next(self.student.parameters()).dtype
         compute = None if self.compute is masters else self.compute
-        prepare(self.student, self.config.recipe, compile=self.compile, compute_dtype=compute)
+        recipe, wanted = self.config.recipe, self.config.integer_forward
+        prepare(
+            self.student,
+            recipe,
+            compile=self.compile,
+            compute_dtype=compute,
+            integer_forward=wanted,
+        )
+        self.integer_forward = prepared_state(self.student).integer_forward
+        if not self.integer_forward:
+            obstacle = why_no_integer_forward(recipe, torch.device(self.device))
+            self.observer.note(f"linears computed in float: {obstacle or 'as asked'}")
         self.quantized = quantized_parameters(self.student)
         if not self.config.train_embeddings:
             _share_embeddings(self.student, self.teacher.model)
@@ -252,7 +272,30 @@ class _Run:
                 tokenizer=self.tokenizer,
             )
             shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
+            metadata = metadata | self._verify(staging, state)
+            write_json(staging / "qatc.json", read_json(staging / "qatc.json") | metadata)
             write_report(staging, metadata, figures, history)
+
+    def _verify(self, staging: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Hold what was written against what was trained, before it is called complete.
+
+        Raises:
+            ParityError: it does not compute what was trained.
+        """
+        self.observer.stage("Verifying that the integer model computes what was trained")
+        try:
+            report = verify(staging, trained=state, device=self.device)
+            model = load(staging, device=self.device, compile=False)
+        except PassError as error:
+            self.observer.note(f"not verified, as it does not run on integers: {error}")
+            return {"parity": {"passed": None, "reason": str(error)}}
+        report.require(str(self.config.output))
+        self.observer.note(f"{len(report.checks)} checks passed")
+        return {
+            "parity": report.to_dict(),
+            "memory": asdict(memory(model)),
+            "kernels": [asdict(use) for use in kernel_report(model)],
+        }
 
 
 def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qatc.errors import ConfigError
-from qatc.spec import QuantSpec
+from qatc.spec import FLOAT_BITS, QuantSpec
+from qatc.targets import find_target
 
 KVSite = Literal["cache", "projection"]
 
@@ -33,6 +34,8 @@ class Recipe:
             projections, one scale per token over all heads, as in the paper's code.
         skip: patterns (``fnmatch``) of parameter names, such as ``*.layers.0.*``, whose linear
             layers stay in full precision, weights and inputs alike.
+        target: the runtime whose rules were taken for what is left open, see
+            :data:`qatc.targets.TARGETS`; :meth:`from_bits` and :meth:`from_dict` take them.
 
     Raises:
         ConfigError: a value is not valid.
@@ -43,8 +46,10 @@ class Recipe:
     kv: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
     kv_site: KVSite = "cache"
     skip: tuple[str, ...] = DEFAULT_SKIP
+    target: str = "qatc"
 
     def __post_init__(self) -> None:
+        find_target(self.target).check(self.target, self.kv.bits)
         if self.kv_site not in get_args(KVSite):
             raise ConfigError(
                 f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"
@@ -55,12 +60,16 @@ class Recipe:
             )
 
     @classmethod
-    def from_bits(cls, bits: str, *, group_size: int | None = None, **changes: Any) -> Recipe:
+    def from_bits(
+        cls, bits: str, *, group_size: int | None = None, target: str = "qatc", **changes: Any
+    ) -> Recipe:
         """A recipe from ``"W-A-KV"`` bits, such as ``"4-8-4"``.
 
         Args:
             bits: weight, activation and KV bits joined by dashes; each 2 to 8, or 16 for none.
-            group_size: group size of the weights, or ``None`` for one scale per output channel.
+            group_size: group size of the weights, or ``None`` for one scale per output channel
+                (or what the target has).
+            target: the runtime to train for.
             changes: any other field of the recipe.
         """
         match = re.fullmatch(r"(\d+)-(\d+)-(\d+)", bits.strip())
@@ -69,9 +78,16 @@ class Recipe:
                 f"--bits takes weight, activation and KV bits joined by dashes, such as 4-8-4;"
                 f" got {bits!r}"
             )
-        weights, activations, kv = (QuantSpec(int(b)) for b in match.groups())
-        weights = dataclasses.replace(weights, group_size=group_size)
-        return cls(weights=weights, activations=activations, kv=kv, **changes)
+        rules = find_target(target)
+        weights, activations, kv = (
+            QuantSpec(int(b), **(own if int(b) != FLOAT_BITS else {}))
+            for b, own in zip(
+                match.groups(), (rules.weights, rules.activations, rules.kv), strict=True
+            )
+        )
+        if group_size is not None:
+            weights = dataclasses.replace(weights, group_size=group_size)
+        return cls(weights=weights, activations=activations, kv=kv, target=target, **changes)
 
     @property
     def bits(self) -> str:
@@ -98,9 +114,12 @@ class Recipe:
         """The inverse of :meth:`to_dict`; unknown keys are refused and the valid ones listed."""
         values = dict(plain)
         _refuse_unknown(values, cls, "recipe")
+        rules = find_target(values.get("target", "qatc"))
         for key in ("weights", "activations", "kv"):
-            if key in values:
-                values[key] = _spec_from_dict(values[key], f"recipe.{key}")
+            if key in values or getattr(rules, key):
+                default = dataclasses.asdict(getattr(cls(), key))
+                plain_spec = values.get(key, {"bits": default["bits"]})
+                values[key] = _spec_from_dict(plain_spec, f"recipe.{key}", getattr(rules, key))
         if isinstance(values.get("skip"), list):
             values["skip"] = tuple(values["skip"])
         return cls(**values)
@@ -131,11 +150,12 @@ class Recipe:
         return cls.from_dict(plain)
 
 
-def _spec_from_dict(plain: Any, where: str) -> QuantSpec:
+def _spec_from_dict(plain: Any, where: str, rules: Mapping[str, Any]) -> QuantSpec:
     if not isinstance(plain, Mapping):
         raise ConfigError(f"{where} must be a mapping such as {{bits: 4}}; got {plain!r}")
     _refuse_unknown(plain, QuantSpec, where)
-    return QuantSpec(**plain)
+    open_rules = {} if plain.get("bits") == FLOAT_BITS else dict(rules)
+    return QuantSpec(**(open_rules | dict(plain)))
 
 
 def _refuse_unknown(plain: Mapping[str, Any], cls: type, where: str) -> None:

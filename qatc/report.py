@@ -67,8 +67,11 @@ def write_report(
         f"![KL divergence and loss by step]({LOSS_PLOT})",
         f"{len(history)} steps, {tokens:,} tokens in {seconds:.0f} s"
         f" ({tokens / seconds:,.0f} tokens/s) on {metadata['device']}, computing in"
-        f" {metadata['compute_dtype']}; peak learning rate {metadata['learning_rate']:.3g};"
+        f" {metadata['compute_dtype']}, quantized linears"
+        f" {'on int8 codes' if metadata['integer_forward'] else 'in float'}; peak learning rate"
+        f" {metadata['learning_rate']:.3g};"
         f" {metadata['row_utilization']:.1%} of the training tokens were no padding.",
+        *_runtime_sections(metadata),
         "## Recipe and provenance",
         _markdown_table(
             [
@@ -85,6 +88,45 @@ def write_report(
     ]
     (directory / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     _plot(directory / LOSS_PLOT, history)
+
+
+def _runtime_sections(metadata: Mapping[str, Any]) -> list[str]:
+    """How the model runs on integers, and how it was compared with the trained one."""
+    parity = metadata.get("parity")
+    if parity is None:
+        return []
+    if parity["passed"] is None:
+        return ["## On integers", f"Not verified: {parity['reason']}"]
+    memory = metadata["memory"]
+    checks = [["compared", "found", "limit"]]
+    checks += [
+        [f"{c['point']}: {c['what']}", f"{c['figure']:.2g}", f"{c['limit']:.2g}"]
+        for c in parity["checks"]
+    ]
+    kernels = [["layer", "weight", "shape", "phase", "kernel", "not used"]]
+    kernels += [
+        [
+            *(use["layer"], use["weight"], " x ".join(str(n) for n in use["shape"]), use["phase"]),
+            use["kernel"],
+            "; ".join(f"{name}: {why}" for name, why in use["passed_over"]),
+        ]
+        for use in metadata["kernels"]
+    ]
+    sizes = [["bytes", "held", "in bf16", "share"]]
+    for title, held, plain in (
+        ("quantized linears", memory["quantized"], memory["bf16_quantized"]),
+        ("KV cache, per token", memory["cache_per_token"], memory["bf16_cache_per_token"]),
+    ):
+        share = f"{held / plain:.3f}" if plain else ""
+        sizes.append([title, f"{held:,}", f"{plain:,}", share])
+    return [
+        "## On integers",
+        "`qatc.load` and `qatc generate` run this directory on packed integers. Before it was"
+        " called complete, that model was compared with the trained graph:",
+        _markdown_table(checks),
+        _markdown_table(sizes),
+        _markdown_table(kernels),
+    ]
 
 
 def _corpus_text(metadata: Mapping[str, Any]) -> str:

@@ -38,6 +38,8 @@ class QuantizeConfig:
         train_embeddings: train embeddings and output head as well, instead of sharing the
             teacher's.
         compile: compile the graphs; ``None``: if this machine can.
+        integer_forward: compute quantized linears on int8 codes in training and evaluation;
+            ``None``: where the recipe allows it and this machine is fast at it.
         overwrite: replace an existing ``output`` (only when the new one is complete).
         trust_remote_code: run code that comes with the model.
 
@@ -58,6 +60,7 @@ class QuantizeConfig:
     device: str = "auto"
     train_embeddings: bool = True
     compile: bool | None = None
+    integer_forward: bool | None = None
     overwrite: bool = False
     trust_remote_code: bool = False
 

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from qatc.capture import LAYER_NUMBERS, Template, capture
 from qatc.errors import CaptureError, PassError
-from qatc.graph import aten, insert_between, is_fake_quantize
+from qatc.graph import aten, insert_between, is_fake_quantize, reads_master
 
 
 @dataclass
@@ -77,6 +77,7 @@ class TemplateStore:
             raise PassError(f"{owner.name} ({type(owner.module).__name__}): {error}") from error
         if self.compute_dtype is not None:
             _cast_parameters(template.graph_module, self.compute_dtype)
+        template.find_parameters()
         for other in candidates:
             if other.computes_like(template):
                 other.numbers += template.numbers
@@ -109,9 +110,9 @@ def _cast_parameters(gm: GraphModule, dtype: torch.dtype) -> None:
     """
     for node in [n for n in gm.graph.nodes if n.op == "placeholder" and "parameter" in n.meta]:
         if node.meta["val"].is_floating_point():
-            quantized = [user for user in node.users if is_fake_quantize(user)]
-            for source in (node, *quantized):
-                users = [user for user in source.users if user not in quantized]
+            masters = [user for user in node.users if reads_master(user, node)]
+            for source in (node, *filter(is_fake_quantize, masters)):
+                users = [user for user in source.users if user not in masters]
                 if users:
                     insert_between(source, users, aten.to.dtype, (dtype,), {})
     gm.recompile()

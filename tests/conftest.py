@@ -8,6 +8,7 @@ import shutil
 import signal
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from qatc.export import QuantizedWeight, write_model
+from qatc.parity import verify
+from qatc.preparation import prepare, quantized_parameters, restore
+from qatc.recipe import Recipe
 
 torch.set_num_threads(1)
 
@@ -81,6 +87,31 @@ def save(directory: Path, model: PreTrainedModel, tokenizer: Any = None) -> Path
     return directory
 
 
+def make_output(directory: Path, recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Path:
+    """An output directory as ``qatc quantize`` writes it, of a model that was not trained."""
+    model = model or make_llama()
+    prepare(model, recipe, compile=False)
+    weights = {}
+    if recipe.weights.quantizes:
+        weights = {
+            name: QuantizedWeight.from_float(model.state_dict()[name], recipe.weights)
+            for name in quantized_parameters(model)
+        }
+    restore(model)
+    directory.mkdir(parents=True)
+    write_model(
+        directory,
+        config=model.config,
+        state=model.state_dict(),
+        weights=weights,
+        recipe=recipe,
+        metadata={},
+        generation_config=model.generation_config,
+        tokenizer=tokenizer,
+    )
+    return directory
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The tokenizer of ``model_path``."""
@@ -130,6 +161,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process verify their output without loading it in a new one (10 s each).
+
+    The command line, which the tests start as a process, does both.
+    """
+    monkeypatch.setattr("qatc.quantize.verify", partial(verify, reload=False))
 
 
 def run_until_killed(function: Callable[[], object]) -> None:

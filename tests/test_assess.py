@@ -12,7 +12,7 @@ from qatc.data import text_rows
 from qatc.errors import ConfigError, DataError
 from qatc.evaluate import evaluate
 from qatc.models import load_model
-from qatc.prepare import prepare
+from qatc.preparation import prepare
 from qatc.recipe import Recipe
 
 

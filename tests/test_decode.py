@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qatc.decode import decoding
 from qatc.errors import CaptureError, QatcError
-from qatc.prepare import can_compile
+from qatc.preparation import can_compile
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,

@@ -19,7 +19,7 @@ from qatc.data import Corpus
 from qatc.errors import ConfigError
 from qatc.generate import GenerationConfig, generate_corpus
 from qatc.models.load import LoadedModel
-from qatc.prepare import can_compile
+from qatc.preparation import can_compile
 from tests.conftest import contents, kill_at_call, make_llama, make_tokenizer, run_until_killed
 
 BOS, EOS = 0, 1

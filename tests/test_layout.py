@@ -26,15 +26,19 @@ LAYERS = {
     "qatc.files": 1,
     "qatc.spec": 1,
     "qatc.graph": 2,
+    "qatc.integer": 2,
+    "qatc.kernels": 2,
     "qatc.kv_cache": 2,
     "qatc.ops": 2,
+    "qatc.packing": 2,
     "qatc.passes": 3,
     "qatc.capture": 4,
     "qatc.decode": 4,
     "qatc.device": 4,
     "qatc.models": 4,
-    "qatc.prepare": 4,
+    "qatc.preparation": 4,
     "qatc.recipe": 4,
+    "qatc.targets": 1,
     "qatc.templates": 4,
     "qatc": 5,
     "qatc.assess": 5,
@@ -45,11 +49,14 @@ LAYERS = {
     "qatc.export": 5,
     "qatc.generate": 5,
     "qatc.inspect": 5,
+    "qatc.parity": 5,
     "qatc.progress": 5,
     "qatc.quantize": 5,
     "qatc.report": 5,
+    "qatc.runtime": 5,
     "qatc.settings": 5,
     "qatc.testing": 5,
+    "qatc.writing": 5,
     "qatc.cli": 6,
 }
 PACKAGES = {"qatc.cli", "qatc.export", "qatc.models", "qatc.passes"}
@@ -232,3 +239,8 @@ def test_wheel_holds_every_module(tmp_path: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in modules().values()} <= held
     assert {"qatc/py.typed", "qatc/passes/__init__.py", "qatc/cli/__init__.py"} <= held
     assert not [name for name in held if name.startswith(("passes/", "cli/", "tests/"))]
+
+
+def test_no_public_name_is_also_a_module() -> None:
+    """Importing ``qatc.name`` would put the module in the place of the public function."""
+    assert not {f"qatc.{name}" for name in qatc.__all__} & set(modules())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from pathlib import Path
 from typing import Any
 
 import hypothesis.extra.numpy as hnp
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
+from qatc import ops
 from qatc.errors import ConfigError
 from qatc.ops import FAKE_QUANTIZE, compute_scale, dequantize, fake_quantize, quantize
-from qatc.prepare import can_compile
+from qatc.preparation import can_compile
 from qatc.spec import QuantSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -240,3 +242,20 @@ def test_compiled_is_eager_bit_for_bit() -> None:
     x = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
     for one, other in zip(torch.compile(everything)(x), everything(x), strict=True):
         assert torch.equal(one, other)
+
+
+def test_compiled_code_of_another_body_is_not_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caches of torch.compile see nodes and not the ops' bodies: the tag tells them apart."""
+    assert "qatc-" in torch.compiler.config.cache_key_tag
+    edited = tmp_path / "ops.py"
+    edited.write_text("# another body\n")
+    tags = []
+    for file in (ops.__file__, ops.__file__, str(edited)):
+        monkeypatch.setattr(ops, "__file__", file)
+        with torch.compiler.config.patch(cache_key_tag="own;"):
+            ops._tag_compiled_code()
+            tags.append(torch.compiler.config.cache_key_tag)
+    assert tags[0] == tags[1] != tags[2]
+    assert all(tag.startswith("own;") for tag in tags)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from qatc.distill import Distiller, TrainingConfig
 from qatc.errors import ConfigError, DataError, TrainingError
@@ -17,7 +18,7 @@ from qatc.evaluate import Metrics, recovery
 from qatc.export import load_codes, read_recipe
 from qatc.generate import GenerationConfig
 from qatc.ops import quantize as to_codes
-from qatc.quantize import quantize
+from qatc.quantize import _Run, quantize
 from qatc.recipe import Recipe
 from qatc.settings import QuantizeConfig
 
@@ -79,6 +80,29 @@ def test_existing_output_is_refused(done: Any, shared_model_path: Path) -> None:
     with pytest.raises(ConfigError, match="--overwrite"):
         quantize(make(shared_model_path, done.output))
     assert weights(done.output) == before
+
+
+def test_codes_are_those_of_the_masters(
+    shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under bf16 compute the fp32 masters are what training rounds, so their codes are written."""
+    masters: dict[str, Tensor] = {}
+    write = _Run._write
+
+    def remembers(self: _Run, *arguments: Any) -> None:
+        masters.update(self.student.state_dict())
+        write(self, *arguments)
+
+    monkeypatch.setattr(_Run, "_write", remembers)
+    result = quantize(make(shared_model_path, tmp_path / "out", dtype="bfloat16"))
+    differ = 0
+    for name, weight in load_codes(result.output).items():
+        assert masters[name].dtype is torch.float32
+        codes, scale = to_codes(masters[name], weight.spec, snap=True)
+        assert torch.equal(weight.codes, codes) and torch.equal(weight.scale, scale)
+        rounded, _ = to_codes(masters[name].bfloat16(), weight.spec, snap=True)
+        differ += int((rounded != codes).sum())
+    assert differ  # codes of bf16 copies are others
 
 
 class Stopped(BaseException):

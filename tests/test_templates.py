@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from qatc.errors import CaptureError, PassError
 from qatc.graph import find_linears, is_fake_quantize
 from qatc.passes import pass_records
-from qatc.prepare import can_compile, prepare, prepared_state, quantized_parameters, restore
+from qatc.preparation import can_compile, prepare, prepared_state, quantized_parameters, restore
 from qatc.recipe import Recipe
 from qatc.templates import TemplateForward
 

@@ -12,6 +12,7 @@ tokenizer files             if a tokenizer was given
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-_OWN_KEYS = ("format_version", "layout", "recipe", "quantized")
+_OWN_KEYS = (
+    *("format_version", "layout", "recipe", "quantized"),
+    *("digests", "float_digests"),
+)
 
 
 def write_model(
@@ -90,8 +94,28 @@ def write_model(
         tokenizer.save_pretrained(directory)
     _write_tensors(directory, tensors, max_shard_bytes)
     layout = compressed_tensors.layout_of(recipe.weights) if weights else "float"
-    own = (FORMAT_VERSION, layout, recipe.to_dict(), sorted(weights))
+    digests = {name: digest_of(w.codes, w.scale) for name, w in sorted(weights.items())}
+    packed = {key for name in weights for key in _stored_names(name, recipe)}
+    floats_stored = {n: digest_of(t) for n, t in sorted(tensors.items()) if n not in packed}
+    own = (
+        *(FORMAT_VERSION, layout, recipe.to_dict(), sorted(weights)),
+        *(digests, floats_stored),
+    )
     write_json(directory / "qatc.json", {**metadata, **dict(zip(_OWN_KEYS, own, strict=True))})
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """A short fingerprint of the bits of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        found.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        found.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def _stored_names(name: str, recipe: Recipe) -> tuple[str, ...]:
+    return compressed_tensors.tensor_names(name, recipe.weights)
 
 
 def _build_model(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -239,7 +263,7 @@ def load_reference(directory: Path, *, dtype: torch.dtype = torch.float32) -> Pr
         CheckpointError: as :func:`load_codes`, or the tensors are not those of the config.
     """
     codes, state = load_codes(directory), load_float_state(directory)
-    model = _build_model(_read_config(directory), "cpu", dtype)
+    model = _build_model(read_config(directory), "cpu", dtype)
     own = model.state_dict()
     given = codes.keys() | state.keys()
     odd = sorted((own.keys() - given - model.all_tied_weights_keys.keys()) | (given - own.keys()))
@@ -254,7 +278,8 @@ def load_reference(directory: Path, *, dtype: torch.dtype = torch.float32) -> Pr
     return model
 
 
-def _read_config(directory: Path) -> PreTrainedConfig:
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The model's config; raises :class:`CheckpointError` if it cannot be read."""
     from transformers import AutoConfig
 
     try:
@@ -270,11 +295,17 @@ FORMATS: dict[str, Callable[..., None]] = {"compressed-tensors": write_model}
 
 
 def export(
-    source: Path, output: Path, *, format: str = "compressed-tensors", overwrite: bool = False
+    source: Path,
+    output: Path,
+    *,
+    format: str = "compressed-tensors",
+    overwrite: bool = False,
+    verify: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the qatc output ``source`` in a format (a key of :data:`FORMATS`); return ``output``.
 
-    The output is complete or, when anything is raised, as it was.
+    The output is complete or, when anything is raised, as it was. ``verify`` is called with the
+    source before anything is written, and raises if it is not to be exported.
 
     Raises:
         ConfigError: the format is unknown, or ``output`` exists or would replace ``source``.
@@ -286,7 +317,9 @@ def export(
         raise ConfigError(f"the output {output} would replace the source {source}; choose another")
     refuse_existing(output, overwrite)
     metadata, recipe = read_metadata(source), read_recipe(source)
-    weights, state, config = load_codes(source), load_float_state(source), _read_config(source)
+    if verify is not None:
+        verify(source)
+    weights, state, config = load_codes(source), load_float_state(source), read_config(source)
     extra = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
     with complete_directory(output, overwrite=overwrite) as staging:
         for path in source.iterdir():  # the generation config and the tokenizer

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qatc.cli.main import app
@@ -158,6 +160,43 @@ def test_export(output: Path, tmp_path: Path) -> None:
     refused(1, "qatc quantize", "export", tmp_path, "--output", tmp_path / "x")
 
 
+def test_generate(output: Path, tmp_path: Path) -> None:
+    common = ["--max-new-tokens", "6", "--no-compile"]
+    result = run("generate", output, "--prompt", "The old fox", *common)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("The old fox") and "tokens/s" in result.stderr
+    again = run("generate", output, "--prompt", "The old fox", *common, "--json")
+    written = json.loads(again.stdout)
+    assert result.stdout.strip() == ("The old fox" + written["text"]).strip()
+    assert written["new_tokens"] <= 6 and written["prompt_tokens"] > 1
+    greedy = [*common, "--temperature", "0", "--json"]
+    one, two = (run("generate", output, "--prompt", "The", *greedy).stdout for _ in range(2))
+    assert json.loads(one)["text"] == json.loads(two)["text"]
+    refused(2, "--prompt TEXT or --chat", "generate", output)
+    refused(2, "has no chat template", "generate", output, "--chat", "--no-compile")
+    refused(2, "takes at most 128", "generate", output, "--prompt", "x", "--max-new-tokens", "999")
+    refused(2, "top-p", "generate", output, "--prompt", "x", "--top-p", "0")
+    refused(1, "qatc quantize", "generate", tmp_path, "--prompt", "x")
+
+
+def test_verify(output: Path, tmp_path: Path) -> None:
+    report = json.loads((output / "qatc.json").read_text())["parity"]
+    assert report["passed"] and "reload" in report["checks"][-1]["what"]
+    assert "## On integers" in (output / "report.md").read_text()
+    result = run("verify", output, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["passed"]
+    damaged = tmp_path / "damaged"
+    shutil.copytree(output, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight_packed"
+    save_file(tensors | {name: tensors[name] ^ 1}, damaged / "model.safetensors")
+    result = run("verify", damaged)
+    assert result.exit_code == 1 and "differs" in result.stdout
+    assert "model.layers.1.mlp.up_proj.weight" in result.stderr
+    refused(1, "do not use", "export", damaged, "--output", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_inspect(shared_model_path: Path) -> None:
     result = run("inspect", "--model", shared_model_path, "--bits", "4-8-4", "--json")
     plan = json.loads(result.stdout)
@@ -166,7 +205,25 @@ def test_inspect(shared_model_path: Path) -> None:
     assert [kinds.count(k) for k in ("input", "weight", "key", "value")] == [4, 7, 1, 1]
 
 
+def test_inspect_kernels(output: Path, shared_model_path: Path) -> None:
+    report = json.loads(run("inspect", output, "--kernels", "--json").stdout)
+    assert {use["kernel"] for use in report["kernels"]} == {"unpack + int_mm", "fused unpack"}
+    assert report["memory"]["quantized"] > 0
+    assert "fused unpack" in run("inspect", output, "--kernels").stdout
+    refused(2, "OUTPUT --kernels", "inspect", "--kernels")
+    refused(2, "--model MODEL", "inspect")
+    refused(1, "qatc quantize", "inspect", shared_model_path, "--kernels")
+
+
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for name in ("quantize", "generate-data", "inspect", "evaluate", "export"):
+    for name in (
+        "quantize",
+        "generate-data",
+        "inspect",
+        "evaluate",
+        "export",
+        "generate",
+        "verify",
+    ):
         assert name in text and "qatc" in run(name, "--help").stdout

@@ -214,7 +214,10 @@ def test_codes_recipe_and_metadata_are_read_back(tmp_path: Path) -> None:
     weights = write(tmp_path / "out", model, W4A8, metadata={"seed": 3, "quantized": "ours wins"})
     assert_same_codes(load_codes(tmp_path / "out"), weights)
     assert read_recipe(tmp_path / "out") == W4A8
-    assert read_metadata(tmp_path / "out") == {
+    metadata = read_metadata(tmp_path / "out")
+    stored = {**weights, **load_float_state(tmp_path / "out")}
+    assert {**metadata.pop("digests"), **metadata.pop("float_digests")}.keys() == stored.keys()
+    assert metadata == {
         "seed": 3,
         "format_version": 1,
         "layout": "pack-quantized",

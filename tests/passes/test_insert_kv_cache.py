@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qatc.errors import PassError
-from qatc.kv_cache import cached_attention
-from qatc.passes import Canonicalize, InsertKVCache
-from qatc.passes.insert_kv_cache import CACHE_INPUTS
+from qatc.kv_cache import cached_attention, quantized_attention
+from qatc.passes import Canonicalize, InsertKVCache, QuantizeKV
+from qatc.spec import QuantSpec
 from qatc.testing import check_pass
 
 
@@ -21,7 +21,7 @@ def test_attention_goes_through_a_cache(llama_layer: Any) -> None:
         after={"aten.scaled_dot_product_attention": 0, cached_attention: 1},
     )
     inputs = [node for node in edited.graph.nodes if node.op == "placeholder"]
-    assert [node.name for node in inputs[-3:]] == list(CACHE_INPUTS)
+    assert [node.name for node in inputs[-3:]] == ["key_cache", "value_cache", "positions"]
     key_cache, value_cache, positions = (node.meta["val"] for node in inputs[-3:])
     assert key_cache.shape[1:] == value_cache.shape[1:] and key_cache.shape[1::2] == (2, 8)
     assert positions.dtype == torch.int64 and positions.dim() == 2
@@ -65,3 +65,53 @@ def test_attention_to_what_comes_later_is_refused() -> None:
     gm = torch.export.export(Bidirectional(), (torch.randn(2, 2, 3, 4),), strict=False).graph_module
     with pytest.raises(PassError, match="is not causal"):
         InsertKVCache()(gm)
+
+
+def quantized(captured: Any, spec: QuantSpec, site: Any = "cache") -> Any:
+    gm = Canonicalize()(captured.graph).graph_module
+    QuantizeKV(spec, site)(gm)
+    return gm
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_codes_are_those_of_the_trained_graph(
+    llama_layer: Any, bits: int, masked: bool
+) -> None:
+    gm = quantized(llama_layer, QuantSpec(bits))
+    edited = check_pass(
+        InsertKVCache(QuantSpec(bits), masked),
+        gm,
+        before={"qatc.fake_quantize": 2},
+        after={"qatc.fake_quantize": 0, quantized_attention: 1},
+    )
+    inputs = [n for n in edited.graph.nodes if n.op == "placeholder"]
+    caches = inputs[-5 - masked :][:4]
+    assert [n.name for n in caches] == ["key_codes", "key_scale", "value_codes", "value_scale"]
+    stale = [
+        torch.full((2, 2, 9, n.meta["val"].shape[-1]), 77, dtype=n.meta["val"].dtype)
+        for n in caches
+    ]
+    extra = [*stale, torch.arange(5).expand(2, 5)]
+    if masked:
+        extra.append(torch.ones(2, 1, 5, 9, dtype=torch.bool))
+    with torch.no_grad():
+        one = gm(*llama_layer.args)[0]
+        other = edited(*llama_layer.args, *extra)[0]
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_the_projection_site_is_refused(llama_layer: Any) -> None:
+    gm = quantized(llama_layer, QuantSpec(4), "projection")
+    with pytest.raises(PassError, match="--kv-site cache"):
+        InsertKVCache(QuantSpec(4))(gm)
+
+
+def test_other_bits_than_those_of_the_graph_are_refused(llama_layer: Any) -> None:
+    with pytest.raises(PassError, match="to 4 bits .* is to have 8"):
+        InsertKVCache(QuantSpec(8))(quantized(llama_layer, QuantSpec(4)))
+
+
+def test_groups_are_refused(llama_layer: Any) -> None:
+    with pytest.raises(PassError, match="leave kv.group_size out"):
+        InsertKVCache(QuantSpec(4))(quantized(llama_layer, QuantSpec(4, group_size=4)))

@@ -7,6 +7,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from qatc import integer
 from qatc.capture import Template
 from qatc.errors import ConfigError
 from qatc.graph import weight_sites
@@ -25,6 +27,7 @@ from qatc.passes import (
     QuantizeKV,
     QuantizeLinearInputs,
     QuantizeWeights,
+    UseIntegerForward,
 )
 from qatc.recipe import DEFAULT_SKIP, Recipe
 from qatc.templates import TemplateForward, TemplateStore
@@ -40,13 +43,19 @@ class Prepared:
     store: TemplateStore
     forwards: tuple[TemplateForward, ...]
     use_cache: tuple[tuple[Any, Any], ...]
+    integer_forward: bool
 
     def templates(self) -> Iterator[Template]:
         """The templates captured so far."""
         return iter(self.store)
 
 
-def training_pipeline(recipe: Recipe, skip: tuple[str, ...] = (), linears: bool = True) -> Pipeline:
+def training_pipeline(
+    recipe: Recipe,
+    skip: tuple[str, ...] = (),
+    linears: bool = True,
+    integer_forward: bool = False,
+) -> Pipeline:
     """The passes that make a training graph for ``recipe``.
 
     Args:
@@ -54,6 +63,8 @@ def training_pipeline(recipe: Recipe, skip: tuple[str, ...] = (), linears: bool 
         skip: patterns of parameter names, relative to the captured module, that stay in full
             precision.
         linears: whether the module has linear layers that are not skipped.
+        integer_forward: whether those are computed on integers; the recipe must allow it, see
+            :func:`why_no_integer_forward`.
     """
     passes: list[GraphPass] = [Canonicalize()]
     if linears and recipe.activations.quantizes:
@@ -62,6 +73,8 @@ def training_pipeline(recipe: Recipe, skip: tuple[str, ...] = (), linears: bool 
         passes.append(QuantizeWeights(recipe.weights, skip))
     if recipe.kv.quantizes:
         passes.append(QuantizeKV(recipe.kv, recipe.kv_site))
+    if linears and integer_forward:
+        passes.append(UseIntegerForward())
     return Pipeline(tuple(passes))
 
 
@@ -71,6 +84,7 @@ def prepare(
     *,
     compile: bool | None = None,
     compute_dtype: torch.dtype | None = None,
+    integer_forward: bool | None = None,
 ) -> nn.Module:
     """Let the layers of ``model`` run the quantized graph, for training or evaluation.
 
@@ -91,20 +105,30 @@ def prepare(
         compute_dtype: float dtype of the layers' computation when it is not that of the
             parameters, e.g. bf16 over fp32 masters. The layers' results have that dtype as well,
             so call the model under ``torch.autocast`` of the same dtype, for the head's sake.
+        integer_forward: compute quantized linears on int8 codes with an exact product, as integer
+            kernels will; ``None``: where the recipe allows it and this machine is fast at it.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ConfigError: the model is prepared already, or a skip pattern names no parameter.
+        ConfigError: the model is prepared already, a skip pattern names no parameter, or the
+            recipe does not allow the integer forward that was asked for.
         CaptureError: a layer cannot be captured.
         PassError: a pass found nothing to quantize.
     """
     if hasattr(model, _PREPARED):
         raise ConfigError("the model is prepared already; call qatc.restore(model) first")
     _refuse_idle_patterns(model, recipe)
+    _refuse_stacked_weights(model, recipe)
+    obstacle = why_no_integer_forward(recipe, _device_of(model))
+    if integer_forward is None:
+        integer_forward = obstacle is None
+    elif integer_forward and not recipe_allows_integers(recipe):
+        raise ConfigError(f"no integer forward: {obstacle}; leave integer_forward to None or False")
+    on_integers = integer_forward
     store = TemplateStore(
-        transform=lambda gm, owner: _transform(gm, owner, recipe),
+        transform=lambda gm, owner: _transform(gm, owner, recipe, on_integers),
         compile=inductor if (can_compile() if compile is None else compile) else None,
         compute_dtype=compute_dtype,
     )
@@ -115,9 +139,12 @@ def prepare(
         forwards.append(TemplateForward(region, name, store, skip))
     for forward in forwards:
         forward.install()
-    prepared = Prepared(recipe, store, tuple(forwards), tuple(_switch_cache_off(model)))
+    prepared = Prepared(
+        recipe, store, tuple(forwards), tuple(_switch_cache_off(model)), on_integers
+    )
     setattr(model, _PREPARED, prepared)
     if is_transformers_model(model):
+        model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
         try:
             _capture_now(model, store)
         except BaseException:
@@ -133,6 +160,7 @@ def restore(model: nn.Module) -> nn.Module:
         forward.remove()
     for config, value in prepared.use_cache:
         config.use_cache = value
+    model.__dict__.pop("save_pretrained", None)
     delattr(model, _PREPARED)
     return model
 
@@ -189,10 +217,34 @@ def inductor(gm: GraphModule) -> Callable[..., Any]:
     return compiled
 
 
-def _transform(gm: GraphModule, owner: TemplateForward, recipe: Recipe) -> None:
+def why_no_integer_forward(recipe: Recipe, device: torch.device) -> str | None:
+    """Why :func:`prepare` computes linears in float if it is left to choose, or None."""
+    if not recipe_allows_integers(recipe):
+        if recipe.weights.group_size or recipe.activations.group_size:
+            return "groups have several scales in one sum"
+        return "weights or activations are not quantized"
+    if not integer.is_fast(device):
+        return f"this {device.type} has no fast int8 product"
+    return None
+
+
+def recipe_allows_integers(recipe: Recipe) -> bool:
+    """Whether quantized linears are products of integers with one scaling."""
+    specs = (recipe.weights, recipe.activations)
+    return all(spec.quantizes and not spec.group_size for spec in specs)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _transform(
+    gm: GraphModule, owner: TemplateForward, recipe: Recipe, integer_forward: bool
+) -> None:
     weights = [n for n, p in owner.module.named_parameters() if p.dim() == 2]
     linears = any(name not in owner.skip for name in weights)
-    training_pipeline(recipe, owner.skip, linears)(gm)
+    training_pipeline(recipe, owner.skip, linears, integer_forward)(gm)
 
 
 def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
@@ -206,9 +258,35 @@ def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
             )
 
 
+def _refuse_stacked_weights(model: nn.Module, recipe: Recipe) -> None:
+    """A mixture of experts keeps most of its weights where no pass would find them."""
+    if not is_transformers_model(model) or not recipe.weights.quantizes:
+        return
+    for name, region in find_regions(model):
+        for own, parameter in region.named_parameters():
+            if parameter.dim() > 2 and not recipe.skips(f"{name}.{own}"):
+                raise ConfigError(
+                    f"{name}.{own} stacks weights in {parameter.dim()} dimensions, as experts do,"
+                    " which qatc cannot quantize; leave them in full precision with"
+                    f" --skip '*.{own.rsplit('.', 2)[-2]}.*', or choose a dense model"
+                )
+
+
 def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Captured layers take no KV cache: generate recomputes, with the same numerics."""
     for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
         if config is not None and hasattr(config, "use_cache"):
             yield config, config.use_cache
+            config.use_cache = False
+
+
+def _save_pretrained(model: Any, *arguments: Any, **options: Any) -> None:
+    """``save_pretrained`` of a prepared model, with its own ``use_cache`` in the saved config."""
+    switched = prepared_state(model).use_cache
+    try:
+        for config, value in switched:
+            config.use_cache = value
+        type(model).save_pretrained(model, *arguments, **options)
+    finally:
+        for config, _ in switched:
             config.use_cache = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from qatc.errors import CaptureError, ConfigError, QatcError
 from qatc.ops import fake_quantize
-from qatc.prepare import can_compile, prepare, prepared_state, quantized_parameters, restore
+from qatc.preparation import can_compile, prepare, prepared_state, quantized_parameters, restore
 from qatc.recipe import DEFAULT_SKIP, Recipe
 from qatc.spec import QuantSpec
 from tests.conftest import make_llama
@@ -268,3 +271,35 @@ def test_one_training_compile_whatever_the_depth(depth: int) -> None:
         model(ids(batch, length)).logits.logsumexp(-1).mean().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert len(list(prepared_state(model).templates())) == 1
+
+
+def moe(**changes: Any) -> Any:
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+        attn_implementation="sdpa", **changes,
+    )  # fmt: skip
+    return MixtralForCausalLM(config).eval()
+
+
+def test_stacked_experts_are_refused_and_can_be_skipped() -> None:
+    model = moe()
+    with pytest.raises(ConfigError, match=r"--skip '\*\.experts\.\*'"):
+        prepare(model, Recipe.from_bits("4-8-4"), compile=False)
+    recipe = dataclasses.replace(
+        Recipe.from_bits("4-8-4"), skip=("*lm_head*", "*embed*", "*.experts.*")
+    )
+    prepare(model, recipe, compile=False)
+    assert "model.layers.0.self_attn.q_proj.weight" in quantized_parameters(model)
+    assert not any("experts" in name for name in quantized_parameters(model))
+
+
+def test_a_prepared_model_saves_its_own_config(tmp_path: Path) -> None:
+    model = make_llama()
+    before = dict(model.config.to_dict())
+    prepare(model, Recipe.from_bits("4-8-4"), compile=False)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is before["use_cache"]
+    assert model.config.use_cache is False
+    restore(model)
+    assert "save_pretrained" not in vars(model)

@@ -1,0 +1,101 @@
+"""``qatc generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatc.cli import options
+from qatc.cli.errors import readable_errors
+from qatc.errors import ConfigError
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue.", show_default=False)
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Talk to it, with the tokenizer's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="Of sampling; 0 takes the most likely token.")
+    ] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="Torch device, or auto.")] = "auto",
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Compile the layers. Default: if this machine can."
+        ),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Write text with the integer model: packed weights, packed KV cache.
+
+    [bold]Examples[/]
+
+      qatc generate Llama-2-7b-4-8-4 --prompt "Once upon a time"
+
+      qatc generate Llama-2-7b-chat-4-8-4 --chat
+    """
+    from qatc.cli import terminal
+
+    with readable_errors():
+        if (prompt is None) == (not chat):
+            raise ConfigError("say what to write: either --prompt TEXT or --chat")
+        if chat and json:
+            raise ConfigError("--json is for --prompt; a chat is read by a person")
+        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise ConfigError(
+                "max-new-tokens must be at least 1, temperature not negative and top-p above 0 and"
+                f" at most 1; got {max_new_tokens}, {temperature:g} and {top_p:g}"
+            )
+        terminal.quiet_libraries()
+        from qatc.writing import Writer
+
+        writer = Writer(
+            model,
+            device=device,
+            compile=compile,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        if chat:
+            _talk(writer)
+            return
+        assert prompt is not None
+        written = writer.write(prompt, None if json else terminal.stream)
+    if json:
+        terminal.print_json(written.to_dict())
+        return
+    terminal.stream("\n")
+    terminal.err.print(str(written), style="dim", highlight=False)
+
+
+def _talk(writer: object) -> None:
+    from qatc.cli import terminal
+    from qatc.writing import Writer
+
+    assert isinstance(writer, Writer)
+    writer.require_chat_template()
+    terminal.err.print("an empty line ends the conversation", style="dim", highlight=False)
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            said = ""
+        if not said:
+            return
+        turns.append({"role": "user", "content": said})
+        written = writer.answer(turns, terminal.stream)
+        terminal.stream("\n")
+        terminal.err.print(str(written), style="dim", highlight=False)
+        turns.append({"role": "assistant", "content": written.text})

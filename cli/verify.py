@@ -1,0 +1,43 @@
+"""``qatc verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatc.cli import options
+from qatc.cli.errors import readable_errors
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")],
+    device: Annotated[str, typer.Option(help="Torch device, or auto.")] = "cpu",
+    json: options.Json = False,
+) -> None:
+    """Compare the integer model with the graph that was trained; exit with 1 if they differ.
+
+    [bold]Example[/]
+
+      qatc verify Llama-2-7b-4-8-4
+    """
+    from qatc.cli import terminal
+
+    with readable_errors():
+        terminal.quiet_libraries()
+        from qatc.device import pick_device
+        from qatc.parity import verify as run
+
+        report = run(model, device=pick_device(device))
+        if json:
+            terminal.print_json(report.to_dict())
+        else:
+            rows = [["", "compared", "found", "limit"]]
+            rows += [
+                ["ok" if c.passed else "differs", f"{c.point}: {c.what}", f"{c.figure:.2g}"]
+                + [f"{c.limit:.2g}"]
+                for c in report.checks
+            ]
+            terminal.print_table(rows)
+        report.require(str(model))

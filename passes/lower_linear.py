@@ -1,0 +1,138 @@
+"""Turn quantized linears into linears on packed integer codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qatc import integer, kernels, packing
+from qatc.errors import PassError
+from qatc.graph import (
+    argument,
+    find_integer_linears,
+    find_linears,
+    parameter_name,
+    quantizer_of,
+    shape_of,
+)
+from qatc.passes.base import Edits, GraphPass
+from qatc.passes.quantize_weights import QuantizeWeights
+from qatc.spec import QuantSpec
+
+PACKED, SCALE = "_packed", "_scale"
+"""What the names of packed codes and scales add to the name of the weight that they replace."""
+
+
+@dataclass(frozen=True)
+class LowerLinear(GraphPass):
+    """Replace linears over a quantized weight by ``torch.ops.qatc.packed_linear``.
+
+    The weight, a graph input, gives way to two: its packed codes, named like the weight with
+    ``_packed`` added, and its scales, with ``_scale``. No float copy is left. Kernels are taken
+    from :data:`qatc.kernels.KERNELS`.
+
+    Args:
+        device: type of the device that the graph will run on.
+    """
+
+    device: str = "cpu"
+    requires: ClassVar = (QuantizeWeights,)
+
+    def edit(self, gm: GraphModule) -> Edits:
+        sites = [_site(linear.node) for linear in [*find_integer_linears(gm), *find_linears(gm)]]
+        replaced: dict[Node, tuple[Node, Node]] = {}
+        lowered = [site for site in sites if site is not None]
+        for site in lowered:
+            if site["weight"] not in replaced:
+                replaced[site["weight"]] = _add_inputs(gm, site)
+            self._replace(gm, site, *replaced[site["weight"]])
+        gm.graph.eliminate_dead_code()
+        for weight in replaced:
+            if weight.users:
+                raise PassError(
+                    f"{weight.meta['parameter']} is read by {next(iter(weight.users))} as well,"
+                    " which needs it in float; add it to the recipe's skip"
+                )
+            gm.graph.erase_node(weight)
+        done = sum(node.target is kernels.PACKED_LINEAR for node in gm.graph.nodes)
+        return Edits(matched=done, edited=len(lowered))
+
+    def _replace(self, gm: GraphModule, found: dict[str, Any], packed: Node, scale: Node) -> None:
+        outputs, inputs = (int(size) for size in shape_of(found["weight"]))
+        site = kernels.Site(found["weights"], found["activations"], outputs, inputs, self.device)
+        prefill, decode = (kernels.choose(site, phase).kernel.name for phase in kernels.PHASES)
+        node = found["node"]
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(
+                kernels.PACKED_LINEAR,
+                (
+                    *(found["x"], packed, scale, found["bias"], inputs),
+                    *(site.activations.bits, site.weights.bits),
+                ),
+                {
+                    "x_range": site.activations.range,
+                    "weight_range": site.weights.range,
+                    "group_size": site.weights.group_size or 0,
+                    "prefill": prefill,
+                    "decode": decode,
+                },
+            )
+        new.meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+def _site(node: Node) -> dict[str, Any] | None:
+    """What a quantized linear is made of, whether it is computed on integers or in float."""
+    bias = argument(node, 2, "bias", None)
+    if node.target is integer.INTEGER_LINEAR:
+        x, weight, _, x_bits, weight_bits = node.args
+        activations = QuantSpec(x_bits, None, node.kwargs["x_range"])  # type: ignore[arg-type]
+        weights = QuantSpec(weight_bits, None, node.kwargs["weight_range"])  # type: ignore[arg-type]
+    else:
+        quantizer = quantizer_of(node.args[1])  # type: ignore[arg-type]
+        if quantizer is None:
+            return None
+        weights, weight = _spec_of(quantizer), quantizer.args[0]
+        x, activations = node.args[0], QuantSpec(16)
+        before = quantizer_of(x)  # type: ignore[arg-type]
+        if before is not None and not argument(before, 2, "group_size", 0):
+            x, activations = before.args[0], _spec_of(before)
+    assert isinstance(weight, Node)
+    if weight.op != "placeholder" or parameter_name(weight) is None:
+        raise PassError(
+            f"the weight of {node.name} is no parameter of its own but computed by {weight.name};"
+            " add it to the recipe's skip"
+        )
+    return {
+        "node": node, "x": x, "weight": weight, "bias": bias, "weights": weights,
+        "activations": activations,
+    }  # fmt: skip
+
+
+def _spec_of(node: Node) -> QuantSpec:
+    return QuantSpec(
+        node.args[1],  # type: ignore[arg-type]
+        argument(node, 2, "group_size", 0) or None,
+        argument(node, 3, "range", "restricted"),
+    )
+
+
+def _add_inputs(gm: GraphModule, site: dict[str, Any]) -> tuple[Node, Node]:
+    weight, spec = site["weight"], site["weights"]
+    outputs, inputs = (int(size) for size in shape_of(weight))
+    value = weight.meta["val"]
+    dtype = torch.int8 if spec.bits == 8 else torch.uint8
+    width = packing.packed_width(inputs, spec.bits)
+    groups = inputs // spec.group_size if spec.group_size else 1
+    with gm.graph.inserting_before(weight):
+        packed = gm.graph.placeholder(f"{weight.name}{PACKED}")
+        scale = gm.graph.placeholder(f"{weight.name}{SCALE}")
+    packed.meta["val"] = value.new_empty((outputs, width), dtype=dtype)
+    scale.meta["val"] = value.new_empty((outputs, groups), dtype=torch.float32)
+    for node, suffix in ((packed, PACKED), (scale, SCALE)):
+        node.meta["parameter"] = weight.meta["parameter"] + suffix
+    return packed, scale

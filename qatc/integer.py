@@ -1,0 +1,167 @@
+"""Linear layers on integers: int8 codes, an exact int32 product, one scaling.
+
+``torch.ops.qatc.integer_linear`` computes what fake-quantized input, fake-quantized weight and
+linear compute together, with one difference: its sum is exact, and so it is what integer kernels
+compute at run time, code for code. A float product of the same values is off by its own rounding,
+which is enough to flip one in some ten thousand codes of the next layer.
+
+The product itself is ``torch.ops.qatc.int_mm``. It is opaque to Inductor, which in torch 2.13
+compiles ``torch._int_mm`` to wrong results where an operand has a single row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatc import ops
+from qatc.spec import QuantSpec, Range
+
+LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
+"""An int32 holds the sum of this many products of int8 codes, whatever they are."""
+
+_LIBRARY = torch.library.Library("qatc", "FRAGMENT")
+_LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
+_LIBRARY.define(
+    "integer_linear(Tensor x, Tensor weight, Tensor? bias, int x_bits, int weight_bits, *,"
+    " str x_range='restricted', str weight_range='restricted') -> Tensor"
+)
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape[1] == 1 or 0 in (a.shape[0], b.shape[0], a.shape[1]):
+        # torch._int_mm misreads the strides of an operand with a single column.
+        return (a.int().unsqueeze(1) * b.int()).sum(-1, dtype=torch.int32)
+    return torch._int_mm(a.contiguous(), b.contiguous().t())
+
+
+def _int_mm_cuda(a: Tensor, b: Tensor) -> Tensor:
+    """cuBLAS wants more than 16 rows and multiples of 8 elsewhere; zeros fill what is missing."""
+    rows, width, outputs = a.shape[0], a.shape[1], b.shape[0]
+    more_rows, more_width, more_outputs = max(0, 17 - rows), -width % 8, -outputs % 8
+    if more_rows or more_width:
+        a = torch.nn.functional.pad(a, (0, more_width, 0, more_rows))
+    if more_outputs or more_width:
+        b = torch.nn.functional.pad(b, (0, more_width, 0, more_outputs))
+    return torch._int_mm(a.contiguous(), b.contiguous().t())[:rows, :outputs].contiguous()
+
+
+def _int_mm_shape(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
+
+
+_LIBRARY.impl("int_mm", _int_mm, "CPU")
+_LIBRARY.impl("int_mm", _int_mm_cuda, "CUDA")
+torch.library.register_fake("qatc::int_mm", _int_mm_shape, lib=_LIBRARY)
+
+
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` of integer codes, exactly.
+
+    Args:
+        a: int8 ``[M, K]``, any M and K up to :data:`LARGEST_WIDTH`.
+        b: int8 ``[N, K]``.
+
+    Returns:
+        int32 ``[M, N]``.
+    """
+    result: Tensor = torch.ops.qatc.int_mm(a, b)
+    return result
+
+
+class _IntegerLinear(torch.autograd.Function):
+    """Backward is that of a linear over the dequantized values: rounding passes gradients on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, specs: tuple[QuantSpec, QuantSpec]
+    ) -> Tensor:
+        x_codes, x_scale = ops.quantize(x.flatten(0, -2), specs[0])
+        codes, scale = ops.quantize(weight, specs[1], snap=True)
+        ctx.save_for_backward(x_codes, x_scale, codes, scale)
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        product = scaled_product(x_codes, x_scale, codes, scale, bias, x.dtype)
+        return product.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x_codes, x_scale, codes, scale = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        rows = gradient.flatten(0, -2)
+        needs = ctx.needs_input_grad
+        for_x = for_weight = for_bias = None
+        if needs[0]:
+            for_x = rows @ ops.dequantize(codes, scale, gradient.dtype)
+            for_x = for_x.to(x_dtype).unflatten(0, gradient.shape[:-1])
+        if needs[1]:
+            values = ops.dequantize(x_codes, x_scale, gradient.dtype)
+            for_weight = (rows.t() @ values).to(weight_dtype)
+        if needs[2]:
+            for_bias = rows.sum(0).to(bias_dtype)
+        return for_x, for_weight, for_bias, None
+
+
+def scaled_product(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The exact integer product, scaled in fp32 and rounded once to ``dtype``.
+
+    Args:
+        x_codes: int8 ``[M, K]``.
+        x_scale: fp32 ``[M, 1]``.
+        codes: int8 ``[N, K]``.
+        scale: fp32 ``[N, 1]``.
+        bias: ``[N]``, added in fp32, or None.
+        dtype: of the result ``[M, N]``.
+    """
+    values = int_mm(x_codes, codes).float() * x_scale * scale.t()
+    if bias is not None:
+        values = values + bias.float()
+    return values.to(dtype)
+
+
+def _integer_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_bits: int,
+    weight_bits: int,
+    *,
+    x_range: Range = "restricted",
+    weight_range: Range = "restricted",
+) -> Tensor:
+    specs = (QuantSpec(x_bits, None, x_range), QuantSpec(weight_bits, None, weight_range))
+    result: Tensor = _IntegerLinear.apply(x, weight, bias, specs)  # type: ignore[no-untyped-call]
+    return result
+
+
+_LIBRARY.impl("integer_linear", _integer_linear, "CompositeImplicitAutograd")
+
+INTEGER_LINEAR = torch.ops.qatc.integer_linear.default
+"""``(x [..., K], weight [N, K], bias, x_bits, weight_bits, *, x_range, weight_range) -> [..., N]``,
+differentiable in x, weight and bias; one scale per row of x and per row of weight."""
+
+
+def is_fast(device: torch.device) -> bool:
+    """Whether integer products are at least as fast as float ones on this device.
+
+    A CPU needs instructions for int8 products (VNNI; measured, see ``benchmarks/``), a GPU int8
+    tensor cores, which compute capability 8.0 and later have.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and _cpu_multiplies_int8()
+
+
+def _cpu_multiplies_int8() -> bool:
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text(encoding="utf-8") if flags.exists() else ""
+    return "avx512_vnni" in text or "avx_vnni" in text or "amx_int8" in text

@@ -1,0 +1,226 @@
+"""What runs a lowered linear: a table of kernels, and the op that picks from it.
+
+``torch.ops.qatc.packed_linear`` takes an activation and a weight stored as packed codes, and runs
+the kernel whose name it was given, one for prefill and one for decode (a single token of a single
+row). :data:`KERNELS` is the table from which :func:`choose` takes the first entry that applies;
+every entry says why it stands where it does, and what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qatc import integer, ops, packing
+from qatc.spec import QuantSpec, Range
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+EXACT_FP32 = 2**24
+"""fp32 holds every integer up to here, so that a float sum of integers below it is exact."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear that is to be lowered.
+
+    Attributes:
+        weights: bits, range and groups of its weight.
+        activations: those of its input; 16 bits for an input that stays in float.
+        outputs, inputs: the shape of its weight ``[N, K]``.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    weights: QuantSpec
+    activations: QuantSpec
+    outputs: int
+    inputs: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a lowered linear.
+
+    Attributes:
+        name: what a graph and a report call it.
+        phases: when it may run.
+        reason: why it is preferred to what comes after it in the table.
+        obstacle: why it cannot run at a site, or None if it can.
+        run: ``(x, packed, scale, bias, site) -> [..., N]``.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    reason: str
+    obstacle: Callable[[Site], str | None]
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Site], Tensor]
+
+
+def _needs_integers(site: Site) -> str | None:
+    if not site.activations.quantizes:
+        return "its input is not quantized"
+    if site.weights.group_size or site.activations.group_size:
+        return "groups have several scales in one sum"
+    if site.inputs > integer.LARGEST_WIDTH:
+        return f"an int32 does not hold the sum of {site.inputs} products"
+    return None
+
+
+def _needs_fused(site: Site) -> str | None:
+    largest = site.inputs * 2 ** (site.activations.bits - 1) * 2**site.weights.bits
+    if len(packing.PLANES[site.weights.bits]) > 1 or site.weights.bits == 8:
+        return f"{site.weights.bits} bits are not stored in one plane of nibbles or pairs"
+    if site.inputs % (8 // site.weights.bits):
+        return f"rows of {site.inputs} codes do not fill their bytes"
+    if largest > EXACT_FP32:
+        return f"fp32 does not hold the sum of {site.inputs} products exactly"
+    return _needs_integers(site)
+
+
+def _needs_bytes(site: Site) -> str | None:
+    if site.weights.bits != 8:
+        return f"{site.weights.bits} bits are not stored as int8"
+    return _needs_integers(site)
+
+
+def _run_int_mm(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
+) -> Tensor:
+    codes = packing.unpack(packed, site.weights.bits, site.inputs)
+    rows = x.flatten(0, -2)
+    x_codes, x_scale = ops.quantize(rows, site.activations)
+    product = integer.scaled_product(x_codes, x_scale, codes, scale, bias, x.dtype)
+    return product.view(*x.shape[:-1], site.outputs)
+
+
+def _run_fused(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    """Unpack inside the reduction: every byte of the weight is read once, and nothing is written.
+
+    The codes enter unsigned, and what that adds to the sum is taken off afterwards; all partial
+    sums are integers that fp32 holds.
+    """
+    x_codes, x_scale = ops.quantize(x.flatten(0, -2), site.activations)
+    pieces = packing.parts(packed, site.weights.bits, site.inputs)
+    assert pieces is not None, "checked by the table"
+    values = x_codes.float()
+    cut = values.unsqueeze(-2).chunk(len(pieces), -1)
+    products = [piece.float() * part for piece, part in zip(pieces, cut, strict=True)]
+    offset = 1 << (site.weights.bits - 1)
+    total = sum(products[1:], products[0]).sum(-1) - offset * values.sum(-1, keepdim=True)
+    product = total * x_scale * scale.t()
+    if bias is not None:
+        product = product + bias.float()
+    return product.to(x.dtype).view(*x.shape[:-1], site.outputs)
+
+
+def _run_float(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    codes = packing.unpack(packed, site.weights.bits, site.inputs)
+    weight = ops.dequantize(codes, scale, x.dtype)
+    return F.linear(ops.fake_quantize(x, site.activations), weight, bias)
+
+
+KERNELS = (
+    Kernel(
+        "int_mm",
+        ("prefill", "decode"),
+        "int8 codes as they are stored, an exact int32 product in the library's own kernel: on a"
+        " CPU with VNNI 17 times fp32 at a single row of 4096 x 4096",
+        _needs_bytes,
+        _run_int_mm,
+    ),
+    Kernel(
+        "fused unpack",
+        ("decode",),
+        "codes are unpacked in the registers of one fused reduction, so that a quarter of bf16's"
+        " bytes are read; unpacking to memory first costs thirty times as much at a single row",
+        _needs_fused,
+        _run_fused,
+    ),
+    Kernel(
+        "unpack + int_mm",
+        ("prefill", "decode"),
+        "codes are unpacked to int8 once for all rows of a prefill, whose product then is int_mm's",
+        _needs_integers,
+        _run_int_mm,
+    ),
+    Kernel(
+        "dequantize + linear",
+        ("prefill", "decode"),
+        "the product in float: what is left where no integer product computes what was trained",
+        lambda site: None,
+        _run_float,
+    ),
+)
+"""Kernels, the preferred ones first."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel of a site, and why nothing before it in the table runs there."""
+
+    kernel: Kernel
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def choose(site: Site, phase: Phase) -> Choice:
+    """The first kernel of the table that computes ``site`` exactly in this phase."""
+    passed_over: list[tuple[str, str]] = []
+    for kernel in KERNELS:
+        obstacle = kernel.obstacle(site)
+        if phase not in kernel.phases:
+            obstacle = f"it is for {' and '.join(kernel.phases)} only"
+        if obstacle is None:
+            return Choice(kernel, tuple(passed_over))
+        passed_over.append((kernel.name, obstacle))
+    raise AssertionError("the last kernel applies everywhere")
+
+
+_BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+
+_LIBRARY = torch.library.Library("qatc", "FRAGMENT")
+_LIBRARY.define(
+    "packed_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int inputs, int x_bits,"
+    " int weight_bits, *, str x_range='restricted', str weight_range='restricted',"
+    " int group_size=0, str prefill, str decode) -> Tensor"
+)
+
+
+def _packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    inputs: int,
+    x_bits: int,
+    weight_bits: int,
+    *,
+    x_range: Range = "restricted",
+    weight_range: Range = "restricted",
+    group_size: int = 0,
+    prefill: str,
+    decode: str,
+) -> Tensor:
+    site = Site(
+        QuantSpec(weight_bits, group_size or None, weight_range),
+        QuantSpec(x_bits, None, x_range),
+        packed.shape[0],
+        inputs,
+        x.device.type,
+    )
+    single = all(size == 1 for size in x.shape[:-1])
+    kernel = _BY_NAME[decode if single else prefill]
+    return kernel.run(x, packed, scale, bias, site)
+
+
+_LIBRARY.impl("packed_linear", _packed_linear, "CompositeImplicitAutograd")
+
+PACKED_LINEAR = torch.ops.qatc.packed_linear.default
+"""``(x [..., K], packed [N, bytes], scale [N, G], bias, K, x_bits, weight_bits, *, ranges,
+group_size, prefill, decode) -> [..., N]``: a linear on a weight that is stored as packed codes."""

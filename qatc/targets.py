@@ -1,0 +1,100 @@
+"""Runtimes that a model can be trained for: how each rounds what training has to round alike.
+
+A runtime quantizes activations, keys and values by a rule of its own, and what is trained with
+another one is a little off there. A recipe's ``target`` sets the rules of the runtime that will
+serve the model; bits stay the user's choice. Each rule is written down with where it is from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from qatc.errors import ConfigError
+
+Preset = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The rules of one runtime.
+
+    Attributes:
+        weights, activations, kv: fields of the site's ``QuantSpec`` that the runtime decides.
+        kv_bits: bits of K and V that the runtime has a symmetric cache for, 16 included.
+        source: where the rules are from.
+        note: what they leave open.
+    """
+
+    weights: Mapping[str, Any]
+    activations: Mapping[str, Any]
+    kv: Mapping[str, Any]
+    kv_bits: tuple[int, ...]
+    source: str
+    note: str = ""
+
+    def check(self, name: str, kv_bits: int) -> None:
+        """Raise ``ConfigError`` if the runtime has no cache of these bits."""
+        if kv_bits not in self.kv_bits:
+            valid = ", ".join(map(str, self.kv_bits))
+            raise ConfigError(
+                f"the target {name} has no symmetric KV cache of {kv_bits} bits; choose KV bits of"
+                f" {valid}, or leave the target out"
+            )
+
+
+_ANY = (2, 3, 4, 5, 6, 7, 8, 16)
+_PLAIN: Mapping[str, Any] = MappingProxyType({})
+_FULL: Mapping[str, Any] = MappingProxyType({"range": "full"})
+_BLOCKS: Mapping[str, Any] = MappingProxyType({"group_size": 32})
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "qatc": Target(
+            _PLAIN, _PLAIN, _PLAIN, _ANY, "LLM-QAT, arXiv 2305.17888, equation 1: amax / 127"
+        ),
+        "transformers": Target(
+            _PLAIN,
+            _FULL,
+            _FULL,
+            (4, 8, 16),
+            "compressed-tensors 0.20: dynamic per-token int8 with amax / 127.5 and codes -128..127;"
+            " kv_cache_scheme with strategy group and the head dimension as group: amax / 127.5 and"
+            " amax / 7.5 per token and head",
+            "K and V bits are set in the runtime's kv_cache_scheme, not by the checkpoint",
+        ),
+        "vllm": Target(
+            _PLAIN,
+            _PLAIN,
+            _PLAIN,
+            (8, 16),
+            "vLLM 0.33: dynamic per-token int8 with amax / 127; --kv-cache-dtype"
+            " int8_per_token_head with amax / 127",
+            "its 4-bit cache is asymmetric behind a random rotation",
+        ),
+        "llama.cpp": Target(
+            _BLOCKS,
+            _BLOCKS,
+            _BLOCKS,
+            (4, 8, 16),
+            "llama.cpp Q4_0, Q8_0 and its K and V types: blocks of 32 values",
+            "it rounds half away from zero, keeps block scales in fp16 and rotates K and V: close,"
+            " not the same",
+        ),
+    }
+)
+"""Targets by name."""
+
+
+def find_target(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    target = TARGETS.get(name) if isinstance(name, str) else None
+    if target is None:
+        raise ConfigError(f"target must be one of {', '.join(TARGETS)}; got {name!r}")
+    return target

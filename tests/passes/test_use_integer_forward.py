@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qatc.errors import PassError
+from qatc.graph import find_integer_linears, weight_sites
+from qatc.passes import Pipeline, QuantizeLinearInputs, QuantizeWeights, UseIntegerForward
+from qatc.spec import QuantSpec
+from qatc.testing import check_pass
+
+
+def quantized(captured: Any, **weights: Any) -> Any:
+    gm = captured.graph
+    QuantizeLinearInputs(QuantSpec(8), weights.get("skip", ()))(gm)
+    QuantizeWeights(QuantSpec(4), **weights)(gm)
+    return gm
+
+
+def test_every_quantized_linear_is_replaced(llama_layer: Any) -> None:
+    gm = quantized(llama_layer)
+    edited = check_pass(
+        UseIntegerForward(),
+        gm,
+        llama_layer.args,
+        before={"aten.linear": 7, "qatc.fake_quantize": 11},
+        after={"aten.linear": 0, "qatc.fake_quantize": 0, "qatc.integer_linear": 7},
+        check_outputs=1e-5,
+    )
+    assert weight_sites(edited) == weight_sites(gm)
+    assert len(find_integer_linears(edited)) == 7
+
+
+def test_biases_and_shared_weights(plain: Any) -> None:
+    check_pass(
+        UseIntegerForward(),
+        quantized(plain),
+        plain.args,
+        before={"aten.linear": 3},
+        after={"aten.linear": 0, "qatc.integer_linear": 3},
+        check_outputs=1e-5,
+    )
+
+
+def test_skipped_linears_stay(llama_layer: Any) -> None:
+    edited = check_pass(
+        UseIntegerForward(),
+        quantized(llama_layer, skip=("mlp.*",)),
+        before={},
+        after={"aten.linear": 3, "qatc.integer_linear": 4},
+    )
+    assert all("self_attn" in name for name in weight_sites(edited))
+
+
+def test_ranges_are_kept(llama_layer: Any) -> None:
+    gm = llama_layer.graph
+    QuantizeLinearInputs(QuantSpec(8, range="full"))(gm)
+    QuantizeWeights(QuantSpec(4))(gm)
+    counts: Any = {"before": {}, "after": {}}
+    edited = check_pass(UseIntegerForward(), gm, llama_layer.args, **counts, check_outputs=1e-5)
+    node = find_integer_linears(edited)[0].node
+    assert node.kwargs == {"x_range": "full", "weight_range": "restricted"}
+
+
+def test_groups_stay_in_float(llama_layer: Any) -> None:
+    gm = llama_layer.graph
+    QuantizeLinearInputs(QuantSpec(8))(gm)
+    QuantizeWeights(QuantSpec(4, group_size=16))(gm)
+    with pytest.raises(PassError, match="one scale per row of the weight"):
+        UseIntegerForward()(gm)
+
+
+def test_it_needs_both_quantizers_before_it() -> None:
+    with pytest.raises(PassError, match="UseIntegerForward needs QuantizeWeights before it"):
+        Pipeline((UseIntegerForward(),))
+
+
+def test_bits_are_those_of_the_nodes(llama_layer: Any) -> None:
+    gm = llama_layer.graph
+    QuantizeLinearInputs(QuantSpec(6))(gm)
+    QuantizeWeights(QuantSpec(3))(gm)
+    wanted = gm(*llama_layer.args)[0]
+    UseIntegerForward()(gm)
+    assert torch.allclose(gm(*llama_layer.args)[0], wanted, atol=1e-5)
+    assert find_integer_linears(gm)[0].node.args[3:] == (6, 3)

@@ -1,0 +1,124 @@
+"""Every kernel of the table, against an fp64 product of the same codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qatc.kernels import KERNELS, PACKED_LINEAR, PHASES, Site, choose
+from qatc.ops import quantize
+from qatc.packing import pack
+from qatc.preparation import can_compile
+from qatc.spec import QuantSpec
+
+
+def site(w: int, a: int, outputs: int = 8, inputs: int = 64, group: int | None = None) -> Site:
+    return Site(QuantSpec(w, group), QuantSpec(a), outputs, inputs, "cpu")
+
+
+def run(x: Any, weight: Any, bias: Any, at: Site) -> Any:
+    codes, scale = quantize(weight, at.weights, snap=True)
+    names = {phase: choose(at, phase).kernel.name for phase in PHASES}
+    return PACKED_LINEAR(
+        *(x, pack(codes, at.weights.bits), scale, bias, at.inputs),
+        *(at.activations.bits, at.weights.bits),
+        group_size=at.weights.group_size or 0,
+        prefill=names["prefill"],
+        decode=names["decode"],
+    )
+
+
+def reference(x: Any, weight: Any, bias: Any, at: Site) -> Any:
+    """In fp64, from codes and scales computed in numpy."""
+
+    def rounded(values: Any, spec: QuantSpec, snap: bool) -> Any:
+        if not spec.quantizes:
+            return values.astype(np.float64)
+        groups = values.reshape(values.shape[0], -1, spec.group_size or values.shape[1])
+        top = 2 ** (spec.bits - 1) - 1
+        scale = (np.abs(groups).max(-1, keepdims=True) / np.float32(top)).astype(np.float32)
+        scale[scale == 0] = 1
+        if snap:
+            scale = torch.from_numpy(scale).bfloat16().float().clamp(min=2.0**-17).numpy()
+        codes = np.clip(np.round(groups / scale), -top, top)
+        return (codes.astype(np.float64) * scale).reshape(values.shape)
+
+    values = rounded(x.numpy(), at.activations, False) @ rounded(weight.numpy(), at.weights, True).T
+    return values + (0 if bias is None else bias.double().numpy())
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    rows=st.sampled_from([1, 2, 15, 16, 17]), outputs=st.integers(1, 33),
+    inputs=st.integers(1, 70), w=st.integers(2, 8), a=st.sampled_from([2, 4, 8, 16]),
+    has_bias=st.booleans(), grouped=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_packed_linear(
+    rows: int, outputs: int, inputs: int, w: int, a: int, has_bias: bool, grouped: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    group = None
+    if grouped:
+        group, inputs = inputs, inputs * 2
+    at = site(w, a, outputs, inputs, group)
+    x = torch.randn(rows, inputs, generator=generator)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    bias = torch.randn(outputs, generator=generator) if has_bias else None
+    got = run(x, weight, bias, at)
+    assert got.shape == (rows, outputs)
+    tolerance = 3e-6 * inputs**0.5 * 4
+    np.testing.assert_allclose(
+        got.numpy(), reference(x, weight, bias, at), atol=tolerance, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("w", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("rows", [1, 2, 17])
+def test_compiled(w: int, rows: int) -> None:
+    if not can_compile():
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    at = site(w, 8, 24, 48)
+    x, weight = torch.randn(1, rows, 48), torch.randn(24, 48)
+    got = torch.compile(lambda x, weight: run(x, weight, None, at))(x, weight)
+    wanted = reference(x[0], weight, None, at)
+    np.testing.assert_allclose(got[0].numpy(), wanted, atol=1e-4, rtol=1e-5)
+
+
+def names(at: Site) -> tuple[str, ...]:
+    return tuple(choose(at, phase).kernel.name for phase in PHASES)
+
+
+def test_the_table() -> None:
+    assert names(site(8, 8)) == ("int_mm", "int_mm")
+    assert names(site(4, 8)) == ("unpack + int_mm", "fused unpack")
+    assert names(site(2, 8)) == ("unpack + int_mm", "fused unpack")
+    assert names(site(3, 8)) == ("unpack + int_mm", "unpack + int_mm")
+    assert names(site(4, 8, inputs=63)) == ("unpack + int_mm", "unpack + int_mm")
+    assert names(site(4, 16)) == ("dequantize + linear", "dequantize + linear")
+    assert names(site(4, 8, group=32)) == ("dequantize + linear", "dequantize + linear")
+    assert names(site(4, 8, inputs=16384))[1] == "unpack + int_mm"
+
+
+def test_every_kernel_is_chosen_somewhere_and_gives_its_reason() -> None:
+    chosen = {name for w in (3, 4, 8) for a in (8, 16) for name in names(site(w, a))}
+    assert chosen == {kernel.name for kernel in KERNELS}
+    assert all(kernel.reason for kernel in KERNELS)
+    passed = dict(choose(site(4, 8), "prefill").passed_over)
+    assert passed == {
+        "int_mm": "4 bits are not stored as int8", "fused unpack": "it is for decode only"
+    }  # fmt: skip
+
+
+def test_the_fused_sum_is_exact_at_its_limit() -> None:
+    """The largest products that the table lets into an fp32 sum."""
+    inputs = 2**24 // (128 * 16)
+    at = site(4, 8, 1, inputs)
+    assert names(at)[1] == "fused unpack" and names(site(4, 8, 1, inputs + 2))[1] != "fused unpack"
+    x, weight = torch.full((1, inputs), 127.0), torch.full((1, inputs), 7.0)
+    assert run(x, weight, None, at).item() == 127.0 * 7.0 * inputs
