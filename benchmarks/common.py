@@ -47,3 +47,20 @@ def display_path(path: str) -> str:
         return str(Path(path).resolve().relative_to(ROOT))
     except ValueError:
         return Path(path).resolve().name
+
+
+def random_output(directory: Path, recipe: Any, model: Any) -> Path:
+    """An output as ``qatc quantize`` writes it, of a model that was only rounded."""
+    from qatc.export import QuantizedWeight, write_model
+    from qatc.preparation import prepare, quantized_parameters, restore
+
+    prepare(model, recipe, compile=False)
+    state = model.state_dict()
+    names = quantized_parameters(model) if recipe.weights.quantizes else []
+    weights = {name: QuantizedWeight.from_float(state[name], recipe.weights) for name in names}
+    restore(model)
+    directory.mkdir(parents=True)
+    write_model(
+        directory, config=model.config, state=state, weights=weights, recipe=recipe, metadata={}
+    )
+    return directory
