@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatc import ops
+from qatc import native, ops, packing
 from qatc.spec import QuantSpec, Range
 
 LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
@@ -25,6 +25,7 @@ LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
 
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
+_LIBRARY.define("packed_mm(Tensor a, Tensor packed, int bits) -> Tensor")
 _LIBRARY.define(
     "integer_linear(Tensor x, Tensor weight, Tensor? bias, int x_bits, int weight_bits, *,"
     " str x_range='restricted', str weight_range='restricted') -> Tensor"
@@ -53,9 +54,17 @@ def _int_mm_shape(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
 
 
+def _packed_mm(a: Tensor, packed: Tensor, bits: int) -> Tensor:
+    if a.shape[0] <= native.MAX_ROWS and native.library() is not None:
+        return native.packed_product(a, packed, bits)
+    return _int_mm(a, packing.unpack(packed, bits, a.shape[1]))
+
+
 _LIBRARY.impl("int_mm", _int_mm, "CPU")
 _LIBRARY.impl("int_mm", _int_mm_cuda, "CUDA")
+_LIBRARY.impl("packed_mm", _packed_mm, "CPU")
 torch.library.register_fake("qatc::int_mm", _int_mm_shape, lib=_LIBRARY)
+torch.library.register_fake("qatc::packed_mm", lambda a, p, bits: _int_mm_shape(a, p), lib=_LIBRARY)
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -72,6 +81,21 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
+def packed_mm(a: Tensor, packed: Tensor, bits: int) -> Tensor:
+    """``a @ codes.T`` of packed codes, exactly: for a few rows without unpacking them to memory.
+
+    Args:
+        a: int8 ``[M, K]``.
+        packed: uint8 ``[N, packed_width(K, bits)]``.
+        bits: 2 to 7.
+
+    Returns:
+        int32 ``[M, N]``.
+    """
+    result: Tensor = torch.ops.qatc.packed_mm(a, packed, bits)
+    return result
+
+
 class _IntegerLinear(torch.autograd.Function):
     """Backward is that of a linear over the dequantized values: rounding passes gradients on."""
 
@@ -83,7 +107,7 @@ class _IntegerLinear(torch.autograd.Function):
         codes, scale = ops.quantize(weight, specs[1], snap=True)
         ctx.save_for_backward(x_codes, x_scale, codes, scale)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        product = scaled_product(x_codes, x_scale, codes, scale, bias, x.dtype)
+        product = scale_sums(int_mm(x_codes, codes), x_scale, scale, bias, x.dtype)
         return product.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -104,25 +128,19 @@ class _IntegerLinear(torch.autograd.Function):
         return for_x, for_weight, for_bias, None
 
 
-def scaled_product(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
+def scale_sums(
+    sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The exact integer product, scaled in fp32 and rounded once to ``dtype``.
+    """Exact integer sums, scaled in fp32 and rounded once to ``dtype``.
 
     Args:
-        x_codes: int8 ``[M, K]``.
+        sums: int32 or integers in fp32 ``[M, N]``.
         x_scale: fp32 ``[M, 1]``.
-        codes: int8 ``[N, K]``.
         scale: fp32 ``[N, 1]``.
         bias: ``[N]``, added in fp32, or None.
         dtype: of the result ``[M, N]``.
     """
-    values = int_mm(x_codes, codes).float() * x_scale * scale.t()
+    values = sums.float() * x_scale * scale.t()
     if bias is not None:
         values = values + bias.float()
     return values.to(dtype)

@@ -93,6 +93,7 @@ def quantized_attention(
         return _attend_to_codes(
             *(query, key_codes, key_scale, value_codes, value_scale, visible),
             bits=bits,
+            value_width=value.shape[-1],
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
         )
     dtype = query.dtype
@@ -117,11 +118,14 @@ def _attend_to_codes(
     visible: Tensor,
     *,
     bits: int,
+    value_width: int,
     scale: float,
 ) -> Tensor:
     batch, heads, _, width = query.shape
+    dtype = query.dtype
     groups = key_codes.shape[1]
-    grouped = (query.float() * scale).view(batch, groups, heads // groups, 1, width)
+    query = torch.ops.qatc.materialize(query.float() * scale)
+    grouped = query.view(batch, groups, heads // groups, 1, width)
     keys = _signed_parts(key_codes, bits, width)
     scores = sum(
         (piece.unsqueeze(2) * part).sum(-1)
@@ -129,10 +133,19 @@ def _attend_to_codes(
     )
     scores = scores * key_scale.squeeze(-1).unsqueeze(2)
     scores = scores.masked_fill(~visible, -torch.inf)
-    weights = scores.softmax(-1) * value_scale.squeeze(-1).unsqueeze(2)
-    values = _signed_parts(value_codes, bits, width)
+    weights = torch.ops.qatc.materialize(scores.softmax(-1) * value_scale.squeeze(-1).unsqueeze(2))
+    values = _signed_parts(value_codes, bits, value_width)
     parts = [(weights.unsqueeze(-1) * piece.unsqueeze(2)).sum(-2) for piece in values]
-    return torch.cat(parts, -1).view(batch, heads, 1, width).to(query.dtype)
+    return torch.cat(parts, -1).view(batch, heads, 1, -1).to(dtype)
+
+
+_LIBRARY = torch.library.Library("qatc", "FRAGMENT")
+_LIBRARY.define("materialize(Tensor x) -> Tensor")
+_LIBRARY.impl("materialize", lambda x: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("qatc::materialize", torch.empty_like, lib=_LIBRARY)
+"""A copy that Inductor does not look into. It would fuse the query, from its projection's integers
+on, into the reduction over the keys and compute it anew for each of them (two to three times slower
+at 4096 tokens), and likewise the probabilities into that over the values."""
 
 
 def _signed_parts(codes: Tensor, bits: int, width: int) -> list[Tensor]:

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from qatc import kernels, packing
 from qatc.capture import Template
@@ -273,9 +272,7 @@ def _run(
     forward: TemplateForward, call: tuple[Any, Any], extra: Callable[[Template], list[Any]]
 ) -> tuple[torch.fx.Graph, dict[Node, Any]]:
     """The graph that serves a call, and what all of its nodes compute."""
-    args, kwargs = call
-    leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
-    template = forward.store.find(forward, leaves, spec)
+    template, leaves = forward.find(*call)
     interpreter = Interpreter(template.graph_module, garbage_collect_values=False)
     inputs = [leaves[i] for i in template.inputs]
     interpreter.run(*forward.parameters(template), *inputs, *extra(template))

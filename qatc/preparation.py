@@ -213,7 +213,7 @@ def can_compile() -> bool:
 
 def inductor(gm: GraphModule) -> Callable[..., Any]:
     """Compile a template's graph."""
-    compiled: Callable[..., Any] = torch.compile(gm)
+    compiled: Callable[..., Any] = torch.compile(gm.forward)  # a module would be called as one
     return compiled
 
 

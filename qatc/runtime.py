@@ -288,9 +288,26 @@ class LoweredForward(TemplateForward):
         self._structure = super().structure()
         self._layer: PackedLayer | None = None
         self._positions = self._mask = torch.empty(0)
+        self._found: dict[Any, list[Template]] = {}
 
     def structure(self) -> Any:
         return self._structure
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Template, list[Any]]:
+        """As every other forward does, but what was found once is not looked for again.
+
+        What decides a template besides the arguments never changes here.
+        """
+        signature, leaves = _signature(args, kwargs)
+        if signature is None:
+            return super().find(args, kwargs)
+        known = self._found.setdefault((id(self.store), signature), [])
+        for template in known:
+            if template.fits(leaves):
+                return template, leaves
+        template, leaves = super().find(args, kwargs)
+        known.append(template)
+        return template, leaves
 
     def twin(self) -> nn.Module:
         twin = copy.deepcopy(self.prototype)
@@ -347,6 +364,31 @@ class LoweredForward(TemplateForward):
             torch._dynamo.maybe_mark_dynamic(view, (0, 2))
         torch._dynamo.maybe_mark_dynamic(inputs[len(views)], (0, 1))
         return inputs
+
+
+def _signature(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...] | None, list[Any]]:
+    """What decides the template of a call, besides sizes, and the call's leaves in pytree order.
+
+    Cheaper than a pytree; None for arguments that only a pytree can take apart.
+    """
+    names = sorted(kwargs)
+    key: list[Any] = [len(args), *names]
+    leaves: list[Any] = []
+    for value in (*args, *(kwargs[name] for name in names)):
+        nested = type(value) is tuple
+        if nested:
+            key.append(len(value))
+        for leaf in value if nested else (value,):
+            leaves.append(leaf)
+            if isinstance(leaf, Tensor):
+                key.append((leaf.dim(), leaf.dtype))
+            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+                key.append((type(leaf), leaf))
+            else:
+                return None, leaves
+    return tuple(key), leaves
 
 
 def take_out(

@@ -137,6 +137,7 @@ class TemplateForward:
         self.skip = skip
         self.original: Callable[..., Any] | None = module.__dict__.get("forward")
         self._constants = _constants(module)
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
 
     def structure(self) -> Any:
         """What must be equal for two modules to share a graph, whatever their arguments."""
@@ -167,11 +168,12 @@ class TemplateForward:
 
     def parameters(self, template: Template) -> list[Tensor]:
         """The tensors that this module passes for the template's lifted parameters."""
-        tensors = []
-        for name in template.parameters:
-            path, _, leaf = name.rpartition(".")
-            tensors.append(getattr(self.module.get_submodule(path), leaf))
-        return tensors
+        owners = self._owners.get(id(template))
+        if owners is None:
+            paths = [name.rpartition(".") for name in template.parameters]
+            owners = [(self.module.get_submodule(path), leaf) for path, _, leaf in paths]
+            self._owners[id(template)] = owners
+        return [getattr(module, leaf) for module, leaf in owners]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._checkpoints():
@@ -190,20 +192,26 @@ class TemplateForward:
             and type(self.module).__call__ is nn.Module.__call__
         )
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(sorted(kwargs.items()))
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Template, list[Any]]:
+        """The template that serves a call, and the call's arguments as its leaves."""
+        leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
         if self.store.compute_dtype is not None:
             leaves = [_cast(leaf, self.store.compute_dtype) for leaf in leaves]
-        template = self.store.find(self, leaves, spec)
+        return self.store.find(self, leaves, spec), leaves
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        template, leaves = self.find(args, kwargs)
         if self.store.dry_run and template.keeps_shape():
             return pytree.tree_unflatten([leaves[template.inputs[0]]], template.out_spec)
         parameters = self.parameters(template)
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             leaves = _with_gradient(leaves, template.inputs)
         device = parameters[0].device.type if parameters else "cpu"
+        extra = self.extra_inputs(template)
+        if not torch.is_autocast_enabled(device):
+            return template(parameters, leaves, extra)
         with torch.autocast(device, enabled=False):
-            return template(parameters, leaves, self.extra_inputs(template))
+            return template(parameters, leaves, extra)
 
     def extra_inputs(self, template: Template) -> list[Tensor]:
         """Tensors for the graph inputs that passes added, in order."""
@@ -213,7 +221,7 @@ class TemplateForward:
         # The copied module is already in the memo: deepcopy creates it before its attributes.
         module = memo.get(id(self.module), self.module)
         copied = copy.copy(self)
-        copied.module = module
+        copied.module, copied._owners = module, {}
         copied.original = copy.deepcopy(self.original, memo)
         return copied
 

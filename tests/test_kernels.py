@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qatc import native
 from qatc.kernels import KERNELS, PACKED_LINEAR, PHASES, Site, choose
 from qatc.ops import quantize
 from qatc.packing import pack
@@ -21,9 +23,9 @@ def site(w: int, a: int, outputs: int = 8, inputs: int = 64, group: int | None =
     return Site(QuantSpec(w, group), QuantSpec(a), outputs, inputs, "cpu")
 
 
-def run(x: Any, weight: Any, bias: Any, at: Site) -> Any:
+def run(x: Any, weight: Any, bias: Any, at: Site, **kernels: str) -> Any:
     codes, scale = quantize(weight, at.weights, snap=True)
-    names = {phase: choose(at, phase).kernel.name for phase in PHASES}
+    names = {phase: choose(at, phase).kernel.name for phase in PHASES} | kernels
     return PACKED_LINEAR(
         *(x, pack(codes, at.weights.bits), scale, bias, at.inputs),
         *(at.activations.bits, at.weights.bits),
@@ -56,11 +58,12 @@ def reference(x: Any, weight: Any, bias: Any, at: Site) -> Any:
 @given(
     rows=st.sampled_from([1, 2, 15, 16, 17]), outputs=st.integers(1, 33),
     inputs=st.integers(1, 70), w=st.integers(2, 8), a=st.sampled_from([2, 4, 8, 16]),
-    has_bias=st.booleans(), grouped=st.booleans(), seed=st.integers(0, 999),
+    has_bias=st.booleans(), grouped=st.booleans(), decode=st.booleans(), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_packed_linear(
-    rows: int, outputs: int, inputs: int, w: int, a: int, has_bias: bool, grouped: bool, seed: int
-) -> None:
+    rows: int, outputs: int, inputs: int, w: int, a: int, has_bias: bool, grouped: bool,
+    decode: bool, seed: int,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     group = None
     if grouped:
@@ -69,7 +72,7 @@ def test_packed_linear(
     x = torch.randn(rows, inputs, generator=generator)
     weight = torch.randn(outputs, inputs, generator=generator)
     bias = torch.randn(outputs, generator=generator) if has_bias else None
-    got = run(x, weight, bias, at)
+    got = run(x.unsqueeze(1 if decode else 0), weight, bias, at).flatten(0, 1)
     assert got.shape == (rows, outputs)
     tolerance = 3e-6 * inputs**0.5 * 4
     np.testing.assert_allclose(
@@ -84,10 +87,25 @@ def test_compiled(w: int, rows: int) -> None:
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)
     at = site(w, 8, 24, 48)
+    names = {phase: choose(at, phase).kernel.name for phase in PHASES}
     x, weight = torch.randn(1, rows, 48), torch.randn(24, 48)
-    got = torch.compile(lambda x, weight: run(x, weight, None, at))(x, weight)
     wanted = reference(x[0], weight, None, at)
-    np.testing.assert_allclose(got[0].numpy(), wanted, atol=1e-4, rtol=1e-5)
+    compiled = torch.compile(lambda x, weight: run(x, weight, None, at, **names))
+    for got in (compiled(x, weight)[0], compiled(x.transpose(0, 1), weight)[:, 0]):
+        np.testing.assert_allclose(got.numpy(), wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1)])
+def test_every_kernel_that_can_run_computes_the_same(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    at = site(4, 8, 24, 48)
+    x, weight, bias = torch.randn(*shape, 48), torch.randn(24, 48), torch.randn(24)
+    wanted = reference(x.flatten(0, 1), weight, bias, at).reshape(*shape, 24)
+    able = [k.name for k in KERNELS if "decode" in k.phases and k.obstacle(at) is None]
+    assert len(able) >= 3
+    for name in able:
+        got = run(x, weight, bias, at, decode=name)
+        np.testing.assert_allclose(got.numpy(), wanted, atol=1e-4, rtol=1e-5)
 
 
 def names(at: Site) -> tuple[str, ...]:
@@ -95,30 +113,46 @@ def names(at: Site) -> tuple[str, ...]:
 
 
 def test_the_table() -> None:
+    packed = "packed product" if native.obstacle() is None else None
     assert names(site(8, 8)) == ("int_mm", "int_mm")
-    assert names(site(4, 8)) == ("unpack + int_mm", "fused unpack")
-    assert names(site(2, 8)) == ("unpack + int_mm", "fused unpack")
-    assert names(site(3, 8)) == ("unpack + int_mm", "unpack + int_mm")
-    assert names(site(4, 8, inputs=63)) == ("unpack + int_mm", "unpack + int_mm")
+    assert names(site(4, 8)) == ("unpack + int_mm", packed or "fused unpack")
+    assert names(site(2, 8)) == ("unpack + int_mm", packed or "fused unpack")
+    assert names(site(3, 8)) == ("unpack + int_mm", packed or "unpack + int_mm")
+    assert names(site(4, 8, inputs=63)) == ("unpack + int_mm", packed or "unpack + int_mm")
     assert names(site(4, 16)) == ("dequantize + linear", "dequantize + linear")
     assert names(site(4, 8, group=32)) == ("dequantize + linear", "dequantize + linear")
-    assert names(site(4, 8, inputs=16384))[1] == "unpack + int_mm"
+    cuda = dataclasses.replace(site(4, 8), device="cuda")
+    assert names(cuda) == ("unpack + int_mm", "fused unpack")
+    assert names(dataclasses.replace(cuda, inputs=16384))[1] == "unpack + int_mm"
+
+
+def test_without_a_compiler_other_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    assert names(site(4, 8)) == ("unpack + int_mm", "fused unpack")
+    assert names(site(3, 8)) == ("unpack + int_mm", "unpack + int_mm")
+    assert names(site(4, 8, inputs=63)) == ("unpack + int_mm", "unpack + int_mm")
+    reasons = dict(choose(site(4, 8), "decode").passed_over)
+    assert reasons["packed product"] == "there is no C compiler here"
 
 
 def test_every_kernel_is_chosen_somewhere_and_gives_its_reason() -> None:
-    chosen = {name for w in (3, 4, 8) for a in (8, 16) for name in names(site(w, a))}
-    assert chosen == {kernel.name for kernel in KERNELS}
+    sites = [site(w, a) for w in (3, 4, 8) for a in (8, 16)]
+    sites += [dataclasses.replace(at, device="cuda") for at in sites]
+    chosen = {name for at in sites for name in names(at)}
+    assert chosen >= {k.name for k in KERNELS} - {"packed product"}
     assert all(kernel.reason for kernel in KERNELS)
     passed = dict(choose(site(4, 8), "prefill").passed_over)
     assert passed == {
-        "int_mm": "4 bits are not stored as int8", "fused unpack": "it is for decode only"
+        "int_mm": "4 bits are not stored as int8", "packed product": "it is for decode only",
+        "fused unpack": "it is for decode only",
     }  # fmt: skip
 
 
 def test_the_fused_sum_is_exact_at_its_limit() -> None:
     """The largest products that the table lets into an fp32 sum."""
     inputs = 2**24 // (128 * 16)
+    fused = next(kernel for kernel in KERNELS if kernel.name == "fused unpack")
     at = site(4, 8, 1, inputs)
-    assert names(at)[1] == "fused unpack" and names(site(4, 8, 1, inputs + 2))[1] != "fused unpack"
-    x, weight = torch.full((1, inputs), 127.0), torch.full((1, inputs), 7.0)
-    assert run(x, weight, None, at).item() == 127.0 * 7.0 * inputs
+    assert fused.obstacle(at) is None and fused.obstacle(site(4, 8, 1, inputs + 2)) is not None
+    x, weight = torch.full((1, 1, inputs), 127.0), torch.full((1, inputs), 7.0)
+    assert run(x, weight, None, at, decode="fused unpack").item() == 127.0 * 7.0 * inputs

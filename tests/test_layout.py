@@ -29,6 +29,7 @@ LAYERS = {
     "qatc.integer": 2,
     "qatc.kernels": 2,
     "qatc.kv_cache": 2,
+    "qatc.native": 2,
     "qatc.ops": 2,
     "qatc.packing": 2,
     "qatc.passes": 3,

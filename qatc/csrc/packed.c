@@ -1,0 +1,81 @@
+/* Products with packed integer codes: the codes are unpacked in registers, never in memory.
+ *
+ * The layout is that of qatc/packing.py: a code of b bits, made unsigned by adding 2^(b-1), is cut
+ * into planes of 4, 2 and 1 bits, the low bits first; a plane of p bits holds, in byte j, the j-th
+ * value of each of the 8 / p equal parts of the row. 8 bits are plain int8.
+ *
+ * The loops are plain C that compilers turn into dot-product instructions (VNNI, i8mm) where the
+ * processor has them. All integer sums are exact.
+ */
+
+#include <stdint.h>
+
+/* The sum of u[j] * x[j] over one part of a plane, for u the p bits at `shift` of every byte. */
+#define PART(bytes, x, count, shift, mask, sum)                        \
+    for (int64_t j = 0; j < (count); j++)                              \
+        (sum) += (int32_t)(uint8_t)(((bytes)[j] >> (shift)) & (mask)) * (int32_t)(x)[j];
+
+static int32_t dot_plane4(const uint8_t *restrict w, const int8_t *restrict x, int64_t count) {
+    int32_t low = 0, high = 0;
+    for (int64_t j = 0; j < count; j++) {
+        low += (int32_t)(uint8_t)(w[j] & 15) * (int32_t)x[j];
+        high += (int32_t)(uint8_t)(w[j] >> 4) * (int32_t)x[count + j];
+    }
+    return low + high;
+}
+
+static int32_t dot_plane2(const uint8_t *restrict w, const int8_t *restrict x, int64_t count) {
+    int32_t sum = 0;
+    PART(w, x, count, 0, 3, sum)
+    PART(w, x + count, count, 2, 3, sum)
+    PART(w, x + 2 * count, count, 4, 3, sum)
+    PART(w, x + 3 * count, count, 6, 3, sum)
+    return sum;
+}
+
+static int32_t dot_plane1(const uint8_t *restrict w, const int8_t *restrict x, int64_t count) {
+    int32_t sum = 0;
+    for (int part = 0; part < 8; part++) PART(w, x + part * count, count, part, 1, sum)
+    return sum;
+}
+
+/* The sum of code * x over a row of `width` codes of 2 to 7 bits; x is padded to 8 with zeros. */
+static int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bits, int32_t x_sum) {
+    int32_t sum = 0;
+    int low = 0;
+    if (bits & 4) {
+        int64_t count = (width + 1) / 2;
+        sum += dot_plane4(w, x, count);
+        w += count;
+        low = 4;
+    }
+    if (bits & 2) {
+        int64_t count = (width + 3) / 4;
+        sum += dot_plane2(w, x, count) << low;
+        w += count;
+        low += 2;
+    }
+    if (bits & 1) sum += dot_plane1(w, x, (width + 7) / 8) << low;
+    return sum - (x_sum << (bits - 1));
+}
+
+/* out[m, n] = sum over k of x[m, k] * code[n, k].
+ *
+ * x: int8 [rows, stride], zero from `width` on, stride a multiple of 8
+ * w: uint8 [outputs, bytes]
+ * out: int32 [rows, outputs]
+ */
+void qatc_packed_product(const int8_t *x, const uint8_t *w, int32_t *out, int64_t rows,
+                         int64_t stride, int64_t outputs, int64_t width, int64_t bytes, int bits,
+                         int threads) {
+    int32_t sums[64];
+    for (int64_t m = 0; m < rows; m++) {
+        sums[m] = 0;
+        for (int64_t k = 0; k < width; k++) sums[m] += x[m * stride + k];
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < outputs; n++)
+        for (int64_t m = 0; m < rows; m++)
+            out[m * outputs + n] =
+                dot_row(w + n * bytes, x + m * stride, width, bits, sums[m]);
+}

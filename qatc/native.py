@@ -1,0 +1,131 @@
+"""Products with packed codes in C, built on first use with the machine's own compiler.
+
+Unpacking inside a dot product of bytes is what Inductor cannot generate: it has no pattern for the
+processor's dot-product instructions, to which a C compiler turns ``csrc/packed.c``. The library is
+built once, in about a second, and kept in the user's cache. Where there is no compiler,
+:func:`library` is None and other kernels run; a kernel report says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).parent / "csrc" / "packed.c"
+
+MAX_ROWS = 64
+"""Rows that one product takes; the codes are unpacked anew for each."""
+
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+
+
+def compiler() -> str | None:
+    """The C compiler of this machine: that of the environment variable CC, or a usual one."""
+    names = [os.environ.get("CC"), "cc", "gcc", "clang"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def obstacle() -> str | None:
+    """Why there is no library on this machine, or None if there is."""
+    if compiler() is None:
+        return "there is no C compiler here"
+    return None if library() is not None else "the C compiler here cannot build it"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The functions of ``csrc/packed.c``, built for this processor; None where that fails."""
+    command = compiler()
+    if command is None:
+        return None
+    for openmp in (("-fopenmp",), ()):
+        path = _build(command, (*_FLAGS, *openmp))
+        if path is not None:
+            loaded = ctypes.CDLL(str(path))
+            loaded.qatc_packed_product.argtypes = [
+                *([ctypes.c_void_p] * 3), *([ctypes.c_int64] * 5), *([ctypes.c_int] * 2)
+            ]  # fmt: skip
+            loaded.qatc_packed_product.restype = None
+            return loaded
+    return None
+
+
+def _build(command: str, flags: tuple[str, ...]) -> Path | None:
+    folder = _cache()
+    path = folder / f"packed-{_key(command, flags)}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / path.name
+        done = subprocess.run(
+            [command, *flags, "-o", str(built), str(SOURCE)],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            return None
+        built.replace(path)
+    return path
+
+
+def _key(command: str, flags: tuple[str, ...]) -> str:
+    """What decides the machine code: the source, the compiler and the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    processor = next((x for x in lines if x.startswith(("flags", "Features"))), platform.machine())
+    version = subprocess.run([command, "--version"], capture_output=True, check=False).stdout
+    parts = (SOURCE.read_bytes(), version, processor.encode(), " ".join(flags).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _cache() -> Path:
+    """A folder that nobody else can write to."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "qatc"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except OSError:
+        pass
+    return _private_folder()
+
+
+@functools.cache
+def _private_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="qatc-"))
+
+
+def packed_product(x: Tensor, packed: Tensor, bits: int) -> Tensor:
+    """``x @ codes.T``, exactly.
+
+    Args:
+        x: int8 ``[M, K]``, M up to :data:`MAX_ROWS`.
+        packed: uint8 ``[N, packed_width(K, bits)]``, contiguous.
+        bits: 2 to 7.
+
+    Returns:
+        int32 ``[M, N]``.
+    """
+    loaded = library()
+    assert loaded is not None, "checked by obstacle()"
+    rows, width = x.shape
+    assert rows <= MAX_ROWS and packed.is_contiguous()
+    x = x.contiguous() if width % 8 == 0 else torch.nn.functional.pad(x, (0, -width % 8))
+    out = torch.empty((rows, packed.shape[0]), dtype=torch.int32)
+    loaded.qatc_packed_product(
+        *(x.data_ptr(), packed.data_ptr(), out.data_ptr()),
+        *(rows, x.shape[1], packed.shape[0], width, packed.shape[1]),
+        *(bits, torch.get_num_threads()),
+    )
+    return out
