@@ -1,143 +1,99 @@
 """Decoding speed: tokens per second and bytes, full precision against integers.
 
-    python benchmarks/decode.py --threads 2 --context 128 --context 4096 --batch 1 --batch 8
+    python benchmarks/decode.py --threads 2
 
 A random-weight LLaMA (about 110 million parameters by default) decodes behind a prompt of random
-tokens. All variants are built first; then they take turns, a few tokens each, round by round, so
-that what else the machine does hits them alike. The figure is the median of the rounds.
+tokens, at batch 1 and 8 and behind 128 and 4096 tokens. All variants are built first; then they
+take turns, a few tokens each, round by round, so that what else the machine does hits them alike.
+The figure is the median of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+import variants
+from transformers import StaticCache
+from transformers.cache_utils import QuantizedCache
+from variants import Variant
 
-from qatc.recipe import Recipe
-from qatc.runtime import load, memory
-
-SHAPES = {
-    "110M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
-             "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64},
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128},
-}  # fmt: skip
-FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Step = Callable[[], Any]
+from qatc.usage import memory
 
 
 def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="110M", choices=SHAPES)
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--context", type=int, action="append", required=True)
-    parser.add_argument("--batch", type=int, action="append", required=True)
-    parser.add_argument("--bits", nargs="*", default=["8-8-8", "4-8-8", "4-8-4"])
-    parser.add_argument("--rounds", type=int, default=5)
+    variants.add_options(parser)
+    parser.add_argument("--context", type=int, nargs="+", default=[128, 4096])
     parser.add_argument("--tokens", type=int, default=8, help="tokens a variant decodes a round")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    shape = SHAPES[arguments.shape]
-    if arguments.layers:
-        shape = shape | {"num_hidden_layers": arguments.layers}
-    config = LlamaConfig(
-        vocab_size=32000, max_position_embeddings=8192, tie_word_embeddings=True, **shape
-    )
+    options = parser.parse_args()
     runs = []
     with tempfile.TemporaryDirectory(prefix="qatc-decode-") as scratch, torch.inference_mode():
-        models = build(config, arguments, Path(scratch))
-        for batch in arguments.batch:
-            for context in arguments.context:
-                figures = measure(models, config, batch, context, arguments)
-                runs.append({"batch": batch, "context": context, "tokens_per_second": figures})
-                print(batch, context, {k: round(v, 2) for k, v in figures.items()}, flush=True)
-    sizes = {
-        name: vars(memory(model)) for name, (model, _) in models.items() if name in arguments.bits
-    }
+        built, absent = variants.build(options, Path(scratch))
+        for batch in options.batch:
+            for context in options.context:
+                runs.append(measure(built, batch, context, options))
+    sizes = {name: vars(memory(v.model)) for name, v in built.items() if name.startswith("qatc")}
     common.save(
-        f"decode-{arguments.shape}-{arguments.device}",
+        f"decode-{options.shape}-{options.device}",
         {
-            "shape": shape,
+            "shape": variants.shape_of(options),
             "threads": torch.get_num_threads(),
-            "rounds": arguments.rounds,
-            "tokens": arguments.tokens,
+            "rounds": options.rounds,
+            "tokens": options.tokens,
             "dtype_of_the_rest": "bf16",
+            "not_run": absent,
             "bytes": sizes,
             "runs": runs,
         },
     )
 
 
-def build(config: Any, arguments: Any, scratch: Path) -> dict[str, tuple[Any, bool]]:
-    """Every variant: the model, and whether it is transformers' own compiled one."""
-    torch.manual_seed(0)
-    models: dict[str, tuple[Any, bool]] = {}
-    for name, dtype in FLOAT.items():
-        model: Any = LlamaForCausalLM(config).eval().to(arguments.device, dtype)
-        model.set_attn_implementation("sdpa")
-        models[f"{name} eager"] = model, False
-        models[f"{name} compiled"] = model, True
-    source = models["fp32 eager"][0]
-    for bits in arguments.bits:
-        output = common.random_output(scratch / bits, Recipe.from_bits(bits), source)
-        models[bits] = load(output, device=arguments.device, dtype=torch.bfloat16), False
-    return models
-
-
 def measure(
-    models: dict[str, tuple[Any, bool]], config: Any, batch: int, context: int, arguments: Any
-) -> dict[str, float]:
+    built: dict[str, Variant], batch: int, context: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Tokens per second of every variant, over all rows of the batch."""
     torch._dynamo.reset()
-    ids = torch.randint(config.vocab_size, (batch, context), device=arguments.device)
-    steps = {n: stepper(m, c, ids, arguments) for n, (m, c) in models.items()}
+    ids = torch.randint(32000, (batch, context), device=options.device)
+    steps = {name: stepper(variant, ids, options) for name, variant in built.items()}
     for step in steps.values():
         for _ in range(2):  # compiles
             step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.rounds):
-        for name, step in steps.items():
-            synchronize(arguments.device)
-            started = time.perf_counter()
-            for _ in range(arguments.tokens):
-                step()
-            synchronize(arguments.device)
-            times[name].append((time.perf_counter() - started) / arguments.tokens)
-    return {name: batch / statistics.median(found) for name, found in times.items()}
+    times = variants.take_turns(steps, options.rounds, options.tokens, options.device)
+    figures = {name: batch / seconds for name, seconds in variants.medians(times).items()}
+    print(batch, context, {name: round(value, 1) for name, value in figures.items()}, flush=True)
+    return {
+        "batch": batch,
+        "context": context,
+        "tokens_per_second": figures,
+        "ratios": variants.ratios(figures),
+        "seconds_per_step": times,
+    }
 
 
-def stepper(model: Any, compiled: bool, ids: torch.Tensor, arguments: Any) -> Step:
+def stepper(variant: Variant, ids: torch.Tensor, options: argparse.Namespace) -> Callable[[], Any]:
     """A function that decodes one token for every row, behind the prompt."""
-    new = ids[:, -1:]
-    room = ids.shape[1] + (arguments.rounds + 1) * arguments.tokens + 8
-    cache = StaticCache(model.config, max_cache_len=room) if compiled else None
-    cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
-    forward = torch.compile(model.forward) if compiled else model
+    model, new = variant.model, ids[:, -1:]
+    room = ids.shape[1] + (options.rounds + 1) * options.tokens + 8
+    cache: Any = None
+    if variant.compiled:
+        cache = StaticCache(model.config, max_cache_len=room)
+    elif variant.quantized_cache:
+        cache = QuantizedCache(backend="quanto", config=model.config, nbits=4)
+    for part in ids.split(512, dim=1):  # a prefill of all at once needs too much memory at batch 8
+        cache = model(input_ids=part, past_key_values=cache, use_cache=True).past_key_values
+    forward = torch.compile(model.forward) if variant.compiled else model
 
     def step() -> Any:
         return forward(input_ids=new, past_key_values=cache, use_cache=True)
 
     return step
-
-
-def synchronize(device: str) -> None:
-    """Wait for the GPU, if it is one."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

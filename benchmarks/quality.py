@@ -1,9 +1,12 @@
 """Quality at several bit widths: ``qatc quantize`` with its defaults, and what it reached.
 
     python benchmarks/quality.py --model DIR --bits 4-8-4 --bits 8-8-4
+    python benchmarks/quality.py --bits 4-8-4 --held-out --samples 6144 --steps 5000 --lr 8e-4
 
-One corpus serves all runs. The result is added to ``results/quality-NAME.json``, where NAME is
-the model's directory, with the command, the wall-clock time and every figure of the report.
+Options that are not its own go to ``qatc quantize``. With ``--held-out`` the demonstration model is
+evaluated as well on modules of the standard library that neither it nor its quantized form has
+seen. One corpus serves all runs. The result is added to ``results/quality-NAME.json``, where NAME
+is the model's directory, with the command, the wall-clock time and every figure of the report.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -19,12 +23,16 @@ from typing import Any
 
 import common
 
+HELD_OUT = "held-out-modules.txt"
+
 
 def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(common.ROOT / "examples/demo-model"))
     parser.add_argument("--bits", action="append", required=True)
+    parser.add_argument("--data", help="corpus that is there already")
+    parser.add_argument("--held-out", action="store_true", help="evaluate on held-out modules too")
     parser.add_argument("--keep", help="directory for the outputs; a temporary one by default")
     arguments, extra = parser.parse_known_args()
     name = f"quality-{Path(arguments.model).resolve().name}"
@@ -32,16 +40,29 @@ def main() -> None:
     runs: dict[str, Any] = json.loads(file.read_text())["runs"] if file.exists() else {}
     with tempfile.TemporaryDirectory(prefix="qatc-quality-") as scratch:
         base = Path(arguments.keep or scratch)
+        data = Path(arguments.data or base / "corpus")
+        text = Path(scratch) / HELD_OUT
+        if arguments.held_out:
+            text.write_text(held_out_modules(), encoding="utf-8")
+            extra += ["--eval-text", str(text)]
         for bits in arguments.bits:
-            runs[bits] = run(arguments.model, bits, base, extra)
-            summary = runs[bits]["figures"]["generated"]
-            print(bits, {m: (v["perplexity"], v["kl"]) for m, v in summary.items()})
+            runs[bits] = run(arguments.model, bits, base, data, extra)
+            for name_of_text, models in runs[bits]["figures"].items():
+                summary = {m: (v["perplexity"], v["kl"]) for m, v in models.items()}
+                print(bits, name_of_text, summary)
             common.save(name, {"model": common.display_path(arguments.model), "runs": runs})
 
 
-def run(model: str, bits: str, base: Path, extra: list[str]) -> dict[str, Any]:
+def held_out_modules() -> str:
+    """What the demonstration model was not trained on, of this interpreter's own library."""
+    sys.path.insert(0, str(common.ROOT / "examples"))
+    from train_demo_model import read_corpus
+
+    return "\n".join(read_corpus(Path(sysconfig.get_path("stdlib")))[1])
+
+
+def run(model: str, bits: str, base: Path, data: Path, extra: list[str]) -> dict[str, Any]:
     """One ``qatc quantize``, on the corpus of the first one."""
-    data = base / "corpus"
     generated = not data.exists()
     options = ["quantize", "--model", model, "--bits", bits, "--output", str(base / bits)]
     options += ["--data", str(data), "--json", *extra]
@@ -51,15 +72,27 @@ def run(model: str, bits: str, base: Path, extra: list[str]) -> dict[str, Any]:
     )
     seconds = time.monotonic() - started
     metadata = json.loads((base / bits / "qatc.json").read_text())
+    shown = [Path(option).name if "/" in option else option for option in extra]
+    figures = json.loads(done.stdout)["figures"]
     return {
-        "command": " ".join(["qatc quantize --model MODEL --bits", bits, *extra]),
+        "command": " ".join(["qatc quantize --model MODEL --bits", bits, *shown]),
         "seconds": round(seconds, 1),
         "generated_corpus": generated,
-        "figures": json.loads(done.stdout)["figures"],
+        "figures": {Path(text).name: models for text, models in figures.items()},
+        "recovery": {Path(text).name: recovered(models) for text, models in figures.items()},
+        "parity": metadata["parity"],
         "training_seconds": metadata["training_seconds"],
         "learning_rate": metadata["learning_rate"],
         "compute_dtype": metadata["compute_dtype"],
     }
+
+
+def recovered(models: dict[str, Any]) -> float | None:
+    """Recovery of perplexity, in percent."""
+    from qatc.evaluate import recovery
+
+    full, rounded, trained = (models[m]["perplexity"] for m in ("full precision", "RTN", "QAT"))
+    return recovery(full, rounded, trained)
 
 
 if __name__ == "__main__":

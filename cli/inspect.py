@@ -70,7 +70,8 @@ def _render_kernels(output: Path, json: bool) -> None:
     from dataclasses import asdict
 
     from qatc.cli import terminal
-    from qatc.runtime import kernel_report, load, memory
+    from qatc.runtime import load
+    from qatc.usage import kernel_report, memory
 
     loaded = load(output, compile=False)
     uses, held = kernel_report(loaded), memory(loaded)

@@ -41,10 +41,11 @@ from qatc.export.directory import digest_of
 from qatc.graph import ATTENTION, LINEAR, is_quantized, parameter_name, quantizer_of
 from qatc.kv_cache import cached_attention, quantized_attention
 from qatc.ops import quantize
+from qatc.packed_cache import cache_tensors
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.preparation import prepare, prepared_state, recipe_allows_integers
 from qatc.recipe import Recipe
-from qatc.runtime import LoweredForward, cache_tensors, load, runtime_of, take_out
+from qatc.runtime import LoweredForward, load, runtime_of, take_out
 from qatc.templates import TemplateForward
 
 ROWS, LENGTH = 3, 40

@@ -38,8 +38,9 @@ from qatc.preparation import (
 )
 from qatc.progress import Observer
 from qatc.report import write_report
-from qatc.runtime import kernel_report, load, memory
+from qatc.runtime import load
 from qatc.settings import QuantizeConfig, begin_run, check_run
+from qatc.usage import kernel_report, memory
 
 GENERATED = "generated"
 """Name of the held-out generated text in the figures."""

@@ -11,77 +11,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache
 
-from qatc import kernels, packing
+from qatc import packing
 from qatc.capture import Template
 from qatc.device import pick_device
 from qatc.errors import CaptureError, CheckpointError, ConfigError
 from qatc.export import QuantizedWeight, load_codes, load_float_state, read_metadata, read_recipe
 from qatc.export.directory import read_config
 from qatc.graph import matches
-from qatc.kv_cache import cache_shapes, cached_attention, quantized_attention
 from qatc.models import find_regions
+from qatc.packed_cache import PackedLayer, packed_layer, round_up
 from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.preparation import can_compile, inductor, recipe_allows_integers, training_pipeline
 from qatc.recipe import Recipe
-from qatc.spec import QuantSpec
 from qatc.templates import TemplateForward, TemplateStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WINDOW = 64
-"""Attention reads the slots in use, rounded up to this many."""
-
 _RUNTIME = "_qatc_runtime"
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a loaded model holds, in bytes.
-
-    Attributes:
-        quantized: packed codes and scales of quantized linears.
-        other: embeddings, norms and everything else.
-        cache_per_token: of the KV cache of all layers, for one token of one sequence.
-        bf16_quantized: what the quantized linears would take in bf16.
-        bf16_cache_per_token: what the cache would take in bf16.
-    """
-
-    quantized: int
-    other: int
-    cache_per_token: int
-    bf16_quantized: int
-    bf16_cache_per_token: int
-
-
-@dataclass(frozen=True)
-class KernelUse:
-    """What runs a linear of a layer kind.
-
-    Attributes:
-        layer: class of the layer.
-        weight: name of the weight.
-        shape: ``(N, K)``.
-        phase: prefill or decode.
-        kernel: its name.
-        passed_over: kernels before it in the table, and why they do not run here.
-    """
-
-    layer: str
-    weight: str
-    shape: tuple[int, int]
-    phase: str
-    kernel: str
-    passed_over: tuple[tuple[str, str], ...]
 
 
 def load(
@@ -114,7 +69,7 @@ def load(
         named = str(read_metadata(directory).get("compute_dtype", "float32"))
         dtype = getattr(torch, named)
     model = _build(directory, dtype)
-    runtime = _Runtime(recipe, device, can_compile() if compile is None else compile)
+    runtime = Runtime(recipe, device, can_compile() if compile is None else compile)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
         prefix = f"{name}." if name else ""
@@ -200,7 +155,7 @@ def _on_meta(model: nn.Module) -> list[str]:
     return [name for name, tensor in tensors if tensor.device.type == "meta"]
 
 
-class _Runtime:
+class Runtime:
     """The graphs of a loaded model: one store for each way in which layers are called."""
 
     def __init__(self, recipe: Recipe, device: str, compile: bool) -> None:
@@ -234,7 +189,7 @@ class _Runtime:
                     if compiler is not None:
                         template.call = compiler(template.graph_module)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Runtime:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return self
 
 
@@ -280,7 +235,7 @@ class LoweredForward(TemplateForward):
     """
 
     def __init__(
-        self, module: nn.Module, name: str, runtime: _Runtime, skip: tuple[str, ...], number: int
+        self, module: nn.Module, name: str, runtime: Runtime, skip: tuple[str, ...], number: int
     ) -> None:
         super().__init__(module, name, runtime.scoring, skip)
         self.runtime, self.number = runtime, number
@@ -335,7 +290,7 @@ class LoweredForward(TemplateForward):
         self._positions = torch.arange(start, start + new, device=hidden.device)
         self._positions = self._positions.expand(batch, new)
         self.store = self.runtime.cached
-        self._window = _round_up(start + new)
+        self._window = round_up(start + new)
         if mask is not None:
             self.store = self.runtime.masked
             if mask.dtype is not torch.bool:
@@ -346,7 +301,7 @@ class LoweredForward(TemplateForward):
             missing = self._window - mask.shape[-1]
             self._mask = nn.functional.pad(mask, (0, missing)).expand(batch, 1, new, -1)
         result = self._run(*args, **kwargs)
-        layer.length = start + new
+        layer.advance(new)
         return result
 
     def extra_inputs(self, template: Template) -> list[Tensor]:
@@ -406,212 +361,10 @@ def take_out(
     return positional, plain, caches[0] if caches else None, mask
 
 
-def _round_up(slots: int) -> int:
-    return (slots + WINDOW - 1) // WINDOW * WINDOW
-
-
-_FOREIGN = "a packed KV cache is written by the layers of a model of qatc.load only"
-
-
-class PackedLayer(CacheLayerMixin):
-    """The KV cache of one layer: codes and scales, or floats where K and V are not quantized.
-
-    Attributes:
-        length: tokens held.
-        tensors: what the layer's graph reads and writes, ``[B, Hkv, S, ...]`` each.
-    """
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)  # type: ignore[no-untyped-call]
-        self.length = 0
-        self.tensors: list[Tensor] = []
-
-    def reserve(self, template: Template, batch: int, slots: int, device: torch.device) -> None:
-        """Make room for ``slots`` slots; what is held is kept.
-
-        One slot more than is ever read is allocated, so that what is read is never contiguous:
-        Inductor would compile a second graph for that.
-        """
-        held = self.tensors[0].shape[2] - 1 if self.tensors else 0
-        if held >= slots:
-            return
-        capacity = max(slots, 2 * held)
-        grown = []
-        for number, (shape, dtype) in enumerate(cache_tensors(template)):
-            heads, width = shape
-            tensor = torch.zeros((batch, heads, capacity + 1, width), dtype=dtype, device=device)
-            if held:
-                tensor[:, :, :held] = self.tensors[number][:, :, :held]
-            grown.append(tensor)
-        self.tensors, self.is_initialized = grown, True
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the tokens held take."""
-        return sum(t[:, :, : self.length].numel() * t.element_size() for t in self.tensors)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise CaptureError(
-            "a packed KV cache is written by the layers of a model of qatc.load only"
-        )
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        raise CaptureError(
-            "a packed KV cache is written by the layers of a model of qatc.load only"
-        )
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def offload(self) -> None:
-        raise CaptureError("a packed KV cache cannot be offloaded; leave offloading out")
-
-    def reset(self) -> None:
-        self.length = 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
-        self.tensors = [
-            tensor.index_select(0, indices.to(tensor.device)) for tensor in self.tensors
-        ]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch."""
-        self.tensors = [tensor.repeat_interleave(repeats, dim=0) for tensor in self.tensors]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget this many tokens, given as a negative number."""
-        if tokens_to_remove > 0:
-            raise ValueError("crop takes the number of tokens to remove as a negative number")
-        self.length = max(0, self.length + tokens_to_remove)
-
-
-def packed_layer(cache: Cache, number: int) -> PackedLayer:
-    """The layer of a cache, which is made a packed one while it is empty.
-
-    Whatever cache transformers made for a call, an empty dynamic one or one of ours, ends up with
-    packed layers.
-
-    Raises:
-        CaptureError: the cache is of a kind that cannot be packed, or has float tokens already.
-    """
-    layers: list[Any] = cache.layers
-    while len(layers) <= number:
-        layers.append(DynamicLayer())
-    layer = layers[number]
-    if isinstance(layer, PackedLayer):
-        return layer
-    if not isinstance(layer, DynamicLayer) or layer.is_initialized:
-        raise CaptureError(
-            f"a {type(cache).__name__} with {type(layer).__name__} cannot hold packed K and V;"
-            " leave cache_implementation out, or pass an empty DynamicCache"
-        )
-    layers[number] = PackedLayer()
-    packed: PackedLayer = layers[number]
-    return packed
-
-
-def cache_tensors(template: Template) -> list[tuple[tuple[int, int], torch.dtype]]:
-    """Heads, last dimension and dtype of the cache tensors that a graph takes."""
-    node = next(
-        n
-        for n in template.graph_module.graph.nodes
-        if n.target in (cached_attention, quantized_attention)
-    )
-    found = []
-    for source in node.args[1:3]:
-        value = source.meta["val"]
-        heads, width = int(value.shape[1]), int(value.shape[3])
-        if node.target is cached_attention:
-            found.append(((heads, width), value.dtype))
-            continue
-        spec = QuantSpec(node.kwargs["bits"], None, node.kwargs["range"])
-        shapes = cache_shapes(spec, width)
-        found += [((heads, last), dtype) for last, dtype in shapes]
-    return found
-
-
-def runtime_of(model: nn.Module) -> _Runtime:
+def runtime_of(model: nn.Module) -> Runtime:
     """What :func:`load` put on a model."""
     runtime = getattr(model, _RUNTIME, None)
     if runtime is None:
         raise ConfigError("the model does not run on integers; load one with qatc.load")
-    assert isinstance(runtime, _Runtime)
+    assert isinstance(runtime, Runtime)
     return runtime
-
-
-def memory(model: nn.Module) -> Memory:
-    """Measure what a loaded model holds."""
-    runtime = runtime_of(model)
-    quantized = plain = other = 0
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith((PACKED, SCALE)):
-            quantized += tensor.nbytes
-        else:
-            other += tensor.nbytes
-    for forward in runtime.forwards:
-        own = dict(forward.module.named_buffers())
-        shapes = {n: p.shape for n, p in forward.prototype.named_parameters()}
-        plain += sum(2 * s.numel() for n, s in shapes.items() if n + PACKED in own)
-    cache = cache_plain = 0
-    for forward in runtime.forwards:
-        template = next(iter(runtime.cached.of(forward)))
-        tensors = cache_tensors(template)
-        cache += sum(heads * width * dtype.itemsize for (heads, width), dtype in tensors)
-        node = next(
-            n
-            for n in template.graph_module.graph.nodes
-            if n.target in (cached_attention, quantized_attention)
-        )
-        values = [source.meta["val"] for source in node.args[1:3]]
-        cache_plain += sum(2 * int(v.shape[1]) * int(v.shape[3]) for v in values)
-    return Memory(quantized, other, cache, plain, cache_plain)
-
-
-def kernel_report(model: nn.Module) -> list[KernelUse]:
-    """What runs every linear of every layer kind, and why nothing faster does."""
-    runtime = runtime_of(model)
-    seen: dict[int, tuple[str, Template]] = {}
-    for forward in runtime.forwards:
-        for template in runtime.cached.of(forward):
-            seen.setdefault(id(template), (type(forward.prototype).__name__, template))
-    found = []
-    for layer, template in seen.values():
-        for node in template.graph_module.graph.nodes:
-            if node.target is kernels.PACKED_LINEAR:
-                found += _uses(layer, node, runtime)
-    return found
-
-
-def _uses(layer: str, node: torch.fx.Node, runtime: _Runtime) -> list[KernelUse]:
-    packed: Any = node.args[1]
-    inputs: Any = node.args[4]
-    site = kernels.Site(
-        runtime.recipe.weights,
-        runtime.recipe.activations,
-        int(packed.meta["val"].shape[0]),
-        int(inputs),
-        torch.device(runtime.device).type,
-    )
-    name = packed.meta["parameter"].removesuffix(PACKED)
-    uses = []
-    for phase in kernels.PHASES:
-        choice = kernels.choose(site, phase)
-        shape = (site.outputs, site.inputs)
-        uses.append(KernelUse(layer, name, shape, phase, choice.kernel.name, choice.passed_over))
-    return uses

@@ -50,6 +50,7 @@ LAYERS = {
     "qatc.export": 5,
     "qatc.generate": 5,
     "qatc.inspect": 5,
+    "qatc.packed_cache": 5,
     "qatc.parity": 5,
     "qatc.progress": 5,
     "qatc.quantize": 5,
@@ -57,6 +58,7 @@ LAYERS = {
     "qatc.runtime": 5,
     "qatc.settings": 5,
     "qatc.testing": 5,
+    "qatc.usage": 5,
     "qatc.writing": 5,
     "qatc.cli": 6,
 }

@@ -257,7 +257,7 @@ def test_a_bias_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_cache_that_forgets(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens written one slot too early: every layer by itself is right, the model is not."""
-    from qatc.runtime import PackedLayer
+    from qatc.packed_cache import PackedLayer
 
     lengths = PackedLayer.get_seq_length
     monkeypatch.setattr(PackedLayer, "get_seq_length", lambda self: max(0, lengths(self) - 1))

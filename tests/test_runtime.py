@@ -16,11 +16,13 @@ import qatc
 from qatc import native
 from qatc.errors import CaptureError, CheckpointError, ConfigError, PassError
 from qatc.export import load_reference, read_recipe
+from qatc.packed_cache import PackedLayer
 from qatc.passes import pass_records
 from qatc.preparation import can_compile, prepare, recipe_allows_integers
 from qatc.recipe import Recipe
-from qatc.runtime import PackedLayer, kernel_report, memory, runtime_of
+from qatc.runtime import runtime_of
 from qatc.spec import QuantSpec
+from qatc.usage import kernel_report, memory
 from tests.conftest import make_llama, make_output
 
 RECIPES = {
@@ -204,6 +206,35 @@ def test_a_cache_grows_past_its_window(outputs: dict[str, Path]) -> None:
     wanted = logits(model, ids)
     got = in_chunks(model, ids, [60] + [1] * 10 + [30])
     assert (got - wanted).abs().max().item() <= 1e-4 * wanted.abs().max().item()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_a_sliding_window_is_all_that_is_kept(kind: str, tmp_path: Path) -> None:
+    window, settings = 12, {
+        "vocab_size": 112, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "sliding_window": 12,
+    }  # fmt: skip
+    if kind == "gemma3_text":
+        settings |= {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    output = make_output(tmp_path / kind, RECIPES["4-8-4"], model)
+    ids = torch.randint(2, 112, (2, 120), generator=torch.Generator().manual_seed(0))
+    wanted = logits(trained(output), ids)
+    lowered = qatc.load(output, compile=False)
+    for chunks in ([120], [90] + [1] * 30, [7, 30, 60, 3] + [1] * 20):
+        got = in_chunks(lowered, ids, chunks)
+        assert (got - wanted).abs().max().item() <= 1e-4 * wanted.abs().max().item()
+    out = lowered(input_ids=ids, use_cache=True)
+    sliding = out.past_key_values.layers[0]
+    assert (sliding.length, sliding.forgotten) == (window - 1, 120 - window + 1)
+    assert sliding.tensors[0].shape[2] <= 2 * 64 + 1 and sliding.get_seq_length() == 120
+    with pytest.raises(CaptureError, match="cannot go back"):
+        sliding.crop(-1)
+    if kind == "gemma3_text":
+        assert out.past_key_values.layers[1].length == 120
 
 
 class Compiles:

@@ -1,0 +1,121 @@
+"""Every kernel of the table against its alternatives, at real LLaMA shapes.
+
+    python benchmarks/kernels.py --threads 2
+
+Each kernel that can run at a site is timed there, compiled as it runs in a model, next to what
+else could have been used: a bf16 linear, and torch's own int4 kernel for CPUs, with what it is off
+by. The kernels take turns, round by round; the figure is the median, in microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import common
+import torch
+import variants
+from torch.nn import functional as F
+
+from qatc import kernels, ops, packing
+from qatc.spec import QuantSpec
+
+WEIGHTS = ((768, 768), (2048, 768), (2048, 2048), (4096, 4096), (11008, 4096))
+
+
+def main() -> None:
+    """Run the benchmark and write its result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 512])
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    runs = [
+        measure(bits, shape, rows, options)
+        for bits in options.bits
+        for shape in WEIGHTS
+        for rows in options.rows
+    ]
+    common.save(f"kernels-{options.device}", {"threads": torch.get_num_threads(), "runs": runs})
+
+
+@torch.inference_mode()
+def measure(
+    bits: int, shape: tuple[int, int], rows: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Microseconds of all that can compute a linear, and the largest error of each."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    outputs, inputs = shape
+    device = options.device
+    phase: kernels.Phase = "decode" if rows <= 8 else "prefill"
+    site = kernels.Site(QuantSpec(bits), QuantSpec(8), outputs, inputs, device)
+    weight = torch.randn(shape, device=device) * inputs**-0.5
+    codes, scale = ops.quantize(weight, site.weights, snap=True)
+    packed = packing.pack(codes, bits)
+    sizes = (rows, 1, inputs) if phase == "decode" else (1, rows, inputs)
+    x = torch.randn(sizes, device=device)
+    x_codes, x_scale = ops.quantize(x.flatten(0, 1), site.activations)
+    exact = (x_codes.double() * x_scale) @ (codes.double() * scale).t()
+    steps: dict[str, Callable[[], Any]] = {}
+    for kernel in kernels.KERNELS:
+        if phase in kernel.phases and kernel.obstacle(site) is None:
+            steps[kernel.name] = compiled(kernel, x, packed, scale, site)
+    plain = weight.bfloat16()
+    steps["bf16 linear"] = lambda: F.linear(x.bfloat16(), plain)
+    if bits == 4 and device == "cpu" and outputs % 16 == 0:
+        steps["_weight_int4pack_mm_for_cpu"] = int4pack(x, codes, scale, site)
+    for step in steps.values():
+        step()
+    times = variants.medians(variants.take_turns(steps, options.rounds, 3, device))
+    chosen = kernels.choose(site, phase).kernel.name
+    largest = exact.abs().max()
+    errors = {
+        name: float((step().flatten(0, 1) - exact).abs().max() / largest)
+        for name, step in steps.items()
+        if name != "bf16 linear"
+    }
+    microseconds = {name: round(1e6 * seconds, 1) for name, seconds in times.items()}
+    print(bits, shape, rows, chosen, microseconds, flush=True)
+    return {
+        "weight_bits": bits,
+        "shape": shape,
+        "rows": rows,
+        "phase": phase,
+        "chosen": chosen,
+        "microseconds": microseconds,
+        "largest_error": errors,
+    }
+
+
+def compiled(
+    kernel: kernels.Kernel, x: Any, packed: Any, scale: Any, site: kernels.Site
+) -> Callable[[], Any]:
+    """A kernel as it runs in a compiled layer."""
+    run = torch.compile(lambda x, packed, scale: kernel.run(x, packed, scale, None, site))
+    return lambda: run(x, packed, scale)
+
+
+def int4pack(x: Any, codes: Any, scale: Any, site: kernels.Site) -> Callable[[], Any]:
+    """torch's int4 kernel, fed raw codes with unit scales so that its products are exact."""
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 2)
+    group = next(g for g in (256, 128, 64, 32) if site.inputs % g == 0)
+    ones = torch.zeros(site.inputs // group, site.outputs, 2, dtype=torch.bfloat16)
+    ones[..., 0] = 1
+
+    def run(x: Any) -> Any:
+        x_codes, x_scale = ops.quantize(x.flatten(0, -2), site.activations)
+        sums = torch.ops.aten._weight_int4pack_mm_for_cpu(x_codes.bfloat16(), packed, group, ones)
+        return (sums.float() * x_scale * scale.t()).view(*x.shape[:-1], site.outputs)
+
+    step = torch.compile(run)
+    return lambda: step(x)
+
+
+if __name__ == "__main__":
+    main()

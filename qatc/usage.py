@@ -1,0 +1,112 @@
+"""What a model that runs on integers holds, and which kernels it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatc import kernels
+from qatc.capture import Template
+from qatc.packed_cache import cache_tensors, cache_values
+from qatc.passes.lower_linear import PACKED, SCALE
+from qatc.runtime import Runtime, runtime_of
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a loaded model holds, in bytes.
+
+    Attributes:
+        quantized: packed codes and scales of quantized linears.
+        other: embeddings, norms and everything else.
+        cache_per_token: of the KV cache of all layers, for one token of one sequence.
+        bf16_quantized: what the quantized linears would take in bf16.
+        bf16_cache_per_token: what the cache would take in bf16.
+    """
+
+    quantized: int
+    other: int
+    cache_per_token: int
+    bf16_quantized: int
+    bf16_cache_per_token: int
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """What runs a linear of a layer kind.
+
+    Attributes:
+        layer: class of the layer.
+        weight: name of the weight.
+        shape: ``(N, K)``.
+        phase: prefill or decode.
+        kernel: its name.
+        passed_over: kernels before it in the table, and why they do not run here.
+    """
+
+    layer: str
+    weight: str
+    shape: tuple[int, int]
+    phase: str
+    kernel: str
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def memory(model: nn.Module) -> Memory:
+    """Measure what a loaded model holds."""
+    runtime = runtime_of(model)
+    quantized = plain = other = 0
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith((PACKED, SCALE)):
+            quantized += tensor.nbytes
+        else:
+            other += tensor.nbytes
+    for forward in runtime.forwards:
+        own = dict(forward.module.named_buffers())
+        shapes = {n: p.shape for n, p in forward.prototype.named_parameters()}
+        plain += sum(2 * s.numel() for n, s in shapes.items() if n + PACKED in own)
+    cache = cache_plain = 0
+    for forward in runtime.forwards:
+        template = next(iter(runtime.cached.of(forward)))
+        tensors = cache_tensors(template)
+        cache += sum(heads * width * dtype.itemsize for (heads, width), dtype in tensors)
+        values = cache_values(template)
+        cache_plain += sum(2 * int(v.shape[1]) * int(v.shape[3]) for v in values)
+    return Memory(quantized, other, cache, plain, cache_plain)
+
+
+def kernel_report(model: nn.Module) -> list[KernelUse]:
+    """What runs every linear of every layer kind, and why nothing faster does."""
+    runtime = runtime_of(model)
+    seen: dict[int, tuple[str, Template]] = {}
+    for forward in runtime.forwards:
+        for template in runtime.cached.of(forward):
+            seen.setdefault(id(template), (type(forward.prototype).__name__, template))
+    found = []
+    for layer, template in seen.values():
+        for node in template.graph_module.graph.nodes:
+            if node.target is kernels.PACKED_LINEAR:
+                found += _uses(layer, node, runtime)
+    return found
+
+
+def _uses(layer: str, node: torch.fx.Node, runtime: Runtime) -> list[KernelUse]:
+    packed: Any = node.args[1]
+    inputs: Any = node.args[4]
+    site = kernels.Site(
+        runtime.recipe.weights,
+        runtime.recipe.activations,
+        int(packed.meta["val"].shape[0]),
+        int(inputs),
+        torch.device(runtime.device).type,
+    )
+    name = packed.meta["parameter"].removesuffix(PACKED)
+    uses = []
+    for phase in kernels.PHASES:
+        choice = kernels.choose(site, phase)
+        shape = (site.outputs, site.inputs)
+        uses.append(KernelUse(layer, name, shape, phase, choice.kernel.name, choice.passed_over))
+    return uses
