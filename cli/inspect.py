@@ -115,6 +115,7 @@ def _render(plan: Plan) -> None:
     skipped = [["in full precision because", "parameters", "for example"]]
     skipped += [[reason, str(len(names)), names[0]] for reason, names in reasons.items()]
     terminal.print_table(skipped)
+    terminal.out.print(f"quantized linears train {plan.training}", highlight=False)
     before, after = plan.operations
     terminal.print_table(
         [

@@ -9,10 +9,16 @@ import torch
 from torch import nn
 
 from qatc.capture import Template
+from qatc.device import pick_device
 from qatc.graph import find_attentions, find_linears, is_fake_quantize, parameter_name, shape_of
 from qatc.models.load import load_skeleton
 from qatc.passes import pass_records
-from qatc.preparation import prepare, prepared_state, quantized_parameters
+from qatc.preparation import (
+    prepare,
+    prepared_state,
+    quantized_parameters,
+    why_no_integer_forward,
+)
 from qatc.recipe import Recipe
 
 PAPER_LENGTH = 2048
@@ -68,6 +74,7 @@ class Plan:
         size_gb: 10^9 bytes of the checkpoint: before, after.
         kv_bytes_per_token: bytes of KV cache per token over all layers: before, after (codes and
             bf16 scales).
+        training: how the quantized linears would be computed in training on this machine.
         operations: MACs x weight bits x activation bits of one forward pass over
             ``PAPER_LENGTH`` tokens (LLM-QAT, arXiv 2305.17888, table 1): before, after. Attention
             products count activation bits (16) times KV bits; what is not quantized counts 16.
@@ -81,6 +88,7 @@ class Plan:
     size_gb: tuple[float, float]
     kv_bytes_per_token: tuple[float, float]
     operations: tuple[float, float]
+    training: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -114,7 +122,15 @@ def inspect_model(name: str, recipe: Recipe, *, trust_remote_code: bool = False)
         size_gb=_sizes(model, recipe, quantized, width),
         kv_bytes_per_token=_kv_bytes(groups, recipe, width),
         operations=_operations(model, groups, recipe, quantized),
+        training=_training(recipe),
     )
+
+
+def _training(recipe: Recipe) -> str:
+    obstacle = why_no_integer_forward(recipe, torch.device(pick_device("auto")))
+    if obstacle is None:
+        return "on int8 codes with exact int32 sums (UseIntegerForward)"
+    return f"in float (no UseIntegerForward: {obstacle})"
 
 
 def _kind(model: nn.Module, template: Template, layers: list[str]) -> LayerKind:

@@ -55,9 +55,12 @@ def _int_mm_shape(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _packed_mm(a: Tensor, packed: Tensor, bits: int) -> Tensor:
-    if a.shape[0] <= native.MAX_ROWS and native.library() is not None:
+    width = a.shape[1]
+    if native.library() is None:
+        return _int_mm(a, packing.unpack(packed, bits, width))
+    if a.shape[0] <= native.MAX_ROWS:
         return native.packed_product(a, packed, bits)
-    return _int_mm(a, packing.unpack(packed, bits, a.shape[1]))
+    return _int_mm(a, native.unpack(packed, bits, width))
 
 
 _LIBRARY.impl("int_mm", _int_mm, "CPU")
@@ -82,7 +85,10 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def packed_mm(a: Tensor, packed: Tensor, bits: int) -> Tensor:
-    """``a @ codes.T`` of packed codes, exactly: for a few rows without unpacking them to memory.
+    """``a @ codes.T`` of packed codes, exactly.
+
+    On a CPU with a C compiler a few rows take the codes out of registers; for more they are
+    unpacked to memory once.
 
     Args:
         a: int8 ``[M, K]``.

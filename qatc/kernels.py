@@ -53,14 +53,15 @@ class Kernel:
         phases: when it may run.
         reason: why it is preferred to what comes after it in the table.
         obstacle: why it cannot run at a site, or None if it can.
-        run: ``(x, packed, scale, bias, site) -> [..., N]``.
+        run: ``(x, packed, scale, bias, site) -> [..., N]``; None for a kernel that has an obstacle
+            everywhere, and stands in the table so that a report can say which.
     """
 
     name: str
     phases: tuple[Phase, ...]
     reason: str
     obstacle: Callable[[Site], str | None]
-    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Site], Tensor]
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Site], Tensor] | None
 
 
 def _needs_integers(site: Site) -> str | None:
@@ -90,6 +91,20 @@ def _needs_native(site: Site) -> str | None:
     if site.device != "cpu":
         return f"it is C for a CPU, and this is {site.device}"
     return _needs_integers(site) or native.obstacle()
+
+
+def _needs_tinygemm(site: Site) -> str | None:
+    if site.weights.bits != 4 or site.device != "cuda":
+        return f"it is for 4 bits on cuda, and this is {site.weights.bits} on {site.device}"
+    if site.activations.quantizes:
+        return "it rounds the sums of int8 codes to bf16 before they can be scaled"
+    return "its weights have a layout of their own, which was not tried: no GPU was at hand"
+
+
+def _needs_int4pack(site: Site) -> str | None:
+    if site.weights.bits != 4 or site.device != "cpu":
+        return f"it is for 4 bits on a CPU, and this is {site.weights.bits} on {site.device}"
+    return "it rounds the sums of int8 codes to bf16 before they can be scaled"
 
 
 def _needs_bytes(site: Site) -> str | None:
@@ -158,12 +173,27 @@ KERNELS = (
     ),
     Kernel(
         "packed product",
-        ("decode",),
+        ("prefill", "decode"),
         "packed codes go into the processor's byte products out of registers, in C: at a single row"
         " of 4096 x 4096 and 4 bits 6 times as fast as Inductor's fused unpack, twice"
-        " _weight_int4pack_mm_for_cpu, which rounds its sums to bf16",
+        " _weight_int4pack_mm_for_cpu, which rounds its sums to bf16; for more than 16 rows they"
+        " are unpacked once, in C, for int_mm",
         _needs_native,
         _run_native,
+    ),
+    Kernel(
+        "tinygemm (_weight_int4pack_mm)",
+        ("prefill", "decode"),
+        "4-bit weights on tensor cores; its choice would be by measurement, which was not run",
+        _needs_tinygemm,
+        None,
+    ),
+    Kernel(
+        "_weight_int4pack_mm_for_cpu",
+        ("prefill", "decode"),
+        "2.5 times as fast as the fused unpack at a single row of 4096 x 4096",
+        _needs_int4pack,
+        None,
     ),
     Kernel(
         "fused unpack",
@@ -245,6 +275,7 @@ def _packed_linear(
         x.device.type,
     )
     kernel = _BY_NAME[decode if x.shape[-2] == 1 else prefill]
+    assert kernel.run is not None, f"{kernel.name} has an obstacle everywhere"
     return kernel.run(x, packed, scale, bias, site)
 
 

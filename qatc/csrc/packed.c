@@ -68,7 +68,7 @@ static int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bit
 void qatc_packed_product(const int8_t *x, const uint8_t *w, int32_t *out, int64_t rows,
                          int64_t stride, int64_t outputs, int64_t width, int64_t bytes, int bits,
                          int threads) {
-    int32_t sums[64];
+    int32_t sums[16]; /* MAX_ROWS of qatc/native.py */
     for (int64_t m = 0; m < rows; m++) {
         sums[m] = 0;
         for (int64_t k = 0; k < width; k++) sums[m] += x[m * stride + k];
@@ -78,4 +78,30 @@ void qatc_packed_product(const int8_t *x, const uint8_t *w, int32_t *out, int64_
         for (int64_t m = 0; m < rows; m++)
             out[m * outputs + n] =
                 dot_row(w + n * bytes, x + m * stride, width, bits, sums[m]);
+}
+
+/* codes[n, k] of packed rows, as int8 [outputs, width]. */
+void qatc_unpack(const uint8_t *w, int8_t *codes, int64_t outputs, int64_t width, int64_t bytes,
+                 int bits, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < outputs; n++) {
+        const uint8_t *restrict plane = w + n * bytes;
+        int8_t *restrict row = codes + n * width;
+        int low = 0;
+        for (int64_t k = 0; k < width; k++) row[k] = (int8_t)-(1 << (bits - 1));
+        for (int p = 4; p; p >>= 1) {
+            if (!(bits & p)) continue;
+            int64_t parts = 8 / p, count = (width + parts - 1) / parts;
+            uint8_t mask = (uint8_t)((1 << p) - 1);
+            for (int64_t part = 0; part < parts; part++) {
+                int64_t left = width - part * count, end = left < count ? left : count;
+                int8_t *restrict out = row + part * count;
+                int shift = (int)part * p;
+                for (int64_t j = 0; j < end; j++)
+                    out[j] += (int8_t)(((plane[j] >> shift) & mask) << low);
+            }
+            plane += count;
+            low += p;
+        }
+    }
 }
