@@ -1,6 +1,6 @@
 """The first token, cold: does it take longer the deeper a model is?
 
-    python benchmarks/cold.py --layers 8 32
+    python -m benchmarks.cold --layers 8 32
 
 For every depth, in a new process with empty compile caches: load, then generate one token and one
 more, and count the graphs that were compiled. Depths take turns.
@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import common
 from qatc.recipe import Recipe
 
 
@@ -46,9 +46,10 @@ def main() -> None:
             for layers in options.layers:
                 cache = Path(scratch) / f"cache-{layers}-{number}"
                 environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+                output = str(Path(scratch) / str(layers))
                 done = subprocess.run(
-                    [sys.executable, __file__, "--child", str(Path(scratch) / str(layers))],
-                    env=environment, check=True, stdout=subprocess.PIPE, text=True,
+                    [sys.executable, "-m", "benchmarks.cold", "--child", output],
+                    env=environment, cwd=common.ROOT, check=True, stdout=subprocess.PIPE, text=True,
                 )  # fmt: skip
                 runs[layers].append(json.loads(done.stdout.splitlines()[-1]))
                 print(layers, runs[layers][-1], flush=True)

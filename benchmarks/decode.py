@@ -1,6 +1,6 @@
 """Decoding speed: tokens per second and bytes, full precision against integers.
 
-    python benchmarks/decode.py --threads 2
+    python -m benchmarks.decode --threads 2
 
 A random-weight LLaMA (about 110 million parameters by default) decodes behind a prompt of random
 tokens, at batch 1 and 8 and behind 128 and 4096 tokens. All variants are built first; then they
@@ -16,13 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-import variants
 from transformers import StaticCache
 from transformers.cache_utils import QuantizedCache
-from variants import Variant
 
+from benchmarks import common, variants
+from benchmarks.variants import Variant
 from qatc.usage import memory
 
 

@@ -1,6 +1,6 @@
 """Every kernel of the table against its alternatives, at real LLaMA shapes.
 
-    python benchmarks/kernels.py --threads 2
+    python -m benchmarks.kernels --threads 2
 
 Each kernel that can run at a site is timed there, compiled as it runs in a model, next to what
 else could have been used: a bf16 linear, and torch's own int4 kernel for CPUs, with what it is off
@@ -13,11 +13,10 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import common
 import torch
-import variants
 from torch.nn import functional as F
 
+from benchmarks import common, variants
 from qatc import kernels, ops, packing
 from qatc.spec import QuantSpec
 

@@ -1,6 +1,6 @@
 """Prefill speed: prompt tokens per second, full precision against integers.
 
-    python benchmarks/prefill.py --threads 2
+    python -m benchmarks.prefill --threads 2
 
 The models are those of ``decode.py``, and take turns as they do there. A prefill fills an empty
 KV cache; only the logits of the last token are computed.
@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-import variants
 from transformers import StaticCache
 from transformers.cache_utils import QuantizedCache
-from variants import Variant
+
+from benchmarks import common, variants
+from benchmarks.variants import Variant
 
 
 def main() -> None:

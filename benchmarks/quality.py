@@ -1,7 +1,7 @@
 """Quality at several bit widths: ``qatc quantize`` with its defaults, and what it reached.
 
-    python benchmarks/quality.py --model DIR --bits 4-8-4 --bits 8-8-4
-    python benchmarks/quality.py --bits 4-8-4 --held-out --samples 6144 --steps 5000 --lr 8e-4
+    python -m benchmarks.quality --model DIR --bits 4-8-4 --bits 8-8-4
+    python -m benchmarks.quality --bits 4-8-4 --held-out --samples 6144 --steps 5000 --lr 8e-4
 
 Options that are not its own go to ``qatc quantize``. With ``--held-out`` the demonstration model is
 evaluated as well on modules of the standard library that neither it nor its quantized form has
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
+from benchmarks import common
 
 HELD_OUT = "held-out-modules.txt"
 

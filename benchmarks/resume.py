@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL at random points, resume it, and compare the final weights.
 
-    python benchmarks/resume.py --model examples/demo-model --kills 10
+    python -m benchmarks.resume --model examples/demo-model --kills 10
 
 Both runs use the same settings: one runs through, the other is killed at a random time after every
 start until the kills are used up. The weights must be equal byte for byte.
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
+from benchmarks import common
 
 
 def main() -> None:

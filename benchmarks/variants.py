@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import common
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import common
 from qatc.recipe import Recipe
 from qatc.runtime import load
 

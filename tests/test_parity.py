@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qatc.parity as parity
-from qatc import kernels, kv_cache, ops, packing
+from qatc import integer, kernels, kv_cache, native, ops, packing
 from qatc.errors import ParityError
 from qatc.passes import InsertKVCache
 from qatc.recipe import Recipe
@@ -167,15 +167,6 @@ LOWERED: dict[str, tuple[Any, str, Any, str]] = {
     "bf16 activation scales": (
         kernels, "ops", Module(ops, quantize=rounded_scale), "q_proj.weight"
     ),
-    "nibbles swapped at decode": (
-        kernels, "packing", Module(packing, parts=lambda *a: packing.parts(*a)[::-1]),
-        "q_proj.weight .decode: fused unpack",
-    ),
-    "nibbles swapped at prefill": (
-        kernels, "packing",
-        Module(packing, unpack=broken(packing.unpack, packed=lambda t: t << 4 | t >> 4)),
-        "q_proj.weight .prefill: unpack",
-    ),
     "K scale of the wrong head": (
         kv_cache, "_attend_to_codes", broken(_attend, key_scale=lambda t: t.roll(1, 1)),
         "attention .decode",
@@ -216,6 +207,53 @@ LOWERED: dict[str, tuple[Any, str, Any, str]] = {
 }  # fmt: skip
 
 
+def swapped(packed: Tensor) -> Tensor:
+    """The other nibble first."""
+    return packed << 4 | packed >> 4
+
+
+IN_C: dict[str, tuple[Any, str, Any, str]] = {
+    "nibbles swapped at decode": (
+        integer, "native",
+        Module(native, packed_product=broken(native.packed_product, packed=swapped)),
+        "q_proj.weight .decode: packed product",
+    ),
+    "nibbles swapped at prefill": (
+        integer, "native", Module(native, unpack=broken(native.unpack, packed=swapped)),
+        "q_proj.weight .prefill: packed product",
+    ),
+}  # fmt: skip
+
+WITHOUT_C: dict[str, tuple[Any, str, Any, str]] = {
+    "nibbles swapped at decode": (
+        kernels, "packing", Module(packing, parts=lambda *a: packing.parts(*a)[::-1]),
+        "q_proj.weight .decode: fused unpack",
+    ),
+    "nibbles swapped at prefill": (
+        kernels, "packing", Module(packing, unpack=broken(packing.unpack, packed=swapped)),
+        "q_proj.weight .prefill: unpack",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
+@pytest.mark.parametrize("bug", IN_C)
+def test_bugs_in_c(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, planted, where = IN_C[bug]
+    monkeypatch.setattr(owner, name, planted)
+    with pytest.raises(ParityError, match=rf"differs at model\.layers\.0, .*{where}"):
+        verify(output).require("it")
+
+
+@pytest.mark.parametrize("bug", WITHOUT_C)
+def test_bugs_without_c(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    owner, name, planted, where = WITHOUT_C[bug]
+    monkeypatch.setattr(owner, name, planted)
+    with pytest.raises(ParityError, match=rf"differs at model\.layers\.0, .*{where}"):
+        verify(output).require("it")
+
+
 @pytest.mark.parametrize("bug", LOWERED)
 def test_bugs_in_the_lowered_graph(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name, planted, where = LOWERED[bug]
@@ -249,6 +287,7 @@ def test_a_bias_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     table = {
         name: dataclasses.replace(k, run=broken(k.run, bias=lambda bias: None))
         for name, k in kernels._BY_NAME.items()
+        if k.run is not None
     }
     monkeypatch.setattr(kernels, "_BY_NAME", table)
     with pytest.raises(ParityError, match=r"differs at .*q_proj\.weight"):
