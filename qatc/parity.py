@@ -20,41 +20,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
 
-from qatc import kernels, packing
-from qatc.capture import Template
+from qatc import packing
 from qatc.errors import ParityError
 from qatc.export import load_float_state, load_reference, read_metadata, read_recipe
 from qatc.export.directory import digest_of
-from qatc.graph import ATTENTION, LINEAR, is_quantized, parameter_name, quantizer_of
-from qatc.kv_cache import cached_attention, quantized_attention
+from qatc.local_parity import compare_layers, distance
 from qatc.ops import quantize
-from qatc.packed_cache import cache_tensors
 from qatc.passes.lower_linear import PACKED, SCALE
-from qatc.preparation import prepare, prepared_state, recipe_allows_integers
+from qatc.preparation import prepare, recipe_allows_integers
 from qatc.recipe import Recipe
-from qatc.runtime import LoweredForward, load, runtime_of, take_out
-from qatc.templates import TemplateForward
+from qatc.runtime import load, runtime_of
 
 ROWS, LENGTH = 3, 40
 LOCAL_LIMIT = 1e-5
 LOGITS_LIMIT = 1e-4
 KL_SHARE = 0.02
 WIRING_LIMIT = 0.05
-STALE = 99
-"""What unused cache slots are filled with: no query may see it."""
 
 
 @dataclass(frozen=True)
@@ -214,15 +205,6 @@ def _write_text(model: Any, device: str) -> Tensor:
     return ids
 
 
-@dataclass(frozen=True)
-class _Difference:
-    """How far a place in the lowered layer is from the same place in the trained one."""
-
-    kind: str
-    place: str
-    figure: float
-
-
 _LOCAL = {
     "linear": ("the output of a quantized linear, relative to its largest", LOCAL_LIMIT),
     "codes": ("the share of K and V codes that are not the trained ones", 0.0),
@@ -232,10 +214,7 @@ _LOCAL = {
 
 
 def _local(reference: Any, lowered: Any, recipe: Recipe, ids: Tensor) -> list[Check]:
-    found: list[_Difference] = []
-    for forward, own, call in _calls(reference, lowered, ids):
-        for difference in _compare(forward, own, call, recipe):
-            found.append(_named(difference, own.name))
+    found = list(compare_layers(reference, lowered, recipe, ids))
     checks = []
     for kind, (what, limit) in _LOCAL.items():
         mine = [difference for difference in found if difference.kind == kind]
@@ -244,197 +223,6 @@ def _local(reference: Any, lowered: Any, recipe: Recipe, ids: Tensor) -> list[Ch
             worst = max(d.figure for d in mine)
             checks.append(Check("local", what, worst, limit, wrong[0] if wrong else None))
     return checks
-
-
-def _named(difference: _Difference, layer: str) -> _Difference:
-    figure = difference.figure if math.isfinite(difference.figure) else math.inf
-    return _Difference(difference.kind, f"{layer}, {difference.place}", figure)
-
-
-def _calls(
-    reference: Any, lowered: Any, ids: Tensor
-) -> Iterator[tuple[TemplateForward, LoweredForward, tuple[Any, Any]]]:
-    """Every layer, in both models, with the arguments that the trained model calls it with."""
-    calls: list[tuple[Any, Any]] = []
-    forwards = prepared_state(reference).forwards
-    hooks = [
-        forward.module.register_forward_pre_hook(
-            lambda module, args, kwargs: calls.append((args, dict(kwargs))), with_kwargs=True
-        )
-        for forward in forwards
-    ]
-    reference(input_ids=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    yield from zip(forwards, runtime_of(lowered).forwards, calls, strict=True)
-
-
-def _run(
-    forward: TemplateForward, call: tuple[Any, Any], extra: Callable[[Template], list[Any]]
-) -> tuple[torch.fx.Graph, dict[Node, Any]]:
-    """The graph that serves a call, and what all of its nodes compute."""
-    template, leaves = forward.find(*call)
-    interpreter = Interpreter(template.graph_module, garbage_collect_values=False)
-    inputs = [leaves[i] for i in template.inputs]
-    interpreter.run(*forward.parameters(template), *inputs, *extra(template))
-    return template.graph_module.graph, interpreter.env
-
-
-def _compare(
-    forward: TemplateForward, own: LoweredForward, call: tuple[Any, Any], recipe: Recipe
-) -> Iterator[_Difference]:
-    graph, trained = _run(forward, call, lambda template: [])
-    args, kwargs, _, _ = take_out(*call)
-    own.store = own.runtime.cached
-    batch, length = _hidden(call).shape[:2]
-    positions = torch.arange(length, device=_hidden(call).device).expand(batch, length)
-
-    def extra(template: Template) -> list[Any]:
-        return [*_stale(template, batch, length, positions.device), positions]
-
-    lowered_graph, values = _run(own, (args, kwargs), extra)
-    by_name: dict[str, list[Node]] = {}
-    for node in lowered_graph.nodes:
-        if node.target is kernels.PACKED_LINEAR:
-            name = str(parameter_name(node.args[1])).removesuffix(PACKED)
-            by_name.setdefault(name, []).append(node)
-    for node in graph.nodes:
-        if node.target is LINEAR and is_quantized(node.args[1]):
-            name = str(parameter_name(node.args[1]))
-            yield from _compare_linear(name, node, by_name[name].pop(0), trained, values)
-        elif node.target is ATTENTION:
-            lowered = [n for n in lowered_graph.nodes if n.target in _ATTENTIONS]
-            yield from _compare_attention(node, lowered[0], trained, values, recipe)
-
-
-_ATTENTIONS = (cached_attention, quantized_attention)
-
-
-def _hidden(call: tuple[Any, Any]) -> Tensor:
-    args, kwargs = call
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
-
-
-def _stale(template: Template, rows: int, slots: int, device: torch.device) -> list[Tensor]:
-    return [
-        torch.full((rows, heads, slots, width), STALE, dtype=dtype, device=device)
-        for (heads, width), dtype in cache_tensors(template)
-    ]
-
-
-def _raw(node: Any) -> Node:
-    """What is quantized before ``node`` is read, or what is read if nothing is."""
-    quantizer = quantizer_of(node)
-    source: Any = node if quantizer is None else quantizer.args[0]
-    assert isinstance(source, Node)
-    return source
-
-
-def _distance(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
-    largest = float(wanted.abs().max())
-    return float((got.float() - wanted.float()).abs().max()) / max(largest, 1e-30)
-
-
-def _wiring(place: str, got: Tensor, wanted: Tensor) -> _Difference:
-    if got.shape != wanted.shape:
-        return _Difference("wiring", place, math.inf)
-    norm = float(wanted.norm())
-    return _Difference("wiring", place, float((got - wanted).norm()) / max(norm, 1e-30))
-
-
-def _compare_linear(
-    name: str, node: Node, lowered: Node, trained: dict[Node, Any], values: dict[Node, Any]
-) -> Iterator[_Difference]:
-    x, wanted = trained[_raw(node.args[0])], trained[node]
-    read: list[Any] = [values[a] if isinstance(a, Node) else a for a in lowered.args]
-    yield _wiring(name, read[0], x)
-    for phase, rows in (("prefill", slice(None)), ("decode", slice(0, 1))):
-        part = x[rows] if phase == "prefill" else x[rows, :1]
-        aim = wanted[rows] if phase == "prefill" else wanted[rows, :1]
-        got = kernels.PACKED_LINEAR(part, *read[1:], **lowered.kwargs)
-        kernel = lowered.kwargs[phase]
-        yield _Difference("linear", f"{name} ({phase}: {kernel})", _distance(got, aim))
-
-
-def _compare_attention(
-    node: Node, lowered: Node, trained: dict[Node, Any], values: dict[Node, Any], recipe: Recipe
-) -> Iterator[_Difference]:
-    read: list[Any] = list(node.args[:3])
-    given: list[Tensor] = [trained[read[0]], trained[_raw(read[1])], trained[_raw(read[2])]]
-    query, key, value = given
-    mine: list[Any] = list(lowered.args[:3])
-    for title, one, other in zip(("query", "key", "value"), mine, given, strict=True):
-        yield _wiring(f"{title} of attention", values[one], other)
-    rounded: list[Tensor] = [trained[n] for n in read[1:]]
-    scale: Any = node.kwargs.get("scale")
-    length = query.shape[2]
-    pad = torch.zeros(len(query), 1, 1, length, dtype=torch.bool, device=query.device)
-    for row in range(len(query)):
-        pad[row, ..., row:] = True  # rows begin one token after another, as left padding has it
-    causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=query.device)
-    half = max(1, length // 2)
-    for title, mask, chunks in (
-        ("prefill", None, [length]),
-        ("chunked prefill", None, [half, length - half]),
-        ("decode", None, [half] + [1] * (length - half)),
-        ("decode with padding", (causal & pad) | itself, [half] + [1] * (length - half)),
-    ):
-        wanted = trained[node]
-        if mask is not None:
-            wanted = F.scaled_dot_product_attention(
-                query, rounded[0], rounded[1], attn_mask=mask, scale=scale, enable_gqa=True
-            )
-        got, caches = _attend(lowered, (query, key, value), chunks, mask)
-        if recipe.kv.quantizes and title != "prefill":
-            yield _Difference(
-                "codes", f"KV cache after {title}", _other_codes(caches, rounded, recipe)
-            )
-        yield _Difference("attention", f"attention ({title})", _distance(got, wanted))
-
-
-def _attend(
-    lowered: Node, tensors: tuple[Tensor, ...], chunks: list[int], mask: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Attention as the lowered graph computes it, over a cache full of garbage."""
-    query, key, value = tensors
-    rows, slots = len(query), key.shape[2] + 3
-    shapes = [lowered.args[i].meta["val"] for i in range(3, len(lowered.args) - 1)]  # type: ignore[union-attr]
-    caches = [
-        torch.full((rows, s.shape[1], slots, s.shape[3]), STALE, dtype=s.dtype, device=key.device)
-        for s in shapes
-    ]
-    if mask is not None:
-        mask = F.pad(mask.expand(rows, 1, -1, -1), (0, slots - mask.shape[-1]), value=True)
-    outs, start = [], 0
-    target: Any = lowered.target
-    for size in chunks:
-        now = slice(start, start + size)
-        positions = torch.arange(start, start + size, device=key.device).expand(rows, size)
-        outs.append(
-            target(
-                *(tensor[:, :, now] for tensor in tensors),
-                *caches,
-                positions,
-                None if mask is None else mask[:, :, now],
-                **lowered.kwargs,
-            )
-        )
-        start += size
-    return torch.cat(outs, 2), caches
-
-
-def _other_codes(caches: list[Tensor], rounded: list[Tensor], recipe: Recipe) -> float:
-    """Share of codes in the cache whose value is not the one that was trained with."""
-    other = count = 0
-    for codes, scale, values in zip(caches[::2], caches[1::2], rounded, strict=True):
-        length, width = values.shape[2:]
-        held = packing.unpack(codes[:, :, :length], recipe.kv.bits, width)
-        other += int((held.float() * scale[:, :, :length] != values).sum())
-        count += values.numel()
-    return other / count
 
 
 def _kl(one: Tensor, other: Tensor) -> float:
@@ -456,7 +244,7 @@ def _global(
     if recipe_allows_integers(recipe):
         trained = load_reference(directory).to(ids.device)  # type: ignore[arg-type]
         prepare(trained, recipe, compile=False, integer_forward=True)
-        figure = _distance(lowered_logits, _score(trained, ids))
+        figure = distance(lowered_logits, _score(trained, ids))
         what = "the logits of the lowered graph, relative to the largest"
         checks.append(Check("global", what, figure, LOGITS_LIMIT))
     figure = _kl(_score(reference, ids), lowered_logits)

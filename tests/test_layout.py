@@ -50,6 +50,7 @@ LAYERS = {
     "qatc.export": 5,
     "qatc.generate": 5,
     "qatc.inspect": 5,
+    "qatc.local_parity": 5,
     "qatc.packed_cache": 5,
     "qatc.parity": 5,
     "qatc.progress": 5,

@@ -17,6 +17,7 @@ from qatc import native
 from qatc.errors import CaptureError, CheckpointError, ConfigError, PassError
 from qatc.export import load_reference, read_recipe
 from qatc.packed_cache import PackedLayer
+from qatc.parity import verify
 from qatc.passes import pass_records
 from qatc.preparation import can_compile, prepare, recipe_allows_integers
 from qatc.recipe import Recipe
@@ -227,6 +228,7 @@ def test_a_sliding_window_is_all_that_is_kept(kind: str, tmp_path: Path) -> None
     for chunks in ([120], [90] + [1] * 30, [7, 30, 60, 3] + [1] * 20):
         got = in_chunks(lowered, ids, chunks)
         assert (got - wanted).abs().max().item() <= 1e-4 * wanted.abs().max().item()
+    assert verify(output, reload=False).passed
     out = lowered(input_ids=ids, use_cache=True)
     sliding = out.past_key_values.layers[0]
     assert (sliding.length, sliding.forgotten) == (window - 1, 120 - window + 1)
