@@ -21,6 +21,7 @@ from qatc.passes.lower_linear import PACKED
 from qatc.preparation import prepared_state
 from qatc.recipe import Recipe
 from qatc.runtime import LoweredForward, runtime_of, take_out
+from qatc.spec import FLOAT_BITS
 from qatc.templates import TemplateForward
 
 STALE = 99
@@ -144,6 +145,11 @@ def _raw(node: Any) -> Node:
     return source
 
 
+def _node(value: Any) -> Node:
+    assert isinstance(value, Node)
+    return value
+
+
 def distance(got: Tensor, wanted: Tensor) -> float:
     """Largest difference, relative to the largest value."""
     largest = float(wanted.abs().max())
@@ -160,7 +166,9 @@ def _wiring(place: str, got: Tensor, wanted: Tensor) -> Difference:
 def _compare_linear(
     name: str, node: Node, lowered: Node, trained: dict[Node, Any], values: dict[Node, Any]
 ) -> Iterator[Difference]:
-    x, wanted = trained[_raw(node.args[0])], trained[node]
+    # An input that is rounded in groups keeps its fake-quant node in the lowered graph as well.
+    rounds = lowered.args[5] != FLOAT_BITS
+    x, wanted = trained[_raw(node.args[0]) if rounds else _node(node.args[0])], trained[node]
     read: list[Any] = [values[a] if isinstance(a, Node) else a for a in lowered.args]
     yield _wiring(name, read[0], x)
     for phase, rows in (("prefill", slice(None)), ("decode", slice(0, 1))):

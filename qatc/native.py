@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -47,8 +48,13 @@ def obstacle() -> str | None:
 def library() -> ctypes.CDLL | None:
     """The functions of ``csrc/packed.c``, built for this processor; None where that fails."""
     command = compiler()
-    if command is None:
+    try:
+        return None if command is None else _load(command)
+    except (OSError, RuntimeError):  # no home, a full or noexec disk: other kernels run
         return None
+
+
+def _load(command: str) -> ctypes.CDLL | None:
     for openmp in (("-fopenmp",), ()):
         path = _build(command, (*_FLAGS, *openmp))
         if path is not None:
@@ -95,14 +101,16 @@ def _key(command: str, flags: tuple[str, ...]) -> str:
 
 def _cache() -> Path:
     """A folder that nobody else can write to."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "qatc"
     try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "qatc"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
+        found = folder.lstat()
+        own = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
+        if own and not found.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK):
             return folder
-    except OSError:
-        pass
+    except (OSError, RuntimeError):
+        return _private_folder()
     return _private_folder()
 
 

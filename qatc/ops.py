@@ -102,12 +102,14 @@ def _round_to_codes(groups: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _tag_compiled_code() -> None:
-    """Let the caches of ``torch.compile`` tell one version of this file from another.
+    """Let the caches of ``torch.compile`` tell one version of the numerics from another.
 
     A compiled graph is found again on disk by its nodes, and a node names an op, not its body: a
     kernel of an older body would be served without a word.
     """
-    sources = (Path(__file__), Path(spec_module.__file__))
+    bodies = ("integer", "kernels", "kv_cache", "packing")
+    folder = Path(spec_module.__file__).parent
+    sources = (Path(__file__), Path(spec_module.__file__), *(folder / f"{b}.py" for b in bodies))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     config = torch.compiler.config
     config.cache_key_tag = f"{config.cache_key_tag}qatc-{digest[:16]};"

@@ -56,6 +56,13 @@ class PackedLayer(CacheLayerMixin):
         One slot more than is ever read is allocated, so that what is read is never contiguous:
         Inductor would compile a second graph for that.
         """
+        if self.tensors and self.tensors[0].shape[0] != batch:
+            if self.length:
+                raise CaptureError(
+                    f"the KV cache holds {self.tensors[0].shape[0]} rows and the batch has"
+                    f" {batch}; start with a new cache"
+                )
+            self.tensors = []
         held = self.tensors[0].shape[2] - 1 if self.tensors else 0
         if held >= slots:
             return
@@ -114,6 +121,7 @@ class PackedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.length = self.forgotten = 0
+        self.tensors, self.is_initialized = [], False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from qatc import packing
@@ -76,6 +77,8 @@ def load(
         skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
         forwards.append(LoweredForward(region, name, runtime, skip, number))
     _fill(model, directory, codes, device)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     for forward in forwards:
         forward.install()
     runtime.forwards = tuple(forwards)
@@ -244,6 +247,7 @@ class LoweredForward(TemplateForward):
         self._layer: PackedLayer | None = None
         self._positions = self._mask = torch.empty(0)
         self._found: dict[Any, list[Template]] = {}
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
 
     def structure(self) -> Any:
         return self._structure
@@ -263,6 +267,18 @@ class LoweredForward(TemplateForward):
         template, leaves = super().find(args, kwargs)
         known.append(template)
         return template, leaves
+
+    def owners(self, template: Template) -> list[tuple[nn.Module, str]]:
+        """Looked up once: what holds packed codes stays in its place."""
+        if id(template) not in self._owners:
+            self._owners[id(template)] = super().owners(template)
+        return self._owners[id(template)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoweredForward:
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, LoweredForward)
+        copied._owners = {}
+        return copied
 
     def twin(self) -> nn.Module:
         twin = copy.deepcopy(self.prototype)

@@ -137,7 +137,6 @@ class TemplateForward:
         self.skip = skip
         self.original: Callable[..., Any] | None = module.__dict__.get("forward")
         self._constants = _constants(module)
-        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
 
     def structure(self) -> Any:
         """What must be equal for two modules to share a graph, whatever their arguments."""
@@ -168,12 +167,12 @@ class TemplateForward:
 
     def parameters(self, template: Template) -> list[Tensor]:
         """The tensors that this module passes for the template's lifted parameters."""
-        owners = self._owners.get(id(template))
-        if owners is None:
-            paths = [name.rpartition(".") for name in template.parameters]
-            owners = [(self.module.get_submodule(path), leaf) for path, _, leaf in paths]
-            self._owners[id(template)] = owners
-        return [getattr(module, leaf) for module, leaf in owners]
+        return [getattr(module, leaf) for module, leaf in self.owners(template)]
+
+    def owners(self, template: Template) -> list[tuple[nn.Module, str]]:
+        """The submodule and attribute of each of them; submodules may be replaced at any time."""
+        paths = [name.rpartition(".") for name in template.parameters]
+        return [(self.module.get_submodule(path), leaf) for path, _, leaf in paths]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._checkpoints():
@@ -221,7 +220,7 @@ class TemplateForward:
         # The copied module is already in the memo: deepcopy creates it before its attributes.
         module = memo.get(id(self.module), self.module)
         copied = copy.copy(self)
-        copied.module, copied._owners = module, {}
+        copied.module = module
         copied.original = copy.deepcopy(self.original, memo)
         return copied
 

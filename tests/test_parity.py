@@ -272,6 +272,11 @@ def test_groups_in_the_wrong_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         verify(output).require("it")
 
 
+def test_activations_in_groups_pass(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(Recipe.from_bits("4-8-16"), activations=QuantSpec(8, 16))
+    assert verify(make_output(tmp_path / "o", recipe)).passed
+
+
 def test_a_bias_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.Qwen2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,

@@ -201,6 +201,17 @@ def test_the_cache_is_packed_whoever_makes_it(outputs: dict[str, Path]) -> None:
         )
 
 
+def test_a_cache_of_another_batch(outputs: dict[str, Path]) -> None:
+    model = qatc.load(outputs["4-8-4"], compile=False)
+    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    with pytest.raises(CaptureError, match="holds 3 rows"):
+        model(input_ids=IDS[:1, :1], past_key_values=cache, use_cache=True)
+    cache.reset()
+    got = model(input_ids=IDS[:1], past_key_values=cache, use_cache=True).logits
+    wanted = logits(model, IDS[:1])
+    assert (got - wanted).abs().max().item() <= 1e-4 * wanted.abs().max().item()
+
+
 def test_a_cache_grows_past_its_window(outputs: dict[str, Path]) -> None:
     model = qatc.load(outputs["8-8-8"], compile=False)
     ids = torch.randint(2, 112, (2, 100), generator=torch.Generator().manual_seed(1))
