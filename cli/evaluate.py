@@ -30,13 +30,8 @@ def evaluate(
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, at most.")] = 65_536,
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
-    device: Annotated[str, typer.Option(help="Torch device, or auto.")] = "auto",
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="Compile the graphs. Default: if this machine can."
-        ),
-    ] = None,
+    device: options.Device = "auto",
+    compile: options.Compile = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:

@@ -26,13 +26,8 @@ def generate(
     ] = 0.7,
     top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="Torch device, or auto.")] = "auto",
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="Compile the layers. Default: if this machine can."
-        ),
-    ] = None,
+    device: options.Device = "auto",
+    compile: options.Compile = None,
     json: options.Json = False,
 ) -> None:
     """Write text with the integer model: packed weights, packed KV cache.

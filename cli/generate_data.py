@@ -23,13 +23,8 @@ def generate_data(
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     preview: Annotated[int, typer.Option(help="Print this many samples at the end.")] = 0,
     dtype: Annotated[str, typer.Option(help="Compute in auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Torch device, or auto.")] = "auto",
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="Compile the decode step. Default: if this machine can."
-        ),
-    ] = None,
+    device: options.Device = "auto",
+    compile: options.Compile = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:

@@ -63,6 +63,13 @@ Target = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
+Device = Annotated[str, typer.Option("--device", help="Torch device, or auto.")]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile", help="Compile the graphs. Default: if this machine can."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is done.")

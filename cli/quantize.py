@@ -60,13 +60,8 @@ def quantize(
     ] = None,
     eval_samples: Annotated[int, typer.Option(help="Generated sequences to hold out.")] = 256,
     dtype: Annotated[str, typer.Option(help="Compute in auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Torch device, or auto.")] = "auto",
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="Compile the graphs. Default: if this machine can."
-        ),
-    ] = None,
+    device: options.Device = "auto",
+    compile: options.Compile = None,
     integer_forward: Annotated[
         bool | None,
         typer.Option(

@@ -13,7 +13,7 @@ from qatc.cli.errors import readable_errors
 
 def verify(
     model: Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")],
-    device: Annotated[str, typer.Option(help="Torch device, or auto.")] = "cpu",
+    device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
     """Compare the integer model with the graph that was trained; exit with 1 if they differ.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qatc.errors import CaptureError
-from qatc.kv_cache import cached_attention
+from qatc.kv_cache import cached_attention, first_slots
 from qatc.models import find_regions
 from qatc.passes import Canonicalize, InsertKVCache, Pipeline
 from qatc.preparation import inductor
@@ -74,12 +74,13 @@ class _CachedForward(TemplateForward):
         self._shape = (rows, length)
         self._caches: list[Tensor] | None = None
 
-    def extra_inputs(self, template: Any) -> list[Tensor]:
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return self.serve(self.store, args, kwargs, self._cache_inputs)
+
+    def _cache_inputs(self, template: Any) -> list[Tensor]:
         if self._caches is None:
             self._caches = _allocate(template.graph_module, *self._shape, self.positions.device)
-        views = [cache[:, :, : self.window] for cache in self._caches]
-        for view in views:
-            torch._dynamo.maybe_mark_dynamic(view, (0, 2))
+        views = first_slots(self._caches, self.window)
         torch._dynamo.maybe_mark_dynamic(self.positions, 0)
         return [*views, self.positions]
 

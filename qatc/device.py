@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
+from qatc import cpu
 from qatc.errors import ConfigError
 from qatc.models import LoadedModel, load_config, load_model
 
@@ -49,7 +49,7 @@ def pick_dtype(dtype: DType, device: str, config: Any) -> torch.dtype:
     if torch.device(device).type != "cpu":
         return torch.bfloat16
     wide = getattr(config, "hidden_size", 0) >= 512
-    return torch.bfloat16 if wide and _cpu_multiplies_bf16() else torch.float32
+    return torch.bfloat16 if wide and cpu.multiplies_bf16() else torch.float32
 
 
 def device_name(device: str) -> str:
@@ -69,9 +69,3 @@ def load_teacher(
     config = load_config(name, trust_remote_code=trust_remote_code)
     compute = pick_dtype(dtype, device, config)  # type: ignore[arg-type]  # checked
     return load_model(name, dtype=compute, device=device, trust_remote_code=trust_remote_code)
-
-
-def _cpu_multiplies_bf16() -> bool:
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text(encoding="utf-8") if flags.exists() else ""
-    return "avx512_bf16" in text or "amx_bf16" in text

@@ -38,11 +38,11 @@ class Linear:
 
     @property
     def input(self) -> Node:
-        return _node(self.node.args[0])
+        return as_node(self.node.args[0])
 
     @property
     def weight(self) -> Node:
-        return _node(self.node.args[1])
+        return as_node(self.node.args[1])
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ class Attention:
 
     @property
     def query(self) -> Node:
-        return _node(self.node.args[0])
+        return as_node(self.node.args[0])
 
     @property
     def key(self) -> Node:
-        return _node(self.node.args[1])
+        return as_node(self.node.args[1])
 
     @property
     def value(self) -> Node:
-        return _node(self.node.args[2])
+        return as_node(self.node.args[2])
 
     @property
     def mask(self) -> Node | None:
         mask = argument(self.node, 3, "attn_mask", None)
-        return None if mask is None else _node(mask)
+        return None if mask is None else as_node(mask)
 
     @property
     def is_causal(self) -> bool:
@@ -83,7 +83,7 @@ def find_linears(gm: GraphModule) -> list[Linear]:
     found = []
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is LINEAR:
-            name = parameter_name(_node(node.args[1]))
+            name = parameter_name(as_node(node.args[1]))
             if name is not None:
                 found.append(Linear(node, name))
     return found
@@ -97,7 +97,7 @@ def find_integer_linears(gm: GraphModule) -> list[Linear]:
     found = []
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is integer.INTEGER_LINEAR:
-            name = parameter_name(_node(node.args[1]))
+            name = parameter_name(as_node(node.args[1]))
             if name is not None:
                 found.append(Linear(node, name))
     return found
@@ -130,7 +130,7 @@ def find_projections(node: Node) -> list[Node]:
 def parameter_name(node: Node) -> str | None:
     """Name of the parameter that ``node`` reads, through casts and fake-quant nodes, or None."""
     while node.op == "call_function" and (is_fake_quantize(node) or node.target in _CASTS):
-        node = _node(node.args[0])
+        node = as_node(node.args[0])
     if node.op == "get_attr":
         return str(node.target)
     name = node.meta.get("parameter")
@@ -145,7 +145,7 @@ def is_fake_quantize(node: Node) -> bool:
 def quantizer_of(node: Node) -> Node | None:
     """The fake-quant node that ``node`` is, or is a cast of."""
     while node.op == "call_function" and node.target in _CASTS:
-        node = _node(node.args[0])
+        node = as_node(node.args[0])
     return node if is_fake_quantize(node) else None
 
 
@@ -205,6 +205,7 @@ def insert_between(
     return new
 
 
-def _node(value: Any) -> Node:
+def as_node(value: Any) -> Node:
+    """An argument of a node, which must be a node itself."""
     assert isinstance(value, Node), f"expected a graph node, got {value!r}"
     return value

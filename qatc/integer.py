@@ -11,13 +11,12 @@ compiles ``torch._int_mm`` to wrong results where an operand has a single row.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qatc import native, ops, packing
+from qatc import cpu, native, ops, packing
 from qatc.spec import QuantSpec, Range
 
 LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
@@ -182,10 +181,4 @@ def is_fast(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and _cpu_multiplies_int8()
-
-
-def _cpu_multiplies_int8() -> bool:
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text(encoding="utf-8") if flags.exists() else ""
-    return "avx512_vnni" in text or "avx_vnni" in text or "amx_int8" in text
+    return device.type == "cpu" and cpu.multiplies_int8()

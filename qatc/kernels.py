@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Node
 
 from qatc import integer, native, ops, packing
 from qatc.spec import QuantSpec, Range
@@ -267,19 +268,29 @@ def _packed_linear(
     prefill: str,
     decode: str,
 ) -> Tensor:
-    site = Site(
-        QuantSpec(weight_bits, group_size or None, weight_range),
-        QuantSpec(x_bits, None, x_range),
-        packed.shape[0],
-        inputs,
-        x.device.type,
-    )
+    weights = QuantSpec(weight_bits, group_size or None, weight_range)
+    activations = QuantSpec(x_bits, None, x_range)
+    site = Site(weights, activations, packed.shape[0], inputs, x.device.type)
     kernel = _BY_NAME[decode if x.shape[-2] == 1 else prefill]
     assert kernel.run is not None, f"{kernel.name} has an obstacle everywhere"
     return kernel.run(x, packed, scale, bias, site)
 
 
 _LIBRARY.impl("packed_linear", _packed_linear, "CompositeImplicitAutograd")
+
+
+def site_of(node: Node, device: str) -> Site:
+    """The site at a ``packed_linear`` node of a graph for ``device``."""
+    _, packed, _, _, inputs, x_bits, weight_bits = node.args
+    given: Any = node.kwargs
+    return Site(
+        QuantSpec(weight_bits, given["group_size"] or None, given["weight_range"]),  # type: ignore[arg-type]
+        QuantSpec(x_bits, None, given["x_range"]),  # type: ignore[arg-type]
+        int(packed.meta["val"].shape[0]),  # type: ignore[union-attr]
+        inputs,  # type: ignore[arg-type]
+        device,
+    )
+
 
 PACKED_LINEAR = torch.ops.qatc.packed_linear.default
 """``(x [..., K], packed [N, bytes], scale [N, G], bias, K, x_bits, weight_bits, *, ranges,

@@ -163,6 +163,19 @@ def _visible(positions: Tensor, slots: int, mask: Tensor | None) -> Tensor:
     return every <= own if mask is None else ((every <= own) & mask) | (every == own)
 
 
+def first_slots(tensors: list[Tensor], slots: int) -> list[Tensor]:
+    """Views of the first slots of cache tensors ``[B, Hkv, S, ...]``, for a compiled graph.
+
+    Their batch and their slots are marked as sizes that change. For one graph to serve all sizes,
+    S must be larger than ``slots`` ever is: Inductor compiles a graph of its own for contiguous
+    views.
+    """
+    views = [tensor[:, :, :slots] for tensor in tensors]
+    for view in views:
+        torch._dynamo.maybe_mark_dynamic(view, (0, 2))
+    return views
+
+
 def cache_shapes(spec: QuantSpec, width: int) -> tuple[tuple[int, torch.dtype], ...]:
     """Last dimension and dtype of the tensors that a quantized K or V cache is made of.
 

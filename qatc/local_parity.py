@@ -14,15 +14,14 @@ from torch.fx import Interpreter, Node
 
 from qatc import kernels, packing
 from qatc.capture import Template
-from qatc.graph import ATTENTION, LINEAR, is_quantized, parameter_name, quantizer_of
-from qatc.kv_cache import cached_attention, quantized_attention
-from qatc.packed_cache import cache_tensors
+from qatc.graph import ATTENTION, LINEAR, as_node, is_quantized, parameter_name, quantizer_of
+from qatc.packed_cache import cache_attention, cache_tensors
 from qatc.passes.lower_linear import PACKED
 from qatc.preparation import prepared_state
 from qatc.recipe import Recipe
 from qatc.runtime import LoweredForward, runtime_of, take_out
 from qatc.spec import FLOAT_BITS
-from qatc.templates import TemplateForward
+from qatc.templates import TemplateForward, TemplateStore
 
 STALE = 99
 """What unused cache slots are filled with: no query may see it."""
@@ -83,10 +82,13 @@ def _calls(
 
 
 def _run(
-    forward: TemplateForward, call: tuple[Any, Any], extra: Callable[[Template], list[Any]]
+    forward: TemplateForward,
+    store: TemplateStore,
+    call: tuple[Any, Any],
+    extra: Callable[[Template], list[Any]],
 ) -> tuple[torch.fx.Graph, dict[Node, Any]]:
     """The graph that serves a call, and what all of its nodes compute."""
-    template, leaves = forward.find(*call)
+    template, leaves = forward.find(*call, store)
     interpreter = Interpreter(template.graph_module, garbage_collect_values=False)
     inputs = [leaves[i] for i in template.inputs]
     interpreter.run(*forward.parameters(template), *inputs, *extra(template))
@@ -96,9 +98,9 @@ def _run(
 def _compare(
     forward: TemplateForward, own: LoweredForward, call: tuple[Any, Any], recipe: Recipe
 ) -> Iterator[Difference]:
-    graph, trained = _run(forward, call, lambda template: [])
+    graph, trained = _run(forward, forward.store, call, lambda template: [])
     args, kwargs, _, mask = take_out(*call)
-    own.store = own.runtime.cached if mask is None else own.runtime.masked
+    store = own.runtime.cached if mask is None else own.runtime.masked
     batch, length = _hidden(call).shape[:2]
     positions = torch.arange(length, device=_hidden(call).device).expand(batch, length)
 
@@ -106,7 +108,7 @@ def _compare(
         masks = [] if mask is None else [mask.expand(batch, 1, length, length)]
         return [*_stale(template, batch, length, positions.device), positions, *masks]
 
-    lowered_graph, values = _run(own, (args, kwargs), extra)
+    lowered_graph, values = _run(own, store, (args, kwargs), extra)
     by_name: dict[str, list[Node]] = {}
     for node in lowered_graph.nodes:
         if node.target is kernels.PACKED_LINEAR:
@@ -117,11 +119,8 @@ def _compare(
             name = str(parameter_name(node.args[1]))
             yield from _compare_linear(name, node, by_name[name].pop(0), trained, values)
         elif node.target is ATTENTION:
-            lowered = [n for n in lowered_graph.nodes if n.target in _ATTENTIONS]
-            yield from _compare_attention(node, lowered[0], trained, values, recipe, mask)
-
-
-_ATTENTIONS = (cached_attention, quantized_attention)
+            lowered = cache_attention(lowered_graph)
+            yield from _compare_attention(node, lowered, trained, values, recipe, mask)
 
 
 def _hidden(call: tuple[Any, Any]) -> Tensor:
@@ -140,14 +139,7 @@ def _stale(template: Template, rows: int, slots: int, device: torch.device) -> l
 def _raw(node: Any) -> Node:
     """What is quantized before ``node`` is read, or what is read if nothing is."""
     quantizer = quantizer_of(node)
-    source: Any = node if quantizer is None else quantizer.args[0]
-    assert isinstance(source, Node)
-    return source
-
-
-def _node(value: Any) -> Node:
-    assert isinstance(value, Node)
-    return value
+    return as_node(node if quantizer is None else quantizer.args[0])
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
@@ -168,7 +160,7 @@ def _compare_linear(
 ) -> Iterator[Difference]:
     # An input that is rounded in groups keeps its fake-quant node in the lowered graph as well.
     rounds = lowered.args[5] != FLOAT_BITS
-    x, wanted = trained[_raw(node.args[0]) if rounds else _node(node.args[0])], trained[node]
+    x, wanted = trained[_raw(node.args[0]) if rounds else as_node(node.args[0])], trained[node]
     read: list[Any] = [values[a] if isinstance(a, Node) else a for a in lowered.args]
     yield _wiring(name, read[0], x)
     for phase, rows in (("prefill", slice(None)), ("decode", slice(0, 1))):

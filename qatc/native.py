@@ -12,7 +12,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import stat
 import subprocess
@@ -22,11 +21,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qatc import cpu
+
 SOURCE = Path(__file__).parent / "csrc" / "packed.c"
 
 MAX_ROWS = 16
 """Rows that one product takes. The codes are unpacked anew for each: for more, unpacking them to
 memory once is faster (measured)."""
+
+_SIGNATURES = {"qatc_packed_product": (3, 5, 2), "qatc_unpack": (2, 3, 2)}
+"""Pointers, 64-bit sizes and ints that the functions take, in this order."""
 
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 
@@ -59,14 +63,14 @@ def _load(command: str) -> ctypes.CDLL | None:
         path = _build(command, (*_FLAGS, *openmp))
         if path is not None:
             loaded = ctypes.CDLL(str(path))
-            loaded.qatc_packed_product.argtypes = [
-                *([ctypes.c_void_p] * 3), *([ctypes.c_int64] * 5), *([ctypes.c_int] * 2)
-            ]  # fmt: skip
-            loaded.qatc_packed_product.restype = None
-            loaded.qatc_unpack.argtypes = [
-                *([ctypes.c_void_p] * 2), *([ctypes.c_int64] * 3), *([ctypes.c_int] * 2)
-            ]  # fmt: skip
-            loaded.qatc_unpack.restype = None
+            for name, (pointers, sizes, ints) in _SIGNATURES.items():
+                function = getattr(loaded, name)
+                function.restype = None
+                function.argtypes = [
+                    *([ctypes.c_void_p] * pointers),
+                    *([ctypes.c_int64] * sizes),
+                    *([ctypes.c_int] * ints),
+                ]
             return loaded
     return None
 
@@ -91,9 +95,7 @@ def _build(command: str, flags: tuple[str, ...]) -> Path | None:
 
 def _key(command: str, flags: tuple[str, ...]) -> str:
     """What decides the machine code: the source, the compiler and the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    processor = next((x for x in lines if x.startswith(("flags", "Features"))), platform.machine())
+    processor = " ".join(sorted(cpu.features()))
     version = subprocess.run([command, "--version"], capture_output=True, check=False).stdout
     parts = (SOURCE.read_bytes(), version, processor.encode(), " ".join(flags).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
@@ -109,8 +111,8 @@ def _cache() -> Path:
         own = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
         if own and not found.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK):
             return folder
-    except (OSError, RuntimeError):
-        return _private_folder()
+    except (OSError, RuntimeError):  # no home, or none that can be written to
+        pass
     return _private_folder()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -29,7 +29,8 @@ class PackedLayer(CacheLayerMixin):
     """The KV cache of one layer: codes and scales, or floats where K and V are not quantized.
 
     A layer with a sliding window forgets the tokens that no later one can see, some
-    :data:`SLOTS` at a time: to move what is held to the front costs a copy.
+    :data:`SLOTS` at a time: to move what is held to the front costs a copy. Where tokens may be
+    taken back, as in assisted decoding, it waits for that: see :meth:`activate_past_recording`.
 
     Args:
         window: tokens that a query of this layer sees, itself included; ``None`` for all.
@@ -47,6 +48,7 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.window = window
         self.is_sliding = window is not None
+        self.record_past = False
         self.length = self.forgotten = 0
         self.tensors: list[Tensor] = []
 
@@ -79,6 +81,10 @@ class PackedLayer(CacheLayerMixin):
     def advance(self, new: int) -> None:
         """Count the tokens that a forward pass has written, and forget what is out of sight."""
         self.length += new
+        if not self.record_past:
+            self._forget()
+
+    def _forget(self) -> None:
         if self.window is None or self.length < self.window + SLOTS:
             return
         kept = self.window - 1
@@ -136,6 +142,10 @@ class PackedLayer(CacheLayerMixin):
         """Repeat every row of the batch."""
         self.tensors = [tensor.repeat_interleave(repeats, dim=0) for tensor in self.tensors]
 
+    def activate_past_recording(self) -> None:
+        """Forget nothing before a :meth:`crop` has said which tokens stay."""
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget this many of the last tokens, given as a negative number.
 
@@ -144,12 +154,14 @@ class PackedLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError("crop takes the number of tokens to remove as a negative number")
-        if tokens_to_remove and self.forgotten:
+        left = self.length + tokens_to_remove
+        if self.window is not None and self.forgotten and left < self.window - 1:
             raise CaptureError(
                 f"a cache with a sliding window of {self.window} tokens, some of which are out of"
-                " it, cannot go back"
+                " it, cannot go back; call its activate_past_recording() before they are written"
             )
-        self.length = max(0, self.length + tokens_to_remove)
+        self.length = max(0, left)
+        self._forget()
 
 
 def round_up(slots: int) -> int:
@@ -178,19 +190,20 @@ def packed_layer(cache: Cache, number: int) -> PackedLayer:
             " leave cache_implementation out, or pass an empty DynamicCache"
         )
     window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-    layers[number] = PackedLayer(window)
-    packed: PackedLayer = layers[number]
+    packed = PackedLayer(window)
+    packed.record_past = getattr(layer, "record_past", False)
+    layers[number] = packed
     return packed
 
 
 def cache_values(template: Template) -> list[Tensor]:
     """Examples ``[B, Hkv, T, D]`` of the keys and the values that a graph writes to its cache."""
-    return [source.meta["val"] for source in _attention(template).args[1:3]]  # type: ignore[union-attr]
+    return [source.meta["val"] for source in cache_attention(template.graph_module.graph).args[1:3]]  # type: ignore[union-attr]
 
 
 def cache_tensors(template: Template) -> list[tuple[tuple[int, int], torch.dtype]]:
     """Heads, last dimension and dtype of the cache tensors that a graph takes."""
-    node = _attention(template)
+    node = cache_attention(template.graph_module.graph)
     found = []
     for value in cache_values(template):
         heads, width = int(value.shape[1]), int(value.shape[3])
@@ -203,6 +216,7 @@ def cache_tensors(template: Template) -> list[tuple[tuple[int, int], torch.dtype
     return found
 
 
-def _attention(template: Template) -> Node:
-    nodes: list[Node] = list(template.graph_module.graph.nodes)
+def cache_attention(graph: Graph) -> Node:
+    """The attention over a cache in a lowered layer's graph."""
+    nodes: list[Node] = list(graph.nodes)
     return next(n for n in nodes if n.target in (cached_attention, quantized_attention))

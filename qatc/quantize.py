@@ -7,6 +7,7 @@ figures measured so far and the checkpoints. The corpus is in ``OUTPUT.data`` (o
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import shutil
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from torch import nn
 
 from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, text_rows
 from qatc.device import device_name, pick_device, pick_dtype
-from qatc.distill import Distiller
+from qatc.distill import Distiller, StepMetrics
 from qatc.errors import ConfigError, PassError
 from qatc.evaluate import Metrics, evaluate
 from qatc.export.codes import QuantizedWeight
@@ -94,19 +95,7 @@ class _Run:
         train, held_out = _split(corpus, config)
         texts = {GENERATED: held_out, **texts}
         figures = self._baselines(texts)
-        observer.stage(f"Training for {config.training.steps} steps")
-        distiller = Distiller(
-            self.student,
-            self.teacher.model,
-            train,
-            config.training,
-            config.partial,
-            rounding_kl=figures[GENERATED]["RTN"].kl or 0.0,
-            autocast=self._autocast,
-        )
-        history = distiller.run(
-            on_step=lambda metrics: observer.trained(metrics, config.training.steps)
-        )
+        rate, history = self._train(train, figures[GENERATED]["RTN"].kl or 0.0)
         self._round_unquantized()
         observer.stage("Evaluating the trained model")
         for name, rows in texts.items():
@@ -117,7 +106,7 @@ class _Run:
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "integer_forward": self.integer_forward,
             "device": device_name(self.device),
-            "learning_rate": distiller.rate,
+            "learning_rate": rate,
             "training_seconds": round(sum(r.seconds for r in history), 1),
             "row_utilization": round(train.utilization, 4),
             "figures": {t: {m: v.to_dict() for m, v in r.items()} for t, r in figures.items()},
@@ -220,6 +209,23 @@ class _Run:
         write_json(file, {t: {m: v.to_dict() for m, v in r.items()} for t, r in figures.items()})
         return figures
 
+    def _train(self, rows: Rows, rounding_kl: float) -> tuple[float, list[StepMetrics]]:
+        """Train the student; its optimizer is gone afterwards. Its rate, and all steps."""
+        config, steps = self.config, self.config.training.steps
+        self.observer.stage(f"Training for {steps} steps")
+        distiller = Distiller(
+            self.student,
+            self.teacher.model,
+            rows,
+            config.training,
+            config.partial,
+            rounding_kl=rounding_kl,
+            autocast=self._autocast,
+        )
+        history = distiller.run(on_step=lambda metrics: self.observer.trained(metrics, steps))
+        self.student.zero_grad(set_to_none=True)
+        return distiller.rate, history
+
     def _evaluate(self, model: nn.Module, rows: Rows) -> Metrics:
         return evaluate(
             model,
@@ -244,40 +250,46 @@ class _Run:
                 parameter.copy_(parameter.to(self.stored).to(parameter.dtype))
 
     def _write(
-        self, figures: dict[str, dict[str, Metrics]], metadata: dict[str, Any], history: list[Any]
+        self,
+        figures: dict[str, dict[str, Metrics]],
+        metadata: dict[str, Any],
+        history: list[StepMetrics],
     ) -> None:
-        config, model = self.config, self.student
-        state = model.state_dict()
-        weights = {}
-        if config.recipe.weights.quantizes:
-            weights = {
-                name: QuantizedWeight.from_float(state[name], config.recipe.weights)
-                for name in self.quantized
-            }
-        floats = {
-            name: value.to(self.stored) if value.is_floating_point() else value
-            for name, value in state.items()
-            if name not in weights
-        }
-        for owner, value in prepared_state(model).use_cache:
-            owner.use_cache = value
+        config = self.config
         with complete_directory(config.output, overwrite=config.overwrite) as staging:
-            write_model(
-                staging,
-                config=model.config,
-                state=floats,
-                weights=weights,
-                recipe=config.recipe,
-                metadata=metadata,
-                generation_config=model.generation_config,
-                tokenizer=self.tokenizer,
-            )
+            masters = self._write_student(staging, metadata)
             shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
-            metadata = metadata | self._verify(staging, state)
+            del self.teacher, self.student
+            gc.collect()  # a prepared model is a cycle; two more models are about to be loaded
+            metadata = metadata | self._verify(staging, masters)
             write_json(staging / "qatc.json", read_json(staging / "qatc.json") | metadata)
             write_report(staging, metadata, figures, history)
 
-    def _verify(self, staging: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _write_student(self, staging: Path, metadata: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Write the student; what its codes were made from is returned."""
+        model, recipe = self.student, self.config.recipe
+        state = model.state_dict()
+        quantized = self.quantized if recipe.weights.quantizes else []
+        masters = {name: state.pop(name) for name in quantized}
+        floats = {
+            name: value.to(self.stored) if value.is_floating_point() else value
+            for name, value in state.items()
+        }
+        for owner, value in prepared_state(model).use_cache:
+            owner.use_cache = value
+        write_model(
+            staging,
+            config=model.config,
+            state=floats,
+            weights={n: QuantizedWeight.from_float(w, recipe.weights) for n, w in masters.items()},
+            recipe=recipe,
+            metadata=metadata,
+            generation_config=model.generation_config,
+            tokenizer=self.tokenizer,
+        )
+        return masters
+
+    def _verify(self, staging: Path, masters: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Hold what was written against what was trained, before it is called complete.
 
         Raises:
@@ -285,7 +297,7 @@ class _Run:
         """
         self.observer.stage("Verifying that the integer model computes what was trained")
         try:
-            report = verify(staging, trained=state, device=self.device)
+            report = verify(staging, trained=masters, device=self.device)
             model = load(staging, device=self.device, compile=False)
         except PassError as error:
             self.observer.note(f"not verified, as it does not run on integers: {error}")

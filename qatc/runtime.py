@@ -26,6 +26,7 @@ from qatc.errors import CaptureError, CheckpointError, ConfigError
 from qatc.export import QuantizedWeight, load_codes, load_float_state, read_metadata, read_recipe
 from qatc.export.directory import read_config
 from qatc.graph import matches
+from qatc.kv_cache import first_slots
 from qatc.models import find_regions
 from qatc.packed_cache import PackedLayer, packed_layer, round_up
 from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
@@ -70,7 +71,7 @@ def load(
         named = str(read_metadata(directory).get("compute_dtype", "float32"))
         dtype = getattr(torch, named)
     model = _build(directory, dtype)
-    runtime = Runtime(recipe, device, can_compile() if compile is None else compile)
+    runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
         prefix = f"{name}." if name else ""
@@ -161,8 +162,8 @@ def _on_meta(model: nn.Module) -> list[str]:
 class Runtime:
     """The graphs of a loaded model: one store for each way in which layers are called."""
 
-    def __init__(self, recipe: Recipe, device: str, compile: bool) -> None:
-        self.recipe, self.device, self.compile = recipe, device, compile
+    def __init__(self, recipe: Recipe, device: str, dtype: torch.dtype, compile: bool) -> None:
+        self.recipe, self.device, self.dtype, self.compile = recipe, device, dtype, compile
         self.forwards: tuple[LoweredForward, ...] = ()
         self.scoring = self._store(None)
         self.cached = self._store(InsertKVCache(recipe.kv))
@@ -244,27 +245,27 @@ class LoweredForward(TemplateForward):
         self.runtime, self.number = runtime, number
         self.prototype = copy.deepcopy(module).eval()
         self._structure = super().structure()
-        self._layer: PackedLayer | None = None
-        self._positions = self._mask = torch.empty(0)
         self._found: dict[Any, list[Template]] = {}
         self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
 
     def structure(self) -> Any:
         return self._structure
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Template, list[Any]]:
+    def find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], store: TemplateStore
+    ) -> tuple[Template, list[Any]]:
         """As every other forward does, but what was found once is not looked for again.
 
         What decides a template besides the arguments never changes here.
         """
         signature, leaves = _signature(args, kwargs)
         if signature is None:
-            return super().find(args, kwargs)
-        known = self._found.setdefault((id(self.store), signature), [])
+            return super().find(args, kwargs, store)
+        known = self._found.setdefault((id(store), signature), [])
         for template in known:
             if template.fits(leaves):
                 return template, leaves
-        template, leaves = super().find(args, kwargs)
+        template, leaves = super().find(args, kwargs, store)
         known.append(template)
         return template, leaves
 
@@ -294,47 +295,55 @@ class LoweredForward(TemplateForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs, cache, mask = take_out(args, kwargs)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        self._refuse_moved(hidden)
         if cache is None:
             kwargs = kwargs if mask is None else kwargs | {"attention_mask": mask}
-            self.store, self._layer = self.runtime.scoring, None
-            return self._run(*args, **kwargs)
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        batch, new = hidden.shape[:2]
-        layer = packed_layer(cache, self.number)
-        start = layer.length
-        self._layer = layer
-        self._positions = torch.arange(start, start + new, device=hidden.device)
-        self._positions = self._positions.expand(batch, new)
-        self.store = self.runtime.cached
-        self._window = round_up(start + new)
+            return self.serve(self.runtime.scoring, args, kwargs)
+        layer, store = packed_layer(cache, self.number), self.runtime.cached
         if mask is not None:
-            self.store = self.runtime.masked
+            store = self.runtime.masked
             if mask.dtype is not torch.bool:
                 raise CaptureError(
                     f"{self.name} was called with a mask of {mask.dtype}; a KV cache takes a bool"
                     " mask, as attn_implementation='sdpa' gives"
                 )
-            missing = self._window - mask.shape[-1]
-            self._mask = nn.functional.pad(mask, (0, missing)).expand(batch, 1, new, -1)
-        result = self._run(*args, **kwargs)
-        layer.advance(new)
+
+        def extra_inputs(template: Template) -> list[Tensor]:
+            return _cache_inputs(template, layer, hidden, mask)
+
+        result = self.serve(store, args, kwargs, extra_inputs)
+        layer.advance(hidden.shape[1])
         return result
 
-    def extra_inputs(self, template: Template) -> list[Tensor]:
-        layer = self._layer
-        if layer is None:
-            return []
-        batch = self._positions.shape[0]
-        layer.reserve(template, batch, self._window, self._positions.device)
-        views = [tensor[:, :, : self._window] for tensor in layer.tensors]
-        inputs = [*views, self._positions.contiguous()]
-        if self.store is self.runtime.masked:
-            inputs.append(self._mask.contiguous())
-            torch._dynamo.maybe_mark_dynamic(inputs[-1], (0, 2, 3))
-        for view in views:
-            torch._dynamo.maybe_mark_dynamic(view, (0, 2))
-        torch._dynamo.maybe_mark_dynamic(inputs[len(views)], (0, 1))
-        return inputs
+    def _refuse_moved(self, hidden: Tensor) -> None:
+        """Say what is wrong where ``model.to(...)`` or an input has changed dtype or device."""
+        dtype, device = self.runtime.dtype, self.runtime.device
+        if hidden.dtype is not dtype or hidden.device.type != torch.device(device).type:
+            raise ConfigError(
+                f"{self.name} got {hidden.dtype} on {hidden.device}, and the model was loaded for"
+                f" {dtype} on {device}; a model that runs on integers cannot be moved or cast:"
+                f" load it with qatc.load(OUT, device=..., dtype=...)"
+            )
+
+
+def _cache_inputs(
+    template: Template, layer: PackedLayer, hidden: Tensor, mask: Tensor | None
+) -> list[Tensor]:
+    """What a graph with a KV cache reads besides its arguments: the cache, positions, the mask."""
+    batch, new = hidden.shape[:2]
+    start, device = layer.length, hidden.device
+    slots = round_up(start + new)
+    layer.reserve(template, batch, slots, device)
+    views = first_slots(layer.tensors, slots)
+    positions = torch.arange(start, start + new, device=device).expand(batch, new).contiguous()
+    torch._dynamo.maybe_mark_dynamic(positions, (0, 1))
+    if mask is None:
+        return [*views, positions]
+    padded = nn.functional.pad(mask, (0, slots - mask.shape[-1])).expand(batch, 1, new, -1)
+    padded = padded.contiguous()
+    torch._dynamo.maybe_mark_dynamic(padded, (0, 2, 3))
+    return [*views, positions, padded]
 
 
 def _signature(

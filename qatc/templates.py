@@ -12,6 +12,7 @@ template that fits its arguments, and the store captures one where there is none
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,9 @@ from torch.utils import _pytree as pytree
 from qatc.capture import LAYER_NUMBERS, Template, capture
 from qatc.errors import CaptureError, PassError
 from qatc.graph import aten, insert_between, is_fake_quantize, reads_master
+
+_CAPTURING = threading.RLock()
+"""Held while a layer is captured, which several threads may ask for, and torch does one by one."""
 
 
 @dataclass
@@ -66,9 +70,23 @@ class TemplateStore:
         """The template that fits a call of ``owner``, captured if there is none yet."""
         key = (owner.structure(), spec, tuple(_leaf_key(leaf, owner.name) for leaf in leaves))
         candidates = self._templates.setdefault(key, [])
-        for template in candidates:
-            if template.fits(leaves) and template.serves(owner.module):
-                return template
+
+        def known() -> Template | None:
+            serving = (t for t in candidates if t.fits(leaves) and t.serves(owner.module))
+            return next(serving, None)
+
+        if (template := known()) is not None:
+            return template
+        with _CAPTURING:
+            return known() or self._capture(owner, candidates, leaves, spec)
+
+    def _capture(
+        self,
+        owner: TemplateForward,
+        candidates: list[Template],
+        leaves: Sequence[Any],
+        spec: pytree.TreeSpec,
+    ) -> Template:
         args, kwargs = pytree.tree_unflatten(list(leaves), spec)
         template = capture(owner.twin(), args, kwargs, owner.name)
         try:
@@ -191,30 +209,44 @@ class TemplateForward:
             and type(self.module).__call__ is nn.Module.__call__
         )
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Template, list[Any]]:
-        """The template that serves a call, and the call's arguments as its leaves."""
+    def find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], store: TemplateStore
+    ) -> tuple[Template, list[Any]]:
+        """The template of ``store`` that serves a call, and the call's arguments as its leaves."""
         leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
-        if self.store.compute_dtype is not None:
-            leaves = [_cast(leaf, self.store.compute_dtype) for leaf in leaves]
-        return self.store.find(self, leaves, spec), leaves
+        if store.compute_dtype is not None:
+            leaves = [_cast(leaf, store.compute_dtype) for leaf in leaves]
+        return store.find(self, leaves, spec), leaves
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        template, leaves = self.find(args, kwargs)
-        if self.store.dry_run and template.keeps_shape():
+        return self.serve(self.store, args, kwargs)
+
+    def serve(
+        self,
+        store: TemplateStore,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        extra_inputs: Callable[[Template], list[Tensor]] | None = None,
+    ) -> Any:
+        """Run a call on the template of ``store`` that serves it.
+
+        Args:
+            store: where the template is kept, or put if there is none yet.
+            args, kwargs: of the call.
+            extra_inputs: makes the tensors for the graph inputs that passes added, in order.
+        """
+        template, leaves = self.find(args, kwargs, store)
+        if store.dry_run and template.keeps_shape():
             return pytree.tree_unflatten([leaves[template.inputs[0]]], template.out_spec)
         parameters = self.parameters(template)
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             leaves = _with_gradient(leaves, template.inputs)
         device = parameters[0].device.type if parameters else "cpu"
-        extra = self.extra_inputs(template)
+        extra = [] if extra_inputs is None else extra_inputs(template)
         if not torch.is_autocast_enabled(device):
             return template(parameters, leaves, extra)
         with torch.autocast(device, enabled=False):
             return template(parameters, leaves, extra)
-
-    def extra_inputs(self, template: Template) -> list[Tensor]:
-        """Tensors for the graph inputs that passes added, in order."""
-        return []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TemplateForward:
         # The copied module is already in the memo: deepcopy creates it before its attributes.

@@ -95,14 +95,7 @@ def kernel_report(model: nn.Module) -> list[KernelUse]:
 
 def _uses(layer: str, node: torch.fx.Node, runtime: Runtime) -> list[KernelUse]:
     packed: Any = node.args[1]
-    inputs: Any = node.args[4]
-    site = kernels.Site(
-        runtime.recipe.weights,
-        runtime.recipe.activations,
-        int(packed.meta["val"].shape[0]),
-        int(inputs),
-        torch.device(runtime.device).type,
-    )
+    site = kernels.site_of(node, torch.device(runtime.device).type)
     name = packed.meta["parameter"].removesuffix(PACKED)
     uses = []
     for phase in kernels.PHASES:

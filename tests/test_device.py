@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qatc import device
+from qatc import cpu, device
 from qatc.device import pick_device, pick_dtype
 from qatc.errors import ConfigError
 
@@ -30,7 +30,7 @@ def test_without_a_gpu() -> None:
 def test_auto_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, native: bool, width: int, wide: bool
 ) -> None:
-    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: native)
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: native)
     chosen = pick_dtype("auto", "cpu", SimpleNamespace(hidden_size=width))
     assert chosen is (torch.bfloat16 if native and wide else torch.float32)
 

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "qatc"
 # A module may import from its own layer and from lower ones. A package stands for all modules in
 # it; "qatc" alone is qatc/__init__.py, which offers the API of layer 5.
 LAYERS = {
+    "qatc.cpu": 1,
     "qatc.errors": 1,
     "qatc.files": 1,
     "qatc.spec": 1,

@@ -236,30 +236,30 @@ WITHOUT_C: dict[str, tuple[Any, str, Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
-@pytest.mark.parametrize("bug", IN_C)
-def test_bugs_in_c(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, planted, where = IN_C[bug]
+def plant_and_find(
+    output: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, planted: Any, where: str
+) -> None:
+    """Put a bug in the place of ``owner.name``: the gate must name the layer and ``where``."""
     monkeypatch.setattr(owner, name, planted)
     with pytest.raises(ParityError, match=rf"differs at model\.layers\.0, .*{where}"):
         verify(output).require("it")
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
+@pytest.mark.parametrize("bug", IN_C)
+def test_bugs_in_c(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_and_find(output, monkeypatch, *IN_C[bug])
 
 
 @pytest.mark.parametrize("bug", WITHOUT_C)
 def test_bugs_without_c(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "compiler", lambda: None)
-    owner, name, planted, where = WITHOUT_C[bug]
-    monkeypatch.setattr(owner, name, planted)
-    with pytest.raises(ParityError, match=rf"differs at model\.layers\.0, .*{where}"):
-        verify(output).require("it")
+    plant_and_find(output, monkeypatch, *WITHOUT_C[bug])
 
 
 @pytest.mark.parametrize("bug", LOWERED)
 def test_bugs_in_the_lowered_graph(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, planted, where = LOWERED[bug]
-    monkeypatch.setattr(owner, name, planted)
-    with pytest.raises(ParityError, match=rf"differs at model\.layers\.0, .*{where}"):
-        verify(output).require("it")
+    plant_and_find(output, monkeypatch, *LOWERED[bug])
 
 
 def test_groups_in_the_wrong_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

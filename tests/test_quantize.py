@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qatc.distill import Distiller, TrainingConfig
 from qatc.errors import ConfigError, DataError, TrainingError
@@ -18,6 +20,7 @@ from qatc.evaluate import Metrics, recovery
 from qatc.export import load_codes, read_recipe
 from qatc.generate import GenerationConfig
 from qatc.ops import quantize as to_codes
+from qatc.parity import verify
 from qatc.quantize import _Run, quantize
 from qatc.recipe import Recipe
 from qatc.settings import QuantizeConfig
@@ -128,6 +131,23 @@ def test_interrupted_run_ends_the_same(
         quantize(dataclasses.replace(config, recipe=Recipe.from_bits("4-8-8")))
     result = quantize(config)
     assert weights(result.output) == weights(done.output)
+
+
+def test_teacher_and_student_are_gone_when_the_output_is_verified(
+    shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def models() -> set[int]:
+        return {id(o) for o in gc.get_objects() if issubclass(type(o), PreTrainedModel)}
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        alive.append(len(models() - before))
+        return verify(*args, **kwargs)
+
+    alive: list[int] = []
+    before = models()
+    monkeypatch.setattr("qatc.quantize.verify", counted)
+    quantize(make(shared_model_path, tmp_path / "out"))
+    assert alive == [0]
 
 
 def test_ctrl_c_leaves_a_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,9 @@ def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 
 @torch.no_grad()
-def in_chunks(model: Any, ids: Tensor, chunks: list[int]) -> Tensor:
+def in_chunks(model: Any, ids: Tensor, chunks: list[int], cache: Any = None) -> Tensor:
     """The logits of a text that is fed in pieces, through a cache."""
-    found, start, cache = [], 0, None
+    found, start = [], 0
     for size in chunks:
         out = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
@@ -201,6 +202,30 @@ def test_the_cache_is_packed_whoever_makes_it(outputs: dict[str, Path]) -> None:
         )
 
 
+def test_one_model_for_several_threads(outputs: dict[str, Path]) -> None:
+    """With masks and without, of different lengths and batches: no call sees another one's."""
+    model = qatc.load(outputs["4-8-4"], compile=False)
+
+    def write(number: int) -> Tensor:
+        ids = IDS[: 1 + number % 3, : 5 + 3 * number]
+        mask = torch.ones_like(ids)
+        mask[-1, : number % 2] = 0
+        found: Tensor = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=12, eos_token_id=-1
+        )
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(write, range(6)))
+    assert all(torch.equal(found, write(number)) for number, found in enumerate(together))
+
+
+def test_a_model_that_was_cast_or_moved(outputs: dict[str, Path]) -> None:
+    model = qatc.load(outputs["4-8-4"], compile=False)
+    with pytest.raises(ConfigError, match=r"loaded for torch.float32 on cpu.*qatc\.load\(OUT"):
+        model.to(torch.float64)(input_ids=IDS)
+
+
 def test_a_cache_of_another_batch(outputs: dict[str, Path]) -> None:
     model = qatc.load(outputs["4-8-4"], compile=False)
     cache = model(input_ids=IDS, use_cache=True).past_key_values
@@ -246,6 +271,18 @@ def test_a_sliding_window_is_all_that_is_kept(kind: str, tmp_path: Path) -> None
     assert sliding.tensors[0].shape[2] <= 2 * 64 + 1 and sliding.get_seq_length() == 120
     with pytest.raises(CaptureError, match="cannot go back"):
         sliding.crop(-1)
+    recorded = lowered(input_ids=ids[:, :5], use_cache=True).past_key_values
+    recorded.activate_past_recording()
+    lowered(input_ids=ids[:, 5:100], past_key_values=recorded, use_cache=True)
+    recorded.crop(-40)
+    got = in_chunks(lowered, ids[:, 60:], [20] + [1] * 40, recorded)
+    assert (got - wanted[:, 60:]).abs().max().item() <= 1e-4 * wanted.abs().max().item()
+    recorded.crop(-2)
+    assert recorded.layers[0].length < window + 64 and recorded.get_seq_length() == 118
+    guessed = {"max_new_tokens": 100, "prompt_lookup_num_tokens": 3, "eos_token_id": -1}
+    plain = {"max_new_tokens": 100, "eos_token_id": -1, "do_sample": False}
+    one = {"input_ids": ids[:1, :30], "attention_mask": torch.ones_like(ids[:1, :30])}
+    assert torch.equal(lowered.generate(**one, **plain | guessed), lowered.generate(**one, **plain))
     if kind == "gemma3_text":
         assert out.past_key_values.layers[1].length == 120
 

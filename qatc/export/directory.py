@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _OWN_KEYS = (
     *("format_version", "layout", "recipe", "quantized"),

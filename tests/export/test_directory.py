@@ -219,7 +219,7 @@ def test_codes_recipe_and_metadata_are_read_back(tmp_path: Path) -> None:
     assert {**metadata.pop("digests"), **metadata.pop("float_digests")}.keys() == stored.keys()
     assert metadata == {
         "seed": 3,
-        "format_version": 1,
+        "format_version": 2,
         "layout": "pack-quantized",
         "recipe": W4A8.to_dict(),
         "quantized": sorted(weights),
