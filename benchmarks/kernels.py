@@ -27,7 +27,10 @@ def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 512])
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
+    parser.add_argument(
+        "--case", nargs="+", default=["8-8", "4-8", "3-8", "2-8", "8-16", "4-16", "4-8-64"],
+        help="bits of weights, bits of activations and, if there are any, inputs per group",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
@@ -35,8 +38,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     runs = [
-        measure(bits, shape, rows, options)
-        for bits in options.bits
+        measure(*(int(part) for part in case.split("-")), shape=shape, rows=rows, options=options)
+        for case in options.case
         for shape in WEIGHTS
         for rows in options.rows
     ]
@@ -45,7 +48,13 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(
-    bits: int, shape: tuple[int, int], rows: int, options: argparse.Namespace
+    bits: int,
+    activation_bits: int,
+    group: int | None = None,
+    *,
+    shape: tuple[int, int],
+    rows: int,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Microseconds of all that can compute a linear, and the largest error of each."""
     torch.manual_seed(0)
@@ -53,21 +62,26 @@ def measure(
     outputs, inputs = shape
     device = options.device
     phase: kernels.Phase = "decode" if rows <= 8 else "prefill"
-    site = kernels.Site(QuantSpec(bits), QuantSpec(8), outputs, inputs, device)
+    specs = QuantSpec(bits, group), QuantSpec(activation_bits)
+    site = kernels.Site(*specs, outputs, inputs, device)
     weight = torch.randn(shape, device=device) * inputs**-0.5
     codes, scale = ops.quantize(weight, site.weights, snap=True)
     packed = packing.pack(codes, bits)
     sizes = (rows, 1, inputs) if phase == "decode" else (1, rows, inputs)
     x = torch.randn(sizes, device=device)
-    x_codes, x_scale = ops.quantize(x.flatten(0, 1), site.activations)
-    exact = (x_codes.double() * x_scale) @ (codes.double() * scale).t()
+    values = x.flatten(0, 1).double()
+    if site.activations.quantizes:
+        x_codes, x_scale = ops.quantize(x.flatten(0, 1), site.activations)
+        values = x_codes.double() * x_scale
+    groups = scale.double().repeat_interleave(inputs // scale.shape[1], 1)
+    exact = values @ (codes.double() * groups).t()
     steps: dict[str, Callable[[], Any]] = {}
     for kernel in kernels.KERNELS:
         if phase in kernel.phases and kernel.obstacle(site) is None:
             steps[kernel.name] = compiled(kernel, x, packed, scale, site)
     plain = weight.bfloat16()
     steps["bf16 linear"] = lambda: F.linear(x.bfloat16(), plain)
-    if bits == 4 and device == "cpu" and outputs % 16 == 0:
+    if specs == (QuantSpec(4), QuantSpec(8)) and device == "cpu" and outputs % 16 == 0:
         steps["_weight_int4pack_mm_for_cpu"] = int4pack(x, codes, scale, site)
     for step in steps.values():
         step()
@@ -80,9 +94,11 @@ def measure(
         if name != "bf16 linear"
     }
     microseconds = {name: round(1e6 * seconds, 1) for name, seconds in times.items()}
-    print(bits, shape, rows, chosen, microseconds, flush=True)
+    print(bits, activation_bits, group, shape, rows, chosen, microseconds, flush=True)
     return {
         "weight_bits": bits,
+        "activation_bits": activation_bits,
+        "group": group,
         "shape": shape,
         "rows": rows,
         "phase": phase,

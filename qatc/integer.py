@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatc import cpu, native, ops, packing
+from qatc import cpu, ops
 from qatc.spec import QuantSpec, Range
 
 LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
@@ -24,7 +24,6 @@ LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
 
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
-_LIBRARY.define("packed_mm(Tensor a, Tensor packed, int bits) -> Tensor")
 _LIBRARY.define(
     "integer_linear(Tensor x, Tensor weight, Tensor? bias, int x_bits, int weight_bits, *,"
     " str x_range='restricted', str weight_range='restricted') -> Tensor"
@@ -53,20 +52,9 @@ def _int_mm_shape(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
 
 
-def _packed_mm(a: Tensor, packed: Tensor, bits: int) -> Tensor:
-    width = a.shape[1]
-    if native.library() is None:
-        return _int_mm(a, packing.unpack(packed, bits, width))
-    if a.shape[0] <= native.MAX_ROWS:
-        return native.packed_product(a, packed, bits)
-    return _int_mm(a, native.unpack(packed, bits, width))
-
-
 _LIBRARY.impl("int_mm", _int_mm, "CPU")
 _LIBRARY.impl("int_mm", _int_mm_cuda, "CUDA")
-_LIBRARY.impl("packed_mm", _packed_mm, "CPU")
 torch.library.register_fake("qatc::int_mm", _int_mm_shape, lib=_LIBRARY)
-torch.library.register_fake("qatc::packed_mm", lambda a, p, bits: _int_mm_shape(a, p), lib=_LIBRARY)
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -80,24 +68,6 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
         int32 ``[M, N]``.
     """
     result: Tensor = torch.ops.qatc.int_mm(a, b)
-    return result
-
-
-def packed_mm(a: Tensor, packed: Tensor, bits: int) -> Tensor:
-    """``a @ codes.T`` of packed codes, exactly.
-
-    On a CPU with a C compiler a few rows take the codes out of registers; for more they are
-    unpacked to memory once.
-
-    Args:
-        a: int8 ``[M, K]``.
-        packed: uint8 ``[N, packed_width(K, bits)]``.
-        bits: 2 to 7.
-
-    Returns:
-        int32 ``[M, N]``.
-    """
-    result: Tensor = torch.ops.qatc.packed_mm(a, packed, bits)
     return result
 
 

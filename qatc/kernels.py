@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from qatc import integer, native, ops, packing
+from qatc import integer, native, ops, packing, products
 from qatc.spec import QuantSpec, Range
 
 Phase = Literal["prefill", "decode"]
@@ -94,6 +94,24 @@ def _needs_native(site: Site) -> str | None:
     return _needs_integers(site) or native.obstacle()
 
 
+def _needs_native_bytes(site: Site) -> str | None:
+    if site.weights.bits != 8:
+        return f"{site.weights.bits} bits are not stored as int8"
+    if site.device != "cpu":
+        return f"it is C for a CPU, and this is {site.device}"
+    if site.inputs > 2**16:
+        return f"an int32 does not hold the sum of {site.inputs} products with unsigned codes"
+    return _needs_integers(site) or native.obstacle()
+
+
+def _needs_scaled(site: Site) -> str | None:
+    if site.device != "cpu":
+        return f"it is C for a CPU, and this is {site.device}"
+    if site.inputs > 2**16:
+        return f"a row of {site.inputs} weights in float is too much for a thread's stack"
+    return native.obstacle()
+
+
 def _needs_tinygemm(site: Site) -> str | None:
     if site.weights.bits != 4 or site.device != "cuda":
         return f"it is for 4 bits on cuda, and this is {site.weights.bits} on {site.device}"
@@ -134,7 +152,7 @@ def _run_native(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
 ) -> Tensor:
     x_codes, x_scale = ops.quantize(x.flatten(0, -2), site.activations)
-    sums = integer.packed_mm(x_codes, packed, site.weights.bits)
+    sums = products.packed_mm(x_codes, packed, site.weights.bits)
     return _scaled(sums, x, x_scale, scale, bias, site)
 
 
@@ -157,13 +175,36 @@ def _run_fused(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, si
     return _scaled(total, x, x_scale, scale, bias, site)
 
 
+def _run_scaled(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
+) -> Tensor:
+    """Scale within the sum, group by group; the codes of the input are scaled behind it."""
+    rows = x.flatten(0, -2)
+    if site.activations.quantizes:
+        codes, x_scale = ops.quantize(rows, site.activations)
+        product = products.scaled_mm(codes, packed, scale, site.weights.bits) * x_scale
+    else:
+        product = products.scaled_mm(rows, packed, scale, site.weights.bits)
+    product = product if bias is None else product + bias.float()
+    return product.to(x.dtype).view(*x.shape[:-1], site.outputs)
+
+
 def _run_float(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
-    codes = packing.unpack(packed, site.weights.bits, site.inputs)
+    in_c = site.device == "cpu" and site.weights.bits < 8
+    unpack = products.unpack if in_c else packing.unpack
+    codes = unpack(packed, site.weights.bits, site.inputs)
     weight = ops.dequantize(codes, scale, x.dtype)
     return F.linear(ops.fake_quantize(x, site.activations), weight, bias)
 
 
 KERNELS = (
+    Kernel(
+        "int8 product",
+        ("decode",),
+        "the processor's byte products, in C, on int8 codes as they are stored",
+        _needs_native_bytes,
+        _run_native,
+    ),
     Kernel(
         "int_mm",
         ("prefill", "decode"),
@@ -210,6 +251,14 @@ KERNELS = (
         "codes are unpacked to int8 once for all rows of a prefill, whose product then is int_mm's",
         _needs_integers,
         _run_int_mm,
+    ),
+    Kernel(
+        "scaled product",
+        ("decode",),
+        "the product in fp32 for groups and for inputs in float: a row of the weight at a time is"
+        " dequantized into the cache of a core, in C",
+        _needs_scaled,
+        _run_scaled,
     ),
     Kernel(
         "dequantize + linear",

@@ -29,7 +29,11 @@ MAX_ROWS = 16
 """Rows that one product takes. The codes are unpacked anew for each: for more, unpacking them to
 memory once is faster (measured)."""
 
-_SIGNATURES = {"qatc_packed_product": (3, 5, 2), "qatc_unpack": (2, 3, 2)}
+_SIGNATURES = {
+    "qatc_packed_product": (3, 5, 2),
+    "qatc_unpack": (2, 3, 2),
+    "qatc_scaled_product": (4, 5, 2),
+}
 """Pointers, 64-bit sizes and ints that the functions take, in this order."""
 
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
@@ -59,7 +63,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _load(command: str) -> ctypes.CDLL | None:
-    for openmp in (("-fopenmp",), ()):
+    for openmp in (("-fopenmp",), ("-fopenmp-simd",), ()):
         path = _build(command, (*_FLAGS, *openmp))
         if path is not None:
             loaded = ctypes.CDLL(str(path))
@@ -126,8 +130,8 @@ def packed_product(x: Tensor, packed: Tensor, bits: int) -> Tensor:
 
     Args:
         x: int8 ``[M, K]``, M up to :data:`MAX_ROWS`.
-        packed: uint8 ``[N, packed_width(K, bits)]``, contiguous.
-        bits: 2 to 7.
+        packed: ``[N, packed_width(K, bits)]``, contiguous; uint8, or int8 for 8 bits.
+        bits: 2 to 8; K up to 2^16 for 8.
 
     Returns:
         int32 ``[M, N]``.
@@ -141,6 +145,31 @@ def packed_product(x: Tensor, packed: Tensor, bits: int) -> Tensor:
     loaded.qatc_packed_product(
         *(x.data_ptr(), packed.data_ptr(), out.data_ptr()),
         *(rows, x.shape[1], packed.shape[0], width, packed.shape[1]),
+        *(bits, torch.get_num_threads()),
+    )
+    return out
+
+
+def scaled_product(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """``x @ (codes * scale).T`` in fp32, of which only a row at a time is dequantized.
+
+    Args:
+        x: int8 or float ``[M, K]``, M up to :data:`MAX_ROWS` and K to 2^16.
+        packed: ``[N, packed_width(K, bits)]``, contiguous; uint8, or int8 for 8 bits.
+        scale: fp32 ``[N, G]`` with G dividing K.
+        bits: 2 to 8.
+
+    Returns:
+        fp32 ``[M, N]``.
+    """
+    loaded = library()
+    assert loaded is not None, "checked by obstacle()"
+    assert x.shape[0] <= MAX_ROWS and packed.is_contiguous()
+    x, scale = x.float().contiguous(), scale.contiguous()
+    out = torch.empty((x.shape[0], packed.shape[0]), dtype=torch.float32)
+    loaded.qatc_scaled_product(
+        *(x.data_ptr(), packed.data_ptr(), scale.data_ptr(), out.data_ptr()),
+        *(x.shape[0], packed.shape[0], x.shape[1], packed.shape[1], scale.shape[1]),
         *(bits, torch.get_num_threads()),
     )
     return out

@@ -115,12 +115,14 @@ def names(at: Site) -> tuple[str, ...]:
 def test_the_table() -> None:
     able = native.obstacle() is None
     packed = ("packed product", "packed product")
-    assert names(site(8, 8)) == ("int_mm", "int_mm")
+    assert names(site(8, 8)) == ("int_mm", "int8 product" if able else "int_mm")
+    assert names(site(8, 8, inputs=2**16 + 1)) == ("int_mm", "int_mm")
     assert names(site(4, 8)) == packed if able else ("unpack + int_mm", "fused unpack")
     assert names(site(3, 8)) == packed if able else ("unpack + int_mm", "unpack + int_mm")
     assert names(site(4, 8, inputs=63)) == packed if able else ("unpack + int_mm",) * 2
-    assert names(site(4, 16)) == ("dequantize + linear", "dequantize + linear")
-    assert names(site(4, 8, group=32)) == ("dequantize + linear", "dequantize + linear")
+    scaled = ("dequantize + linear", "scaled product" if able else "dequantize + linear")
+    for w in (3, 4, 8):
+        assert names(site(w, 16)) == names(site(w, 8, group=32)) == scaled
     cuda = dataclasses.replace(site(4, 8), device="cuda")
     assert names(cuda) == ("unpack + int_mm", "fused unpack")
     assert names(dataclasses.replace(cuda, inputs=16384))[1] == "unpack + int_mm"
@@ -131,6 +133,7 @@ def test_without_a_compiler_other_kernels_run(monkeypatch: pytest.MonkeyPatch) -
     assert names(site(4, 8)) == ("unpack + int_mm", "fused unpack")
     assert names(site(3, 8)) == ("unpack + int_mm", "unpack + int_mm")
     assert names(site(4, 8, inputs=63)) == ("unpack + int_mm", "unpack + int_mm")
+    assert names(site(4, 16)) == ("dequantize + linear", "dequantize + linear")
     reasons = dict(choose(site(4, 8), "decode").passed_over)
     assert reasons["packed product"] == "there is no C compiler here"
 
@@ -139,7 +142,8 @@ def test_every_kernel_is_chosen_somewhere_and_gives_its_reason() -> None:
     sites = [site(w, a) for w in (3, 4, 8) for a in (8, 16)]
     sites += [dataclasses.replace(at, device="cuda") for at in sites]
     chosen = {name for at in sites for name in names(at)}
-    assert chosen >= {k.name for k in KERNELS if k.run is not None} - {"packed product"}
+    in_c = {"int8 product", "packed product", "scaled product"}
+    assert chosen >= {k.name for k in KERNELS if k.run is not None} - in_c
     for kernel in KERNELS:
         assert kernel.run is not None or all(kernel.obstacle(at) for at in sites)
     assert all(kernel.reason for kernel in KERNELS)

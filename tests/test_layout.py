@@ -33,6 +33,7 @@ LAYERS = {
     "qatc.native": 2,
     "qatc.ops": 2,
     "qatc.packing": 2,
+    "qatc.products": 2,
     "qatc.passes": 3,
     "qatc.capture": 4,
     "qatc.decode": 4,

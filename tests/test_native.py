@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qatc import integer, native, packing
+from qatc import native, packing, products
 
 built = pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
 
@@ -18,7 +18,7 @@ built = pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
 @settings(deadline=None, max_examples=150)
 @given(
     rows=st.integers(1, 40), outputs=st.integers(1, 9), width=st.integers(1, 200),
-    bits=st.integers(2, 7), extreme=st.booleans(), seed=st.integers(0, 999),
+    bits=st.integers(2, 8), extreme=st.booleans(), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_products_are_exact(
     rows: int, outputs: int, width: int, bits: int, extreme: bool, seed: int
@@ -30,20 +30,55 @@ def test_products_are_exact(
     if extreme:
         codes, x = torch.full_like(codes, low), torch.full_like(x, -128)
     packed = packing.pack(codes, bits)
-    assert torch.equal(native.unpack(packed, bits, width), codes)
+    if bits < 8:
+        assert torch.equal(native.unpack(packed, bits, width), codes)
     wanted = x.double() @ codes.double().t()
-    assert torch.equal(integer.packed_mm(x, packed, bits).double(), wanted)
+    assert torch.equal(products.packed_mm(x, packed, bits).double(), wanted)
     few = x[: native.MAX_ROWS]
     found = native.packed_product(few, packed, bits)
     assert torch.equal(found.double(), wanted[: native.MAX_ROWS])
+
+
+@built
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=st.integers(1, 20), outputs=st.integers(1, 9), groups=st.integers(1, 5),
+    group=st.integers(1, 70), bits=st.integers(2, 8), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_scaled_products(
+    rows: int, outputs: int, groups: int, group: int, bits: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    width, half = groups * group, 1 << (bits - 1)
+    codes = torch.randint(-half, half, (outputs, width), generator=generator, dtype=torch.int8)
+    scale = torch.rand(outputs, groups, generator=generator)
+    weight = (codes.double().unflatten(1, (groups, group)) * scale.double().unsqueeze(-1)).flatten(
+        1
+    )
+    packed = packing.pack(codes, bits)
+    x = torch.randint(-128, 128, (rows, width), generator=generator, dtype=torch.int8)
+    for given_x in (x, torch.randn(rows, width, generator=generator)):
+        magnitude = given_x.double().abs() @ weight.abs().t()
+        wanted = given_x.double() @ weight.t()
+        got = products.scaled_mm(given_x, packed, scale, bits).double()
+        assert ((got - wanted).abs() <= 3e-7 * (width**0.5) * magnitude.clamp(min=1e-3)).all()
+
+
+@built
+def test_the_largest_sum_of_bytes_is_exact() -> None:
+    codes, x = (torch.full((1, 2**16), -128, dtype=torch.int8) for _ in range(2))
+    assert native.packed_product(x, codes, 8).item() == 2**30
 
 
 def test_without_a_library_the_product_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(-8, 8, (5, 33), dtype=torch.int8)
     x = torch.full((2, 33), -127, dtype=torch.int8)
     monkeypatch.setattr(native, "library", lambda: None)
-    found = integer.packed_mm(x, packing.pack(codes, 4), 4)
-    assert torch.equal(found.double(), x.double() @ codes.double().t())
+    packed, wanted = packing.pack(codes, 4), x.double() @ codes.double().t()
+    assert torch.equal(products.packed_mm(x, packed, 4).double(), wanted)
+    scale = torch.full((5, 3), 0.5)
+    assert torch.equal(products.scaled_mm(x, packed, scale, 4).double(), wanted / 2)
+    assert torch.equal(products.unpack(packed, 4, 33), codes)
 
 
 def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

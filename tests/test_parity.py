@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qatc.parity as parity
-from qatc import integer, kernels, kv_cache, native, ops, packing
+from qatc import kernels, kv_cache, native, ops, packing, products
 from qatc.errors import ParityError
 from qatc.passes import InsertKVCache
 from qatc.recipe import Recipe
@@ -214,12 +214,12 @@ def swapped(packed: Tensor) -> Tensor:
 
 IN_C: dict[str, tuple[Any, str, Any, str]] = {
     "nibbles swapped at decode": (
-        integer, "native",
+        products, "native",
         Module(native, packed_product=broken(native.packed_product, packed=swapped)),
         "q_proj.weight .decode: packed product",
     ),
     "nibbles swapped at prefill": (
-        integer, "native", Module(native, unpack=broken(native.unpack, packed=swapped)),
+        products, "native", Module(native, unpack=broken(native.unpack, packed=swapped)),
         "q_proj.weight .prefill: packed product",
     ),
 }  # fmt: skip
@@ -262,13 +262,25 @@ def test_bugs_in_the_lowered_graph(output: Path, bug: str, monkeypatch: pytest.M
     plant_and_find(output, monkeypatch, *LOWERED[bug])
 
 
-def test_groups_in_the_wrong_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_groups_in_the_wrong_order(
+    tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flipped(function: Callable[..., Any]) -> Any:
+        return broken(function, scale=lambda scale: scale.flip(-1))
+
     recipe = dataclasses.replace(Recipe.from_bits("4-8-4"), weights=QuantSpec(4, 16))
     output = make_output(tmp_path / "o", recipe)
     assert verify(output).passed
-    dequantize = broken(ops.dequantize, scale=lambda scale: scale.flip(-1))
-    monkeypatch.setattr(kernels, "ops", Module(ops, dequantize=dequantize))
-    with pytest.raises(ParityError, match=r"differs at .*q_proj\.weight"):
+    if phase == "decode" and native.compiler() is None:
+        pytest.skip("no C compiler")
+    if phase == "prefill":
+        broken_ops = Module(ops, dequantize=flipped(ops.dequantize))
+        monkeypatch.setattr(kernels, "ops", broken_ops)
+    else:
+        broken_native = Module(native, scaled_product=flipped(native.scaled_product))
+        monkeypatch.setattr(products, "native", broken_native)
+    with pytest.raises(ParityError, match=rf"differs at .*q_proj\.weight .{phase}"):
         verify(output).require("it")
 
 

@@ -39,10 +39,19 @@ static int32_t dot_plane1(const uint8_t *restrict w, const int8_t *restrict x, i
     return sum;
 }
 
-/* The sum of code * x over a row of `width` codes of 2 to 7 bits; x is padded to 8 with zeros. */
+/* Codes of 8 bits are stored as they are; made unsigned, they fit the same instructions. */
+static int32_t dot_bytes(const uint8_t *restrict w, const int8_t *restrict x, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < count; j++)
+        sum += (int32_t)(uint8_t)(w[j] ^ 128) * (int32_t)x[j];
+    return sum;
+}
+
+/* The sum of code * x over a row of `width` codes of 2 to 8 bits; x is padded to 8 with zeros. */
 static int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bits, int32_t x_sum) {
     int32_t sum = 0;
     int low = 0;
+    if (bits == 8) return dot_bytes(w, x, width) - (x_sum << 7);
     if (bits & 4) {
         int64_t count = (width + 1) / 2;
         sum += dot_plane4(w, x, count);
@@ -74,34 +83,90 @@ void qatc_packed_product(const int8_t *x, const uint8_t *w, int32_t *out, int64_
         for (int64_t k = 0; k < width; k++) sums[m] += x[m * stride + k];
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < outputs; n++)
+    for (int64_t n = 0; n < outputs; n++) {
+        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(w + (n + 1) * bytes + j);
         for (int64_t m = 0; m < rows; m++)
             out[m * outputs + n] =
                 dot_row(w + n * bytes, x + m * stride, width, bits, sums[m]);
+    }
+}
+
+/* The codes of one packed row of 2 to 7 bits, as int8 [width]. */
+static void unpack_row(const uint8_t *restrict plane, int8_t *restrict row, int64_t width,
+                       int bits) {
+    int low = 0;
+    for (int p = 4; p; p >>= 1) {
+        if (!(bits & p)) continue;
+        int64_t parts = 8 / p, count = (width + parts - 1) / parts;
+        uint8_t mask = (uint8_t)((1 << p) - 1);
+        for (int64_t part = 0; part < parts; part++) {
+            int64_t left = width - part * count, end = left < count ? left : count;
+            int8_t *restrict out = row + part * count;
+            int shift = (int)part * p;
+            if (low == 0)
+                for (int64_t j = 0; j < end; j++)
+                    out[j] = (int8_t)(((plane[j] >> shift) & mask) - (1 << (bits - 1)));
+            else
+                for (int64_t j = 0; j < end; j++)
+                    out[j] += (int8_t)(((plane[j] >> shift) & mask) << low);
+        }
+        plane += count;
+        low += p;
+    }
 }
 
 /* codes[n, k] of packed rows, as int8 [outputs, width]. */
 void qatc_unpack(const uint8_t *w, int8_t *codes, int64_t outputs, int64_t width, int64_t bytes,
                  int bits, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < outputs; n++) {
-        const uint8_t *restrict plane = w + n * bytes;
-        int8_t *restrict row = codes + n * width;
-        int low = 0;
-        for (int64_t k = 0; k < width; k++) row[k] = (int8_t)-(1 << (bits - 1));
-        for (int p = 4; p; p >>= 1) {
-            if (!(bits & p)) continue;
-            int64_t parts = 8 / p, count = (width + parts - 1) / parts;
-            uint8_t mask = (uint8_t)((1 << p) - 1);
-            for (int64_t part = 0; part < parts; part++) {
-                int64_t left = width - part * count, end = left < count ? left : count;
-                int8_t *restrict out = row + part * count;
-                int shift = (int)part * p;
-                for (int64_t j = 0; j < end; j++)
-                    out[j] += (int8_t)(((plane[j] >> shift) & mask) << low);
+    for (int64_t n = 0; n < outputs; n++)
+        unpack_row(w + n * bytes, codes + n * width, width, bits);
+}
+
+static float dot_float(const float *restrict a, const float *restrict b, int64_t count) {
+    float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0; /* each waits for its own last value only */
+    int64_t part = count / 4;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+    for (int64_t j = 0; j < part; j++) {
+        sum0 += a[j] * b[j];
+        sum1 += a[part + j] * b[part + j];
+        sum2 += a[2 * part + j] * b[2 * part + j];
+        sum3 += a[3 * part + j] * b[3 * part + j];
+    }
+    for (int64_t j = 4 * part; j < count; j++) sum0 += a[j] * b[j];
+    return (sum0 + sum1) + (sum2 + sum3);
+}
+
+/* out[m, n] = sum over k of x[m, k] * code[n, k] * scale[n, group of k].
+ *
+ * One row of the weight at a time is dequantized, into the cache of a core, for all rows of x.
+ *
+ * x: float [rows, width]
+ * w: uint8 [outputs, bytes], or int8 for 8 bits
+ * scale: float [outputs, groups]
+ * out: float [rows, outputs]
+ */
+void qatc_scaled_product(const float *x, const uint8_t *w, const float *scale, float *out,
+                         int64_t rows, int64_t outputs, int64_t width, int64_t bytes,
+                         int64_t groups, int bits, int threads) {
+    int64_t group = width / groups;
+#pragma omp parallel num_threads(threads)
+    {
+        int8_t unpacked[width];
+        float row[width];
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < outputs; n++) {
+            const int8_t *codes = (const int8_t *)(w + n * bytes);
+            if (bits < 8) {
+                unpack_row(w + n * bytes, unpacked, width, bits);
+                codes = unpacked;
             }
-            plane += count;
-            low += p;
+            for (int64_t g = 0; g < groups; g++) {
+                float own = scale[n * groups + g];
+                for (int64_t k = g * group; k < (g + 1) * group; k++) row[k] = own * (float)codes[k];
+            }
+            for (int64_t m = 0; m < rows; m++)
+                out[m * outputs + n] = dot_float(row, x + m * width, width);
         }
     }
 }
