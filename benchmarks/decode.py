@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     variants.add_options(parser)
     parser.add_argument("--context", type=int, nargs="+", default=[128, 4096])
-    parser.add_argument("--tokens", type=int, default=8, help="tokens a variant decodes a round")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens a variant decodes a round")
     options = parser.parse_args()
     runs = []
     with tempfile.TemporaryDirectory(prefix="qatc-decode-") as scratch, torch.inference_mode():

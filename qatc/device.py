@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any, Literal, get_args
 
 import torch
@@ -50,6 +51,13 @@ def pick_dtype(dtype: DType, device: str, config: Any) -> torch.dtype:
         return torch.bfloat16
     wide = getattr(config, "hidden_size", 0) >= 512
     return torch.bfloat16 if wide and cpu.multiplies_bf16() else torch.float32
+
+
+def release_memory(device: str) -> None:
+    """Give back what dropped models held: prepared and loaded ones are cycles."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def device_name(device: str) -> str:

@@ -99,17 +99,17 @@ def _needs_native_bytes(site: Site) -> str | None:
         return f"{site.weights.bits} bits are not stored as int8"
     if site.device != "cpu":
         return f"it is C for a CPU, and this is {site.device}"
-    if site.inputs > 2**16:
+    if site.inputs > native.MAX_WIDTH:
         return f"an int32 does not hold the sum of {site.inputs} products with unsigned codes"
-    return _needs_integers(site) or native.obstacle()
+    return _needs_integers(site) or native.obstacle(parallel=True)
 
 
 def _needs_scaled(site: Site) -> str | None:
     if site.device != "cpu":
         return f"it is C for a CPU, and this is {site.device}"
-    if site.inputs > 2**16:
+    if site.inputs > native.MAX_WIDTH:
         return f"a row of {site.inputs} weights in float is too much for a thread's stack"
-    return native.obstacle()
+    return native.obstacle(parallel=True)
 
 
 def _needs_tinygemm(site: Site) -> str | None:
@@ -123,6 +123,8 @@ def _needs_tinygemm(site: Site) -> str | None:
 def _needs_int4pack(site: Site) -> str | None:
     if site.weights.bits != 4 or site.device != "cpu":
         return f"it is for 4 bits on a CPU, and this is {site.weights.bits} on {site.device}"
+    if not site.activations.quantizes:
+        return "it takes inputs and scales in bf16 only, and rounds its sums to it"
     return "it rounds the sums of int8 codes to bf16 before they can be scaled"
 
 
@@ -178,19 +180,15 @@ def _run_fused(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, si
 def _run_scaled(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
 ) -> Tensor:
-    """Scale within the sum, group by group; the codes of the input are scaled behind it."""
-    rows = x.flatten(0, -2)
-    if site.activations.quantizes:
-        codes, x_scale = ops.quantize(rows, site.activations)
-        product = products.scaled_mm(codes, packed, scale, site.weights.bits) * x_scale
-    else:
-        product = products.scaled_mm(rows, packed, scale, site.weights.bits)
+    """The very values of :func:`_run_float`, summed in fp32."""
+    values = ops.fake_quantize(x, site.activations).flatten(0, -2)
+    product = products.scaled_mm(values, packed, scale, site.weights.bits)
     product = product if bias is None else product + bias.float()
     return product.to(x.dtype).view(*x.shape[:-1], site.outputs)
 
 
 def _run_float(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
-    in_c = site.device == "cpu" and site.weights.bits < 8
+    in_c = site.device == "cpu" and site.weights.bits < 8 and native.obstacle() is None
     unpack = products.unpack if in_c else packing.unpack
     codes = unpack(packed, site.weights.bits, site.inputs)
     weight = ops.dequantize(codes, scale, x.dtype)

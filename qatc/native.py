@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import stat
@@ -26,45 +27,59 @@ from qatc import cpu
 SOURCE = Path(__file__).parent / "csrc" / "packed.c"
 
 MAX_ROWS = 16
-"""Rows that one product takes. The codes are unpacked anew for each: for more, unpacking them to
-memory once is faster (measured)."""
+"""Rows that one product of integers takes. Packed codes are unpacked anew for each: for more,
+unpacking them to memory once is faster (measured)."""
+
+MAX_WIDTH = 2**16
+"""K up to which an int32 holds sums of unsigned bytes, and a thread's stack a row of weights."""
 
 _SIGNATURES = {
     "qatc_packed_product": (3, 5, 2),
     "qatc_unpack": (2, 3, 2),
-    "qatc_scaled_product": (4, 5, 2),
+    "qatc_scaled_product": (4, 5, 3),
 }
 """Pointers, 64-bit sizes and ints that the functions take, in this order."""
 
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 
 
-def compiler() -> str | None:
-    """The C compiler of this machine: that of the environment variable CC, or a usual one."""
-    names = [os.environ.get("CC"), "cc", "gcc", "clang"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+def compilers() -> list[str]:
+    """The C compilers of this machine: that of the environment variable CC, or the usual ones."""
+    own = os.environ.get("CC")
+    names = [own] if own else ["cc", "gcc", "clang"]
+    return [found for name in names if (found := shutil.which(name))]
 
 
-def obstacle() -> str | None:
-    """Why there is no library on this machine, or None if there is."""
-    if compiler() is None:
+def obstacle(parallel: bool = False) -> str | None:
+    """Why there is no library on this machine, or None if there is.
+
+    Args:
+        parallel: whether one that runs on a single core is none.
+    """
+    if not compilers():
         return "there is no C compiler here"
-    return None if library() is not None else "the C compiler here cannot build it"
+    loaded = library()
+    if loaded is None:
+        return "the C compiler here cannot build it"
+    if parallel and not loaded.qatc_is_parallel():
+        return "the C compiler here has no OpenMP, so that it would run on one core"
+    return None
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The functions of ``csrc/packed.c``, built for this processor; None where that fails."""
-    command = compiler()
     try:
-        return None if command is None else _load(command)
+        return _load(compilers())
     except (OSError, RuntimeError):  # no home, a full or noexec disk: other kernels run
         return None
 
 
-def _load(command: str) -> ctypes.CDLL | None:
-    for openmp in (("-fopenmp",), ("-fopenmp-simd",), ()):
-        path = _build(command, (*_FLAGS, *openmp))
+def _load(commands: list[str]) -> ctypes.CDLL | None:
+    """The library as the best of the compilers builds it: one that can use several cores."""
+    openmp = (("-fopenmp",), ("-fopenmp-simd",), ())
+    for flags, command in itertools.product(openmp, commands):
+        path = _build(command, (*_FLAGS, *flags))
         if path is not None:
             loaded = ctypes.CDLL(str(path))
             for name, (pointers, sizes, ints) in _SIGNATURES.items():
@@ -141,7 +156,7 @@ def packed_product(x: Tensor, packed: Tensor, bits: int) -> Tensor:
     rows, width = x.shape
     assert rows <= MAX_ROWS and packed.is_contiguous()
     x = x.contiguous() if width % 8 == 0 else torch.nn.functional.pad(x, (0, -width % 8))
-    out = torch.empty((rows, packed.shape[0]), dtype=torch.int32)
+    out = x.new_empty((rows, packed.shape[0]), dtype=torch.int32)
     loaded.qatc_packed_product(
         *(x.data_ptr(), packed.data_ptr(), out.data_ptr()),
         *(rows, x.shape[1], packed.shape[0], width, packed.shape[1]),
@@ -151,12 +166,12 @@ def packed_product(x: Tensor, packed: Tensor, bits: int) -> Tensor:
 
 
 def scaled_product(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """``x @ (codes * scale).T`` in fp32, of which only a row at a time is dequantized.
+    """``x @ (codes * scale).T``, summed in fp32; only a row of the weight is dequantized at a time.
 
     Args:
-        x: int8 or float ``[M, K]``, M up to :data:`MAX_ROWS` and K to 2^16.
+        x: float ``[M, K]``, K up to :data:`MAX_WIDTH`; weights are rounded to bf16 if it is bf16.
         packed: ``[N, packed_width(K, bits)]``, contiguous; uint8, or int8 for 8 bits.
-        scale: fp32 ``[N, G]`` with G dividing K.
+        scale: ``[N, G]`` with G dividing K.
         bits: 2 to 8.
 
     Returns:
@@ -164,13 +179,14 @@ def scaled_product(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tenso
     """
     loaded = library()
     assert loaded is not None, "checked by obstacle()"
-    assert x.shape[0] <= MAX_ROWS and packed.is_contiguous()
-    x, scale = x.float().contiguous(), scale.contiguous()
-    out = torch.empty((x.shape[0], packed.shape[0]), dtype=torch.float32)
+    assert x.shape[1] <= MAX_WIDTH and x.shape[1] % scale.shape[1] == 0 and packed.is_contiguous()
+    rounds = x.dtype is torch.bfloat16
+    x, scale = x.float().contiguous(), scale.float().contiguous()
+    out = x.new_empty((x.shape[0], packed.shape[0]))
     loaded.qatc_scaled_product(
         *(x.data_ptr(), packed.data_ptr(), scale.data_ptr(), out.data_ptr()),
         *(x.shape[0], packed.shape[0], x.shape[1], packed.shape[1], scale.shape[1]),
-        *(bits, torch.get_num_threads()),
+        *(bits, rounds, torch.get_num_threads()),
     )
     return out
 
@@ -189,7 +205,7 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     loaded = library()
     assert loaded is not None, "checked by obstacle()"
     assert packed.is_contiguous()
-    codes = torch.empty((packed.shape[0], width), dtype=torch.int8)
+    codes = packed.new_empty((packed.shape[0], width), dtype=torch.int8)
     loaded.qatc_unpack(
         *(packed.data_ptr(), codes.data_ptr()),
         *(packed.shape[0], width, packed.shape[1], bits, torch.get_num_threads()),

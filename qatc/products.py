@@ -13,6 +13,9 @@ from torch import Tensor
 from qatc import native, ops, packing
 from qatc.integer import int_mm
 
+MAX_SCALED_ROWS = 64
+"""For more rows a dequantized copy of the weight is worth its cost (measured)."""
+
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define("packed_mm(Tensor a, Tensor packed, int bits) -> Tensor")
 _LIBRARY.define("scaled_mm(Tensor x, Tensor packed, Tensor scale, int bits) -> Tensor")
@@ -34,9 +37,10 @@ def _packed_mm(a: Tensor, packed: Tensor, bits: int) -> Tensor:
 
 
 def _scaled_mm(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    if x.shape[0] <= native.MAX_ROWS and native.library() is not None:
+    if x.shape[0] <= MAX_SCALED_ROWS and native.library() is not None:
         return native.scaled_product(x, packed, scale, bits)
-    return x.float() @ ops.dequantize(_unpack(packed, bits, x.shape[1]), scale).t()
+    weight = ops.dequantize(_unpack(packed, bits, x.shape[1]), scale, x.dtype)
+    return (x @ weight.t()).float()
 
 
 def _shape(a: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,10 +79,10 @@ def packed_mm(a: Tensor, packed: Tensor, bits: int) -> Tensor:
 
 
 def scaled_mm(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """``x @ dequantize(codes, scale).T`` in fp32, with no dequantized copy for a few rows.
+    """``x @ dequantize(codes, scale, x.dtype).T``, with no dequantized copy for a few rows.
 
     Args:
-        x: int8 or float ``[M, K]`` on a CPU, K up to 2^16.
+        x: float ``[M, K]`` on a CPU, K up to 2^16.
         packed: ``[N, packed_width(K, bits)]``, uint8, or int8 for 8 bits.
         scale: fp32 ``[N, G]`` with G dividing K.
         bits: 2 to 8.

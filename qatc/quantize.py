@@ -7,7 +7,6 @@ figures measured so far and the checkpoints. The corpus is in ``OUTPUT.data`` (o
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import shutil
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, text_rows
-from qatc.device import device_name, pick_device, pick_dtype
+from qatc.device import device_name, pick_device, pick_dtype, release_memory
 from qatc.distill import Distiller, StepMetrics
 from qatc.errors import ConfigError, PassError
 from qatc.evaluate import Metrics, evaluate
@@ -260,7 +259,7 @@ class _Run:
             masters = self._write_student(staging, metadata)
             shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
             del self.teacher, self.student
-            gc.collect()  # a prepared model is a cycle; two more models are about to be loaded
+            release_memory(self.device)  # two more models are about to be loaded
             metadata = metadata | self._verify(staging, masters)
             write_json(staging / "qatc.json", read_json(staging / "qatc.json") | metadata)
             write_report(staging, metadata, figures, history)
@@ -298,6 +297,7 @@ class _Run:
         self.observer.stage("Verifying that the integer model computes what was trained")
         try:
             report = verify(staging, trained=masters, device=self.device)
+            release_memory(self.device)
             model = load(staging, device=self.device, compile=False)
         except PassError as error:
             self.observer.note(f"not verified, as it does not run on integers: {error}")

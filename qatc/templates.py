@@ -12,7 +12,6 @@ template that fits its arguments, and the store captures one where there is none
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.convert_frame import compile_lock
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -28,8 +28,9 @@ from qatc.capture import LAYER_NUMBERS, Template, capture
 from qatc.errors import CaptureError, PassError
 from qatc.graph import aten, insert_between, is_fake_quantize, reads_master
 
-_CAPTURING = threading.RLock()
-"""Held while a layer is captured, which several threads may ask for, and torch does one by one."""
+_CAPTURING = compile_lock
+"""Held while a layer is captured. Capturing and compiling change the same globals of torch, so that
+the lock that torch itself holds while it compiles is the one that keeps several threads apart."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qatc import native, packing, products
 
-built = pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
+built = pytest.mark.skipif(not native.compilers(), reason="no C compiler")
 
 
 @built
@@ -28,7 +28,7 @@ def test_products_are_exact(
     codes = torch.randint(low, high + 1, (outputs, width), generator=generator, dtype=torch.int8)
     x = torch.randint(-128, 128, (rows, width), generator=generator, dtype=torch.int8)
     if extreme:
-        codes, x = torch.full_like(codes, low), torch.full_like(x, -128)
+        codes, x = torch.full_like(codes, high if seed % 2 else low), torch.full_like(x, -128)
     packed = packing.pack(codes, bits)
     if bits < 8:
         assert torch.equal(native.unpack(packed, bits, width), codes)
@@ -51,23 +51,38 @@ def test_scaled_products(
     generator = torch.Generator().manual_seed(seed)
     width, half = groups * group, 1 << (bits - 1)
     codes = torch.randint(-half, half, (outputs, width), generator=generator, dtype=torch.int8)
-    scale = torch.rand(outputs, groups, generator=generator)
+    scale = torch.rand(outputs, groups, generator=generator).bfloat16().float()
     weight = (codes.double().unflatten(1, (groups, group)) * scale.double().unsqueeze(-1)).flatten(
         1
     )
     packed = packing.pack(codes, bits)
-    x = torch.randint(-128, 128, (rows, width), generator=generator, dtype=torch.int8)
-    for given_x in (x, torch.randn(rows, width, generator=generator)):
-        magnitude = given_x.double().abs() @ weight.abs().t()
-        wanted = given_x.double() @ weight.t()
-        got = products.scaled_mm(given_x, packed, scale, bits).double()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(rows, width, generator=generator).to(dtype)
+        values = weight if dtype is torch.float32 else weight.float().bfloat16().double()
+        magnitude = x.double().abs() @ values.abs().t()
+        got = products.scaled_mm(x, packed, scale.to(dtype).float(), bits).double()
+        wanted = x.double() @ values.t()
         assert ((got - wanted).abs() <= 3e-7 * (width**0.5) * magnitude.clamp(min=1e-3)).all()
 
 
 @built
 def test_the_largest_sum_of_bytes_is_exact() -> None:
-    codes, x = (torch.full((1, 2**16), -128, dtype=torch.int8) for _ in range(2))
-    assert native.packed_product(x, codes, 8).item() == 2**30
+    codes, x = (torch.full((1, native.MAX_WIDTH), v, dtype=torch.int8) for v in (127, -128))
+    for own in (codes, -codes - 1):
+        for other in (x, -x - 1):
+            wanted = int(own[0, 0]) * int(other[0, 0]) * native.MAX_WIDTH
+            assert native.packed_product(other, own, 8).item() == wanted
+
+
+@pytest.mark.parametrize("name", ["packed_mm", "scaled_mm", "unpack"])
+def test_the_ops_are_what_their_schemas_say(name: str) -> None:
+    packed, x = packing.pack(torch.randint(-4, 4, (5, 24), dtype=torch.int8), 3), torch.ones(2, 24)
+    arguments = {
+        "packed_mm": (x.to(torch.int8), packed, 3),
+        "scaled_mm": (x, packed, torch.ones(5, 3), 3),
+        "unpack": (packed, 3, 24),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.qatc, name).default, arguments)
 
 
 def test_without_a_library_the_product_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,15 +92,15 @@ def test_without_a_library_the_product_is_the_same(monkeypatch: pytest.MonkeyPat
     packed, wanted = packing.pack(codes, 4), x.double() @ codes.double().t()
     assert torch.equal(products.packed_mm(x, packed, 4).double(), wanted)
     scale = torch.full((5, 3), 0.5)
-    assert torch.equal(products.scaled_mm(x, packed, scale, 4).double(), wanted / 2)
+    assert torch.equal(products.scaled_mm(x.float(), packed, scale, 4).double(), wanted / 2)
     assert torch.equal(products.unpack(packed, 4, 33), codes)
 
 
 def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(native, "compiler", lambda: "/usr/bin/cc")
+    monkeypatch.setattr(native, "compilers", lambda: ["/usr/bin/cc"])
     assert native.obstacle() == "the C compiler here cannot build it"
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(native, "compilers", list)
     assert native.obstacle() == "there is no C compiler here"
 
 

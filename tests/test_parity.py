@@ -52,6 +52,14 @@ def failed(report: parity.ParityReport) -> list[parity.Check]:
     return [check for check in report.checks if not check.passed]
 
 
+def test_a_new_process_that_fails_is_no_difference(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "_RELOAD", "raise MemoryError('none left')")
+    with pytest.raises(ParityError, match="cannot be loaded in a new process: .*none left"):
+        parity.verify(output)
+
+
 def test_what_is_right_passes_in_a_new_process_as_well(output: Path) -> None:
     report = parity.verify(output, trained=make_llama().state_dict())
     assert report.passed and report.require("it") is report
@@ -245,15 +253,23 @@ def plant_and_find(
         verify(output).require("it")
 
 
-@pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
+@pytest.mark.skipif(not native.compilers(), reason="no C compiler")
 @pytest.mark.parametrize("bug", IN_C)
 def test_bugs_in_c(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_and_find(output, monkeypatch, *IN_C[bug])
 
 
+@pytest.mark.skipif(native.obstacle(parallel=True) is not None, reason="no C compiler with OpenMP")
+def test_a_bug_in_the_product_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = make_output(tmp_path / "o", Recipe.from_bits("8-8-8"))
+    planted = Module(native, packed_product=broken(native.packed_product, packed=torch.neg))
+    where = "q_proj.weight .decode: int8 product"
+    plant_and_find(output, monkeypatch, products, "native", planted, where)
+
+
 @pytest.mark.parametrize("bug", WITHOUT_C)
 def test_bugs_without_c(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(native, "compilers", list)
     plant_and_find(output, monkeypatch, *WITHOUT_C[bug])
 
 
@@ -272,7 +288,7 @@ def test_groups_in_the_wrong_order(
     recipe = dataclasses.replace(Recipe.from_bits("4-8-4"), weights=QuantSpec(4, 16))
     output = make_output(tmp_path / "o", recipe)
     assert verify(output).passed
-    if phase == "decode" and native.compiler() is None:
+    if phase == "decode" and not native.compilers():
         pytest.skip("no C compiler")
     if phase == "prefill":
         broken_ops = Module(ops, dequantize=flipped(ops.dequantize))

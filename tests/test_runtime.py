@@ -202,9 +202,12 @@ def test_the_cache_is_packed_whoever_makes_it(outputs: dict[str, Path]) -> None:
         )
 
 
-def test_one_model_for_several_threads(outputs: dict[str, Path]) -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_one_model_for_several_threads(outputs: dict[str, Path], compile: bool) -> None:
     """With masks and without, of different lengths and batches: no call sees another one's."""
-    model = qatc.load(outputs["4-8-4"], compile=False)
+    if compile and not can_compile():
+        pytest.skip("no C++ compiler")
+    model = qatc.load(outputs["4-8-4"], compile=compile)
 
     def write(number: int) -> Tensor:
         ids = IDS[: 1 + number % 3, : 5 + 3 * number]

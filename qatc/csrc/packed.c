@@ -9,6 +9,16 @@
  */
 
 #include <stdint.h>
+#include <string.h>
+
+/* Whether the loops over outputs are shared by threads. */
+int qatc_is_parallel(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 /* The sum of u[j] * x[j] over one part of a plane, for u the p bits at `shift` of every byte. */
 #define PART(bytes, x, count, shift, mask, sum)                        \
@@ -137,9 +147,19 @@ static float dot_float(const float *restrict a, const float *restrict b, int64_t
     return (sum0 + sum1) + (sum2 + sum3);
 }
 
-/* out[m, n] = sum over k of x[m, k] * code[n, k] * scale[n, group of k].
+/* The nearest bf16, ties to even, of a finite float. */
+static float round_to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* out[m, n] = sum over k of x[m, k] * (code[n, k] * scale[n, group of k]).
  *
- * One row of the weight at a time is dequantized, into the cache of a core, for all rows of x.
+ * One row of the weight at a time is dequantized, into the cache of a core, for all rows of x. With
+ * `bf16` its values are rounded as those of a bf16 weight are.
  *
  * x: float [rows, width]
  * w: uint8 [outputs, bytes], or int8 for 8 bits
@@ -148,7 +168,7 @@ static float dot_float(const float *restrict a, const float *restrict b, int64_t
  */
 void qatc_scaled_product(const float *x, const uint8_t *w, const float *scale, float *out,
                          int64_t rows, int64_t outputs, int64_t width, int64_t bytes,
-                         int64_t groups, int bits, int threads) {
+                         int64_t groups, int bits, int bf16, int threads) {
     int64_t group = width / groups;
 #pragma omp parallel num_threads(threads)
     {
@@ -164,6 +184,9 @@ void qatc_scaled_product(const float *x, const uint8_t *w, const float *scale, f
             for (int64_t g = 0; g < groups; g++) {
                 float own = scale[n * groups + g];
                 for (int64_t k = g * group; k < (g + 1) * group; k++) row[k] = own * (float)codes[k];
+                if (bf16)
+                    for (int64_t k = g * group; k < (g + 1) * group; k++)
+                        row[k] = round_to_bf16(row[k]);
             }
             for (int64_t m = 0; m < rows; m++)
                 out[m * outputs + n] = dot_float(row, x + m * width, width);
