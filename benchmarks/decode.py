@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     variants.add_options(parser)
     parser.add_argument("--context", type=int, nargs="+", default=[128, 4096])
-    parser.add_argument("--tokens", type=int, default=16, help="tokens a variant decodes a round")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens a variant decodes a round")
     options = parser.parse_args()
     runs = []
     with tempfile.TemporaryDirectory(prefix="qatc-decode-") as scratch, torch.inference_mode():
@@ -79,7 +79,7 @@ def measure(
 def stepper(variant: Variant, ids: torch.Tensor, options: argparse.Namespace) -> Callable[[], Any]:
     """A function that decodes one token for every row, behind the prompt."""
     model, new = variant.model, ids[:, -1:]
-    room = ids.shape[1] + (options.rounds + 1) * options.tokens + 8
+    room = ids.shape[1] + options.rounds * (options.tokens + 1) + 8
     cache: Any = None
     if variant.compiled:
         cache = StaticCache(model.config, max_cache_len=room)
