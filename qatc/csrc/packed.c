@@ -78,29 +78,6 @@ static int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bit
     return sum - (x_sum << (bits - 1));
 }
 
-/* out[m, n] = sum over k of x[m, k] * code[n, k].
- *
- * x: int8 [rows, stride], zero from `width` on, stride a multiple of 8
- * w: uint8 [outputs, bytes]
- * out: int32 [rows, outputs]
- */
-void qatc_packed_product(const int8_t *x, const uint8_t *w, int32_t *out, int64_t rows,
-                         int64_t stride, int64_t outputs, int64_t width, int64_t bytes, int bits,
-                         int threads) {
-    int32_t sums[16]; /* MAX_ROWS of qatc/native.py */
-    for (int64_t m = 0; m < rows; m++) {
-        sums[m] = 0;
-        for (int64_t k = 0; k < width; k++) sums[m] += x[m * stride + k];
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < outputs; n++) {
-        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(w + (n + 1) * bytes + j);
-        for (int64_t m = 0; m < rows; m++)
-            out[m * outputs + n] =
-                dot_row(w + n * bytes, x + m * stride, width, bits, sums[m]);
-    }
-}
-
 /* The codes of one packed row of 2 to 7 bits, as int8 [width]. */
 static void unpack_row(const uint8_t *restrict plane, int8_t *restrict row, int64_t width,
                        int bits) {
@@ -122,6 +99,38 @@ static void unpack_row(const uint8_t *restrict plane, int8_t *restrict row, int6
         }
         plane += count;
         low += p;
+    }
+}
+
+/* out[m, n] = sum over k of x[m, k] * code[n, k].
+ *
+ * x: int8 [rows, stride], zero from `width` on, stride a multiple of 8
+ * w: uint8 [outputs, bytes]
+ * out: int32 [rows, outputs]
+ */
+void qatc_packed_product(const int8_t *x, const uint8_t *w, int32_t *out, int64_t rows,
+                         int64_t stride, int64_t outputs, int64_t width, int64_t bytes, int bits,
+                         int threads) {
+    int32_t sums[16]; /* MAX_ROWS of qatc/native.py */
+    for (int64_t m = 0; m < rows; m++) {
+        sums[m] = 0;
+        for (int64_t k = 0; k < width; k++) sums[m] += x[m * stride + k];
+    }
+    /* Planes of single bits are slow to multiply: several rows of x share a row unpacked. */
+    int unpacks = bits & 1 && rows > 1 && width <= 1 << 16;
+#pragma omp parallel num_threads(threads)
+    {
+        int8_t codes[unpacks ? width : 1];
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < outputs; n++) {
+            const uint8_t *row = w + n * bytes;
+            for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(row + bytes + j);
+            if (unpacks) unpack_row(row, codes, width, bits);
+            for (int64_t m = 0; m < rows; m++)
+                out[m * outputs + n] =
+                    unpacks ? dot_row((const uint8_t *)codes, x + m * stride, width, 8, sums[m])
+                            : dot_row(row, x + m * stride, width, bits, sums[m]);
+        }
     }
 }
 
