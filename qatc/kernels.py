@@ -199,7 +199,8 @@ KERNELS = (
     Kernel(
         "int8 product",
         ("decode",),
-        "the processor's byte products, in C, on int8 codes as they are stored",
+        "the processor's byte products, in C, on int8 codes as they are stored: at 8 rows of"
+        " 4096 x 4096 twice as fast as int_mm, and no slower at a single row",
         _needs_native_bytes,
         _run_native,
     ),
@@ -207,7 +208,7 @@ KERNELS = (
         "int_mm",
         ("prefill", "decode"),
         "int8 codes as they are stored, an exact int32 product in the library's own kernel: on a"
-        " CPU with VNNI 17 times fp32 at a single row of 4096 x 4096",
+        " CPU with VNNI 1.7 times as fast as a bf16 linear at 512 rows of 4096 x 4096",
         _needs_bytes,
         _run_int_mm,
     ),
@@ -215,9 +216,9 @@ KERNELS = (
         "packed product",
         ("prefill", "decode"),
         "packed codes go into the processor's byte products out of registers, in C: at a single row"
-        " of 4096 x 4096 and 4 bits 6 times as fast as Inductor's fused unpack, twice"
-        " _weight_int4pack_mm_for_cpu, which rounds its sums to bf16; for more than 16 rows they"
-        " are unpacked once, in C, for int_mm",
+        " of 4096 x 4096 and 4 bits several times as fast as Inductor's fused unpack, and no slower"
+        " than _weight_int4pack_mm_for_cpu, which rounds its sums to bf16; for more than 16 rows"
+        " they are unpacked once, in C, for int_mm",
         _needs_native,
         _run_native,
     ),
@@ -231,7 +232,7 @@ KERNELS = (
     Kernel(
         "_weight_int4pack_mm_for_cpu",
         ("prefill", "decode"),
-        "2.5 times as fast as the fused unpack at a single row of 4096 x 4096",
+        "3 times as fast as the fused unpack at a single row of 4096 x 4096",
         _needs_int4pack,
         None,
     ),
@@ -239,7 +240,7 @@ KERNELS = (
         "fused unpack",
         ("decode",),
         "codes are unpacked in the registers of one fused reduction, so that a quarter of bf16's"
-        " bytes are read; unpacking to memory first costs thirty times as much at a single row",
+        " bytes are read; unpacking to memory first costs ten times as much at a single row",
         _needs_fused,
         _run_fused,
     ),
@@ -254,7 +255,8 @@ KERNELS = (
         "scaled product",
         ("decode",),
         "the product in fp32 for groups and for inputs in float: a row of the weight at a time is"
-        " dequantized into the cache of a core, in C",
+        " dequantized into the cache of a core, in C, where a copy of all of it takes 4 to 9 times"
+        " as long at a single row of 4096 x 4096 and 4 bits",
         _needs_scaled,
         _run_scaled,
     ),

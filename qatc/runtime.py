@@ -58,7 +58,8 @@ def load(
 
     Returns:
         The transformers model, in eval mode, with packed weights; its KV cache is packed whoever
-        makes it: ``generate`` and ``use_cache=True`` need nothing else.
+        makes it: ``generate`` and ``use_cache=True`` need nothing else. Several threads may call
+        it at once, each with a cache of its own. It cannot be moved or cast afterwards.
 
     Raises:
         CheckpointError: the directory is no complete output of qatc.
