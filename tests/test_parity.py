@@ -52,6 +52,17 @@ def failed(report: parity.ParityReport) -> list[parity.Check]:
     return [check for check in report.checks if not check.passed]
 
 
+def test_one_code_on_a_tie_is_no_bug() -> None:
+    """A row that went another way does not count; a bug, which all rows have, does."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(parity.ROWS, 5, 11, generator=generator)
+    other = torch.randn(logits.shape, generator=generator)
+    one_row = logits.clone()
+    one_row[2] = other[2]
+    assert parity._kl(logits, one_row) == 0
+    assert parity._kl(logits, other) > 0.1
+
+
 def test_a_new_process_that_fails_is_no_difference(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
