@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,8 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
+    from qatc.quantize import package_version
+
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -30,15 +31,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        **{name: _version(name) for name in ("torchao", "optimum-quanto")},
+        **{name: package_version(name) for name in ("torchao", "optimum-quanto")},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def save(name: str, result: dict[str, Any]) -> Path:

@@ -342,11 +342,12 @@ def _provenance(config: QuantizeConfig, corpus: Corpus) -> dict[str, Any]:
                 for key in ("model", "strategy", "seed", "sequences", "max_length", "greedy_tokens")
             },
         },
-        "versions": {name: _version(name) for name in packages},
+        "versions": {name: package_version(name) for name in packages},
     }
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version of a package, or ``not installed``."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -324,7 +324,7 @@ class LoweredForward(TemplateForward):
             raise ConfigError(
                 f"{self.name} got {hidden.dtype} on {hidden.device}, and the model was loaded for"
                 f" {dtype} on {device}; a model that runs on integers cannot be moved or cast:"
-                f" load it with qatc.load(OUT, device=..., dtype=...)"
+                " load it with qatc.load(OUT, device=..., dtype=...)"
             )
 
 

@@ -1,11 +1,12 @@
-/* Products with packed integer codes: the codes are unpacked in registers, never in memory.
+/* Products with packed integer codes: the codes are unpacked in registers, or a row at a time in the
+ * cache of a core, and no more than that is ever written to memory.
  *
  * The layout is that of qatc/packing.py: a code of b bits, made unsigned by adding 2^(b-1), is cut
  * into planes of 4, 2 and 1 bits, the low bits first; a plane of p bits holds, in byte j, the j-th
  * value of each of the 8 / p equal parts of the row. 8 bits are plain int8.
  *
  * The loops are plain C that compilers turn into dot-product instructions (VNNI, i8mm) where the
- * processor has them. All integer sums are exact.
+ * processor has them. All integer sums are exact. qatc_unpack alone writes all codes, for others.
  */
 
 #include <stdint.h>
@@ -105,7 +106,7 @@ static void unpack_row(const uint8_t *restrict plane, int8_t *restrict row, int6
 /* out[m, n] = sum over k of x[m, k] * code[n, k].
  *
  * x: int8 [rows, stride], zero from `width` on, stride a multiple of 8
- * w: uint8 [outputs, bytes]
+ * w: uint8 [outputs, bytes], or int8 for 8 bits
  * out: int32 [rows, outputs]
  */
 void qatc_packed_product(const int8_t *x, const uint8_t *w, int32_t *out, int64_t rows,
