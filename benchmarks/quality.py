@@ -1,12 +1,13 @@
 """Quality at several bit widths: ``qatc quantize`` with its defaults, and what it reached.
 
-    python -m benchmarks.quality --model DIR --bits 4-8-4 --bits 8-8-4
+    python -m benchmarks.quality --model smollm2-135m --bits 4-8-4 --bits 8-8-4
     python -m benchmarks.quality --bits 4-8-4 --held-out --samples 6144 --steps 5000 --lr 8e-4
 
 Options that are not its own go to ``qatc quantize``. With ``--held-out`` the demonstration model is
 evaluated as well on modules of the standard library that neither it nor its quantized form has
-seen. One corpus serves all runs. The result is added to ``results/quality-NAME.json``, where NAME
-is the model's directory, with the command, the wall-clock time and every figure of the report.
+seen. Models of :mod:`benchmarks.models` go by name. One corpus serves all runs. The result is added
+to ``results/quality-NAME.json``, where NAME is the model's directory, with the command, what it
+printed (with times) and every figure of the report.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
+from benchmarks import common, models
 
 HELD_OUT = "held-out-modules.txt"
 
@@ -35,7 +36,8 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="evaluate on held-out modules too")
     parser.add_argument("--keep", help="directory for the outputs; a temporary one by default")
     arguments, extra = parser.parse_known_args()
-    name = f"quality-{Path(arguments.model).resolve().name}"
+    model = models.find(arguments.model)
+    name = f"quality-{Path(model).resolve().name}"
     file = common.RESULTS / f"{name}.json"
     runs: dict[str, Any] = json.loads(file.read_text())["runs"] if file.exists() else {}
     with tempfile.TemporaryDirectory(prefix="qatc-quality-") as scratch:
@@ -46,11 +48,11 @@ def main() -> None:
             text.write_text(held_out_modules(), encoding="utf-8")
             extra += ["--eval-text", str(text)]
         for bits in arguments.bits:
-            runs[bits] = run(arguments.model, bits, base, data, extra)
-            for name_of_text, models in runs[bits]["figures"].items():
-                summary = {m: (v["perplexity"], v["kl"]) for m, v in models.items()}
+            runs[bits] = run(model, bits, base, data, extra)
+            for name_of_text, of_text in runs[bits]["figures"].items():
+                summary = {m: (v["perplexity"], v["kl"]) for m, v in of_text.items()}
                 print(bits, name_of_text, summary)
-            common.save(name, {"model": common.display_path(arguments.model), "runs": runs})
+            common.save(name, {"model": common.display_path(model), "runs": runs})
 
 
 def held_out_modules() -> str:
@@ -67,13 +69,11 @@ def run(model: str, bits: str, base: Path, data: Path, extra: list[str]) -> dict
     options = ["quantize", "--model", model, "--bits", bits, "--output", str(base / bits)]
     options += ["--data", str(data), "--json", *extra]
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "qatc.cli", *options], check=True, stdout=subprocess.PIPE, text=True
-    )
+    printed, log = call([sys.executable, "-m", "qatc.cli", *options])
     seconds = time.monotonic() - started
     metadata = json.loads((base / bits / "qatc.json").read_text())
     shown = [Path(option).name if "/" in option else option for option in extra]
-    figures = json.loads(done.stdout)["figures"]
+    figures = json.loads(printed)["figures"]
     return {
         "command": " ".join(["qatc quantize --model MODEL --bits", bits, *shown]),
         "seconds": round(seconds, 1),
@@ -84,7 +84,23 @@ def run(model: str, bits: str, base: Path, data: Path, extra: list[str]) -> dict
         "training_seconds": metadata["training_seconds"],
         "learning_rate": metadata["learning_rate"],
         "compute_dtype": metadata["compute_dtype"],
+        "log": [line.replace(str(base), "").replace(model, "MODEL") for line in log],
     }
+
+
+def call(command: list[str]) -> tuple[str, list[str]]:
+    """Run a command and show what it says; its stdout, and the lines of its stderr."""
+    log = []
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        with subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True) as running:
+            assert running.stderr is not None
+            for line in running.stderr:
+                print(line, end="", file=sys.stderr, flush=True)
+                log.append(line.rstrip())
+        if running.returncode:
+            raise subprocess.CalledProcessError(running.returncode, command)
+        out.seek(0)
+        return out.read(), log
 
 
 def recovered(models: dict[str, Any]) -> float | None:
