@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from typing import Any, Literal, get_args
 
 import torch
@@ -58,6 +60,26 @@ def release_memory(device: str) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes that this process has held so far, on the GPU if it uses one."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_memory(device: str) -> int | None:
+    """Bytes of the machine, or of its GPU; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # outside Unix
+        return None
 
 
 def device_name(device: str) -> str:

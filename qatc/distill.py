@@ -30,6 +30,7 @@ from qatc.checkpoint import Checkpoints, StopRequest
 from qatc.data import Rows
 from qatc.errors import ConfigError, TrainingError
 from qatc.files import write_atomically, writing_to
+from qatc.losses import compiled, soft_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,35 @@ def default_learning_rate(width: int, rounding_kl: float = 1.0) -> float:
     return 2e-5 * 4096 / width * math.sqrt(min(max(rounding_kl, 1e-4), 1.0))
 
 
-def soft_cross_entropy(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Soft-label cross-entropy and KL divergence, summed over tokens.
+def distillation_losses(
+    student: nn.Module,
+    teacher: nn.Module,
+    ids: Tensor,
+    real: Tensor,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    compile: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What the student is to lower, and how far it is from the teacher, summed over a batch.
 
     Args:
-        student: logits ``[N, V]``.
-        teacher: logits ``[N, V]``; no gradient flows into them.
+        student: the prepared model.
+        teacher: the full-precision model.
+        ids: int64 ``[B, T]``.
+        real: bool ``[B, T]``: tokens that are no padding.
+        autocast: makes a context for the student's forward pass.
+        compile: compile the loss with Inductor.
 
     Returns:
-        ``(cross_entropy, kl)``: fp32 scalars in nats, summed over the N tokens; only the first
-        carries a gradient.
+        As :func:`qatc.losses.soft_cross_entropy`.
     """
-    target = teacher.detach().float().log_softmax(-1)
-    probabilities = target.exp()
-    cross_entropy = -(probabilities * student.float().log_softmax(-1)).sum()
-    entropy = -(probabilities * target).sum()
-    return cross_entropy, (cross_entropy - entropy).detach()
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, use_cache=False).logits
+    with autocast():
+        logits = student(input_ids=ids, use_cache=False).logits
+    loss = compiled(soft_cross_entropy, compile)
+    losses: tuple[Tensor, Tensor] = loss(logits.flatten(0, 1), wanted.flatten(0, 1), real.flatten())
+    return losses
 
 
 class Distiller:
@@ -140,6 +154,7 @@ class Distiller:
         directory: where checkpoints and ``metrics.jsonl`` go.
         rounding_kl: KL of the untrained student, for the default learning rate.
         autocast: makes a context for the student's forward pass (bf16 compute over fp32 masters).
+        compile: compile the loss with Inductor.
     """
 
     def __init__(
@@ -152,6 +167,7 @@ class Distiller:
         *,
         rounding_kl: float = 1.0,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        compile: bool = False,
     ) -> None:
         if len(rows) < config.batch_size:
             raise ConfigError(
@@ -159,7 +175,7 @@ class Distiller:
                 f" {config.batch_size}; generate more, or lower --batch-size"
             )
         self.student, self.teacher, self.rows, self.config = student, teacher, rows, config
-        self.autocast = autocast
+        self.autocast, self.compile = autocast, compile
         self.device = next(student.parameters()).device
         self.rate = config.learning_rate or default_learning_rate(_width(student), rounding_kl)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
@@ -218,13 +234,9 @@ class Distiller:
     def _losses(self, batch: Rows) -> tuple[Tensor, Tensor]:
         ids = torch.from_numpy(batch.tokens).to(self.device, torch.long)
         real = torch.from_numpy(batch.real).to(self.device)
-        with torch.no_grad():
-            teacher = self.teacher(input_ids=ids, use_cache=False).logits
-        with self.autocast():
-            student = self.student(input_ids=ids, use_cache=False).logits
-        if bool(real.all()):
-            return soft_cross_entropy(student.flatten(0, 1), teacher.flatten(0, 1))
-        return soft_cross_entropy(student[real], teacher[real])
+        return distillation_losses(
+            self.student, self.teacher, ids, real, autocast=self.autocast, compile=self.compile
+        )
 
     def _batches(self, step: int) -> Iterator[Any]:
         """Row numbers of the step's batches: a new order every epoch, decided by the seed."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qatc.data import Rows
-from qatc.distill import soft_cross_entropy
+from qatc.losses import agreements, compiled, negative_log_likelihood, soft_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def evaluate(
     teacher: nn.Module | None = None,
     batch_size: int = 8,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    compile: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Metrics:
     """Evaluate ``model`` on packed rows.
@@ -54,28 +55,30 @@ def evaluate(
         teacher: the full-precision model, for KL and agreement.
         batch_size: rows per forward pass.
         autocast: context of the model's forward pass.
+        compile: compile what reads the logits with Inductor.
         on_progress: called with the rows done and all rows.
     """
     device = next(model.parameters()).device
+    likelihood: Any = compiled(negative_log_likelihood, compile)
+    divergence: Any = compiled(soft_cross_entropy, compile)
+    agreeing_in: Any = compiled(agreements, compile)
     nll = kl = 0.0
     agreeing = scored = real_tokens = 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         ids = torch.from_numpy(batch.tokens).to(device, torch.long)
         with autocast():
-            logits = model(input_ids=ids, use_cache=False).logits
-        labelled = torch.from_numpy(batch.labelled).to(device)
-        following = ids.roll(-1, dims=1)[labelled]
-        nll += float(
-            nn.functional.cross_entropy(logits[labelled].float(), following, reduction="sum")
-        )
-        scored += following.numel()
+            logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        labelled = torch.from_numpy(batch.labelled).to(device).flatten()
+        nll += float(likelihood(logits, ids.roll(-1, dims=1).flatten(), labelled))
+        scored += int(labelled.sum())
         if teacher is not None:
-            real = torch.from_numpy(batch.real).to(device)
-            reference = teacher(input_ids=ids, use_cache=False).logits[real]
-            logits = logits[real]
-            kl += float(soft_cross_entropy(logits, reference)[1])
-            agreeing += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+            real = torch.from_numpy(batch.real).to(device).flatten()
+            reference = logits
+            if teacher is not model:
+                reference = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+            kl += float(divergence(logits, reference, real)[1])
+            agreeing += int(agreeing_in(logits, reference, real))
             real_tokens += int(real.sum())
         if on_progress is not None:
             on_progress(min(start + batch_size, len(rows)), len(rows))

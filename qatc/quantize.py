@@ -17,10 +17,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from qatc.checkpoint import Checkpoints
 from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, text_rows
-from qatc.device import device_name, pick_device, pick_dtype, release_memory
-from qatc.distill import Distiller, StepMetrics
+from qatc.device import (
+    device_name,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    release_memory,
+    total_memory,
+)
+from qatc.distill import Distiller, StepMetrics, distillation_losses
 from qatc.errors import ConfigError, PassError
+from qatc.estimate import (
+    Phase,
+    measure_step,
+    memory_text,
+    optimizer_bytes,
+    rows_cost,
+    training_floor,
+)
 from qatc.evaluate import Metrics, evaluate
 from qatc.export.codes import QuantizedWeight
 from qatc.export.directory import write_model
@@ -41,6 +57,8 @@ from qatc.report import write_report
 from qatc.runtime import load
 from qatc.settings import QuantizeConfig, begin_run, check_run
 from qatc.usage import kernel_report, memory
+
+_LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
 
 GENERATED = "generated"
 """Name of the held-out generated text in the figures."""
@@ -90,6 +108,7 @@ class _Run:
         observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
         self._prepare()
         begin_run(config)
+        self._estimate(corpus, texts)
         corpus = corpus or self._generate()
         train, held_out = _split(corpus, config)
         texts = {GENERATED: held_out, **texts}
@@ -178,6 +197,50 @@ class _Run:
         if not self.config.train_embeddings:
             _share_embeddings(self.student, self.teacher.model)
 
+    def _estimate(self, corpus: Corpus | None, texts: dict[str, Rows]) -> None:
+        """Say what is ahead: tokens, memory and time, as the first steps take them."""
+        config, training = self.config, self.config.training
+        done = Checkpoints(config.partial / "checkpoints", training.keep_checkpoints).latest() or 0
+        if done >= training.steps:
+            return
+        self.observer.stage("Measuring the first steps")
+        length, vocabulary = config.generation.max_length, self.teacher.model.config.vocab_size
+        batch = training.batch_size * length
+        floor = training_floor(self.student, self.teacher.model, batch, vocabulary)
+        self._warn_of_memory(floor)
+        cost = measure_step(
+            lambda ids, real: distillation_losses(
+                *(self.student, self.teacher.model, ids, real),
+                autocast=self._autocast,
+                compile=self.compile,
+            ),
+            self.student,
+            *(training.batch_size, length, vocabulary),
+        )
+        steps = training.steps - done
+        passes = steps * training.accumulate
+        held_out = config.eval_sequences + sum(len(rows) for rows in texts.values())
+        needed = max(floor, peak_memory(self.device) + optimizer_bytes(self.student))
+        phases = [
+            Phase(
+                f"training {steps} steps of {training.batch_size * training.accumulate} x {length}",
+                passes * batch, passes * cost.step, "--steps",
+            ),
+            Phase(
+                "evaluating it three times", 3 * held_out * length,
+                3 * rows_cost(cost, held_out, training.batch_size), "--eval-samples",
+            ),
+        ]  # fmt: skip
+        for phase in phases:
+            self.observer.note(str(phase))
+        self.observer.note(memory_text(needed, self.device, _LESS_MEMORY))
+
+    def _warn_of_memory(self, floor: int) -> None:
+        """Before memory is taken that is not there: the system ends such a process unheard."""
+        total = total_memory(self.device)
+        if total is not None and floor > total:
+            self.observer.note(memory_text(floor, self.device, _LESS_MEMORY))
+
     def _generate(self) -> Corpus:
         """The corpus that the teacher writes, or completes."""
         config, observer = self.config, self.observer
@@ -220,6 +283,7 @@ class _Run:
             config.partial,
             rounding_kl=rounding_kl,
             autocast=self._autocast,
+            compile=self.compile,
         )
         history = distiller.run(on_step=lambda metrics: self.observer.trained(metrics, steps))
         self.student.zero_grad(set_to_none=True)
@@ -232,6 +296,7 @@ class _Run:
             teacher=self.teacher.model,
             batch_size=self.config.training.batch_size,
             autocast=self._autocast if model is self.student else nullcontext,
+            compile=self.compile,
             on_progress=self.observer.evaluated,
         )
 

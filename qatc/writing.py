@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatc.device import pick_device
+from qatc.device import peak_memory, pick_device
 from qatc.errors import ConfigError
 from qatc.models import load_tokenizer
 from qatc.models.load import check_length
@@ -155,7 +154,7 @@ class Writer:
             new_tokens=len(new),
             prefill_seconds=times[0] - started,
             decode_tokens_per_second=rate,
-            peak_memory_bytes=_peak_memory(self.device),
+            peak_memory_bytes=peak_memory(self.device),
         )
 
 
@@ -182,12 +181,3 @@ class _Clock:
 
     def end(self) -> None:
         pass
-
-
-def _peak_memory(device: str) -> int:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -22,7 +22,6 @@ from qatc.distill import (
     StepMetrics,
     TrainingConfig,
     default_learning_rate,
-    soft_cross_entropy,
 )
 from qatc.errors import CheckpointError, ConfigError, TrainingError
 from tests.conftest import kill_at_call, make_llama, run_until_killed
@@ -61,32 +60,6 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], **how: 
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, **(how or {"rtol": 0, "atol": 0}))
-
-
-class TestLoss:
-    def test_is_the_one_of_the_definition(self) -> None:
-        random = np.random.default_rng(0)
-        student, teacher = random.normal(0, 3, (2, 7, 30))
-        loss, kl = soft_cross_entropy(torch.tensor(student), torch.tensor(teacher))
-
-        def log_softmax(x: Any) -> Any:
-            return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-        p, log_p, log_q = np.exp(log_softmax(teacher)), log_softmax(teacher), log_softmax(student)
-        assert float(loss) == pytest.approx(-(p * log_q).sum(), rel=1e-5)
-        assert float(kl) == pytest.approx((p * (log_p - log_q)).sum(), rel=1e-4)
-
-    def test_gradient_is_the_difference_of_the_distributions(self) -> None:
-        torch.manual_seed(0)
-        student = torch.randn(7, 30, requires_grad=True)
-        teacher = torch.randn(7, 30, requires_grad=True)
-        soft_cross_entropy(student, teacher)[0].backward()
-        torch.testing.assert_close(student.grad, student.softmax(-1) - teacher.softmax(-1))
-        assert teacher.grad is None
-
-    def test_a_perfect_student_has_no_divergence(self) -> None:
-        logits = torch.randn(7, 30)
-        assert float(soft_cross_entropy(logits, logits)[1]) == 0
 
 
 class TestStep:
