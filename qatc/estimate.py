@@ -1,7 +1,8 @@
 """What a run will take, before it starts: tokens, memory, and time as its own first steps take it.
 
-Nothing is looked up in a table of machines: one step of training is done twice on random tokens,
-once to compile and once to be timed, and thrown away. What was compiled is used by the run.
+Nothing is looked up in a table of machines: a step of training is done a few times on random
+tokens, until it has been compiled and takes its time, and thrown away. What was compiled is used by
+the run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qatc.device import total_memory
+
+SETTLED = 0.8
+"""Steps are repeated while one takes less than this share of the one before it."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,17 @@ def measure_step(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
     real = torch.ones_like(ids, dtype=torch.bool)
-    cost = StepCost(0.0, 0.0)
+    costs: list[StepCost] = []
     with torch.random.fork_rng():
-        for _ in range(2):  # the first one compiles
+        # The first one compiles, the second may still find caches cold.
+        while len(costs) < 2 or (costs[-1].step < SETTLED * costs[-2].step and len(costs) < 5):
             started = _now(device)
             loss, _ = losses(ids, real)
             forward = _now(device)
             loss.backward()
-            cost = StepCost(forward - started, _now(device) - started)
+            costs.append(StepCost(forward - started, _now(device) - started))
             student.zero_grad(set_to_none=True)
-    return cost
+    return costs[-1]
 
 
 def training_floor(student: nn.Module, teacher: nn.Module, tokens: int, vocabulary: int) -> int:

@@ -37,7 +37,7 @@ def test_measuring_a_step_leaves_nothing_behind() -> None:
         return distillation_losses(student, teacher, ids, real)
 
     cost = measure_step(losses, student, 3, 8, 112)
-    assert seen == [(3, 8), (3, 8)]
+    assert set(seen) == {(3, 8)} and 2 <= len(seen) <= 5
     assert 0 < cost.forward < cost.step
     assert rows_cost(cost, 7, 3) == pytest.approx(3 * cost.forward)
     assert torch.equal(torch.get_rng_state(), state)
