@@ -33,12 +33,15 @@ from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.preparation import can_compile, inductor, recipe_allows_integers, training_pipeline
 from qatc.recipe import Recipe
-from qatc.templates import TemplateForward, TemplateStore
+from qatc.templates import Structure, TemplateForward, TemplateStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _RUNTIME = "_qatc_runtime"
+
+SIGNATURES = 64
+"""Ways of calling a layer whose templates are remembered."""
 
 
 def load(
@@ -245,12 +248,12 @@ class LoweredForward(TemplateForward):
         super().__init__(module, name, runtime.scoring, skip)
         self.runtime, self.number = runtime, number
         self.prototype = copy.deepcopy(module).eval()
-        self._structure = super().structure()
+        self._own_structure = super().structure()
         self._found: dict[Any, list[Template]] = {}
         self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
 
-    def structure(self) -> Any:
-        return self._structure
+    def structure(self) -> Structure:
+        return self._own_structure
 
     def find(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], store: TemplateStore
@@ -262,6 +265,8 @@ class LoweredForward(TemplateForward):
         signature, leaves = _signature(args, kwargs)
         if signature is None:
             return super().find(args, kwargs, store)
+        if len(self._found) > SIGNATURES:  # an argument that the layer does not read may change
+            self._found.clear()
         known = self._found.setdefault((id(store), signature), [])
         for template in known:
             if template.fits(leaves):
@@ -294,7 +299,8 @@ class LoweredForward(TemplateForward):
                     child._buffers[key] = buffer.to(self.runtime.device)
         return twin
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_call(kwargs)
         args, kwargs, cache, mask = take_out(args, kwargs)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         self._refuse_moved(hidden)
