@@ -17,9 +17,11 @@ from torch.fx import GraphModule
 
 from qatc import integer
 from qatc.capture import Template
-from qatc.errors import ConfigError
+from qatc.causality import attends_ahead
+from qatc.errors import CaptureError, ConfigError
 from qatc.graph import weight_sites
 from qatc.models import find_regions, is_transformers_model
+from qatc.models.support import refuse_stacked_weights, refuse_unstorable, refuse_unsupported
 from qatc.passes import (
     Canonicalize,
     GraphPass,
@@ -114,13 +116,16 @@ def prepare(
     Raises:
         ConfigError: the model is prepared already, a skip pattern names no parameter, or the
             recipe does not allow the integer forward that was asked for.
-        CaptureError: a layer cannot be captured.
+        CaptureError: a layer cannot be captured, or is that of an encoder.
         PassError: a pass found nothing to quantize.
     """
     if hasattr(model, _PREPARED):
         raise ConfigError("the model is prepared already; call qatc.restore(model) first")
     _refuse_idle_patterns(model, recipe)
-    _refuse_stacked_weights(model, recipe)
+    if is_transformers_model(model):
+        refuse_unsupported(model)
+        if recipe.weights.quantizes:
+            refuse_stacked_weights(model, recipe)
     obstacle = why_no_integer_forward(recipe, _device_of(model))
     if integer_forward is None:
         integer_forward = obstacle is None
@@ -146,7 +151,8 @@ def prepare(
     if is_transformers_model(model):
         model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
         try:
-            _capture_now(model, store)
+            _capture_now(model, prepared)
+            refuse_unstorable(model, quantized_parameters(model))
         except BaseException:
             restore(model)
             raise
@@ -190,16 +196,50 @@ def quantized_parameters(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def _capture_now(model: nn.Module, store: TemplateStore) -> None:
+def _capture_now(model: nn.Module, prepared: Prepared) -> None:
     """Run a tiny batch, so that what cannot be captured or quantized is known at once."""
+    store, calls = prepared.store, []
+
+    def note(forward: TemplateForward, module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((forward, args, dict(kwargs)))
+
+    hooks = [
+        forward.module.register_forward_pre_hook(partial(note, forward), with_kwargs=True)
+        for forward in prepared.forwards
+    ]
     compiler, store.compile, store.dry_run = store.compile, None, True
     ids = torch.zeros((2, 8), dtype=torch.long, device=next(model.parameters()).device)
-    with torch.autocast(ids.device.type, store.compute_dtype, store.compute_dtype is not None):
-        model(input_ids=ids, use_cache=False)
+    try:
+        with torch.autocast(ids.device.type, store.compute_dtype, store.compute_dtype is not None):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _refuse_encoder(model, store, calls)
     store.compile, store.dry_run = compiler, False
     for template in store:
         if compiler is not None:
             template.call = compiler(template.graph_module)
+
+
+def _refuse_encoder(
+    model: nn.Module, store: TemplateStore, calls: list[tuple[TemplateForward, Any, Any]]
+) -> None:
+    """Raise ``CaptureError`` if a layer attends to later tokens, so that nothing can be decoded."""
+    looked_at: set[int] = set()
+    for forward, args, kwargs in calls:
+        template, leaves = forward.find(args, kwargs, store)
+        if id(template) in looked_at:
+            continue
+        looked_at.add(id(template))
+        inputs = [*forward.parameters(template), *(leaves[i] for i in template.inputs)]
+        if attends_ahead(template.graph_module, inputs):
+            raise CaptureError(
+                f"{forward.name} ({type(forward.module).__name__}) attends to later tokens, as the"
+                f" layers of an encoder do; qatc quantizes causal language models, and"
+                f" {type(model).__name__} as configured is none: choose another model, or, if it"
+                " can be a decoder, set is_decoder in its config.json"
+            )
 
 
 def can_compile() -> bool:
@@ -256,20 +296,6 @@ def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
                 f"the skip pattern {pattern!r} matches no parameter; names look like"
                 f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
             )
-
-
-def _refuse_stacked_weights(model: nn.Module, recipe: Recipe) -> None:
-    """A mixture of experts keeps most of its weights where no pass would find them."""
-    if not is_transformers_model(model) or not recipe.weights.quantizes:
-        return
-    for name, region in find_regions(model):
-        for own, parameter in region.named_parameters():
-            if parameter.dim() > 2 and not recipe.skips(f"{name}.{own}"):
-                raise ConfigError(
-                    f"{name}.{own} stacks weights in {parameter.dim()} dimensions, as experts do,"
-                    " which qatc cannot quantize; leave them in full precision with"
-                    f" --skip '*.{own.rsplit('.', 2)[-2]}.*', or choose a dense model"
-                )
 
 
 def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:

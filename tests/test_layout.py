@@ -36,6 +36,7 @@ LAYERS = {
     "qatc.products": 2,
     "qatc.passes": 3,
     "qatc.capture": 4,
+    "qatc.causality": 4,
     "qatc.constants": 4,
     "qatc.decode": 4,
     "qatc.device": 4,
