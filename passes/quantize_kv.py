@@ -23,7 +23,7 @@ from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
 from qatc.spec import QuantSpec
 
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.special_softmax.int)
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 @dataclass(frozen=True)
