@@ -11,7 +11,6 @@ from qatc import ops
 from qatc.errors import PassError
 from qatc.graph import (
     Attention,
-    aten,
     find_attentions,
     find_projections,
     insert_between,
@@ -22,8 +21,6 @@ from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
 from qatc.spec import QuantSpec
-
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,6 @@ class QuantizeKV(GraphPass):
         sites: dict[Node, list[Node]] = {}
         done = 0
         attentions = find_attentions(gm)
-        if not attentions and not any(node.target in _SOFTMAX for node in gm.graph.nodes):
-            raise PassError(
-                "there is no attention in it, so that there are no keys and values: a hybrid model"
-                " has layers that keep a recurrent or convolved state instead; choose another"
-                " model, or leave K and V alone with 16 KV bits, such as 4-8-16"
-            )
         queries = [attention.query for attention in attentions]
         for attention in attentions:
             for source, user in find(attention):

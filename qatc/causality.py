@@ -1,7 +1,9 @@
-"""Whether a captured layer attends to what comes later, as the layers of an encoder do.
+"""Whether a captured layer can write text token by token, with a cache of keys and values.
 
-A layer that does can be trained, but has no KV cache and writes no text. What decides is the graph:
-the flag of its attentions, and the values of the masks that they were given.
+It cannot if it attends to what comes later, as the layers of an encoder do, or if tokens see one
+another in other ways than attention: hybrid models have layers that keep a recurrent or convolved
+state. Either can be trained, but nothing would run what was. What decides is the graph: the
+attentions, their flags, and the values of the masks that they were given.
 """
 
 from __future__ import annotations
@@ -12,20 +14,51 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from qatc.graph import Attention, find_attentions, shape_of
+from qatc.graph import ATTENTION, Attention, aten, find_attentions, shape_of
 
 _BLOCKED = -1e4
 """Scores that a float mask lowers by this much, or more, get no weight."""
 
 
-def attends_ahead(gm: GraphModule, inputs: Sequence[Tensor]) -> bool:
-    """Whether any attention of a layer's graph lets a query see keys behind its own position.
+def why_not_causal(gm: GraphModule, inputs: Sequence[Tensor]) -> str | None:
+    """Why a layer has no KV cache from which it could go on, or None if nothing speaks against it.
 
     Args:
         gm: the graph, captured with more than one token.
         inputs: all that it takes, in order: the tensors of a real call.
     """
-    return any(_attends_ahead(gm, attention, inputs) for attention in find_attentions(gm))
+    nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
+    if any(node.target in _CONVOLUTIONS for node in nodes):
+        return "convolves neighbouring tokens, as hybrid models do, for which there is no cache"
+    if not any(_is_attention(node) for node in nodes):
+        return "has no attention but keeps a recurrent state, as hybrid models do"
+    if any(_attends_ahead(gm, attention, inputs) for attention in find_attentions(gm)):
+        return "attends to later tokens, as the layers of an encoder do"
+    return None
+
+
+_CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
+    aten.convolution.default,
+)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_BETWEEN = (
+    *(aten.to.dtype, aten._to_copy.default, aten.dropout.default, aten.clone.default),
+    *(aten.view.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor),
+)
+
+
+def _is_attention(node: Node) -> bool:
+    """Whether a node is an attention, or the product of one that is spelled out."""
+    if node.target is ATTENTION:
+        return True
+    if node.target not in _PRODUCTS:
+        return False
+    source = node.all_input_nodes[0]
+    while source.op == "call_function" and source.target in _BETWEEN:
+        source = source.all_input_nodes[0]
+    return source.target in _SOFTMAX
 
 
 def _attends_ahead(gm: GraphModule, attention: Attention, inputs: Sequence[Tensor]) -> bool:

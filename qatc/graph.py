@@ -124,7 +124,7 @@ def find_routers(gm: GraphModule) -> list[Linear]:
     """The linears of whose outputs, row by row, the largest are picked out, in graph order."""
     linears = {linear.node: linear for linear in find_linears(gm)}
     found: dict[Node, None] = {}
-    stack = [as_node(n.args[0]) for n in gm.graph.nodes if n.target is aten.topk.default]
+    stack = [as_node(n.args[0]) for n in gm.graph.nodes if _picks(n)]
     seen: set[Node] = set()
     while stack:
         node = stack.pop()
@@ -134,6 +134,13 @@ def find_routers(gm: GraphModule) -> list[Linear]:
             seen.add(node)
             stack.extend(node.all_input_nodes)
     return [linear for node, linear in linears.items() if node in found]
+
+
+def _picks(node: Node) -> bool:
+    """Whether a node tells where the largest values are."""
+    if node.target is aten.max.dim:
+        return any(user.args[1] == 1 for user in node.users)
+    return node.target is aten.topk.default
 
 
 _SCORE_OPS = frozenset(

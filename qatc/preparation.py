@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from qatc import integer
 from qatc.capture import Template
-from qatc.causality import attends_ahead
+from qatc.causality import why_not_causal
 from qatc.errors import CaptureError, ConfigError
 from qatc.graph import weight_sites
 from qatc.models import find_regions, is_transformers_model
@@ -116,7 +116,7 @@ def prepare(
     Raises:
         ConfigError: the model is prepared already, a skip pattern names no parameter, or the
             recipe does not allow the integer forward that was asked for.
-        CaptureError: a layer cannot be captured, or is that of an encoder.
+        CaptureError: a layer cannot be captured, or is none of a causal decoder.
         PassError: a pass found nothing to quantize.
     """
     if hasattr(model, _PREPARED):
@@ -215,17 +215,17 @@ def _capture_now(model: nn.Module, prepared: Prepared) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    _refuse_encoder(model, store, calls)
+    _refuse_uncacheable(model, store, calls)
     store.compile, store.dry_run = compiler, False
     for template in store:
         if compiler is not None:
             template.call = compiler(template.graph_module)
 
 
-def _refuse_encoder(
+def _refuse_uncacheable(
     model: nn.Module, store: TemplateStore, calls: list[tuple[TemplateForward, Any, Any]]
 ) -> None:
-    """Raise ``CaptureError`` if a layer attends to later tokens, so that nothing can be decoded."""
+    """Raise ``CaptureError`` if a layer could not decode from a cache of keys and values."""
     looked_at: set[int] = set()
     for forward, args, kwargs in calls:
         template, leaves = forward.find(args, kwargs, store)
@@ -233,12 +233,12 @@ def _refuse_encoder(
             continue
         looked_at.add(id(template))
         inputs = [*forward.parameters(template), *(leaves[i] for i in template.inputs)]
-        if attends_ahead(template.graph_module, inputs):
+        reason = why_not_causal(template.graph_module, inputs)
+        if reason is not None:
             raise CaptureError(
-                f"{forward.name} ({type(forward.module).__name__}) attends to later tokens, as the"
-                f" layers of an encoder do; qatc quantizes causal language models, and"
-                f" {type(model).__name__} as configured is none: choose another model, or, if it"
-                " can be a decoder, set is_decoder in its config.json"
+                f"{forward.name} ({type(forward.module).__name__}) {reason}; qatc quantizes causal"
+                f" language models of attention layers, and {type(model).__name__} as configured is"
+                " none: choose another model"
             )
 
 

@@ -41,6 +41,10 @@ def softcapping(config: Any) -> float | None:
     return None
 
 
+_STATEFUL = ("linear_attention", "lightning_attention", "conv", "mamba", "mamba2", "recurrent")
+"""What configs of hybrid models call layers without attention, in ``layer_types``."""
+
+
 def refuse_unsupported(model: Any) -> None:
     """Raise ``ConfigError`` with the reason if this Hugging Face model is none for qatc."""
     config, kind = model.config, type(model).__name__
@@ -50,6 +54,14 @@ def refuse_unsupported(model: Any) -> None:
             " models: choose another model"
         )
     text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    hybrid = [layer for layer in kinds if layer in _STATEFUL]
+    if hybrid:
+        raise ConfigError(
+            f"{len(hybrid)} of the {len(kinds)} layers of {kind} are of the kind {hybrid[0]}, which"
+            " keeps a recurrent or convolved state in place of keys and values; qatc has a cache"
+            " for attention only; choose another model"
+        )
     shared = getattr(text, "num_kv_shared_layers", 0)
     if shared:
         raise ConfigError(
