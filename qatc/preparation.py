@@ -283,8 +283,9 @@ def _transform(
     gm: GraphModule, owner: TemplateForward, recipe: Recipe, integer_forward: bool
 ) -> None:
     weights = [n for n, p in owner.module.named_parameters() if p.dim() == 2]
-    linears = any(name not in owner.skip for name in weights)
-    training_pipeline(recipe, owner.skip, linears, integer_forward)(gm)
+    skip = owner.skipped()
+    linears = any(name not in skip for name in weights)
+    training_pipeline(recipe, skip, linears, integer_forward)(gm)
 
 
 def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
