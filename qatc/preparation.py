@@ -92,8 +92,12 @@ def prepare(
 
     The decoder layers of a Hugging Face causal LM, or any other module as a whole, get a
     ``forward`` that runs a captured, transformed and compiled graph with the module's own
-    parameters. Nothing else changes: the module tree, the state dict, tied weights and hooks stay
-    as they are. :func:`restore` undoes it.
+    parameters. Nothing else changes: the module tree, the state dict, tied weights and the hooks
+    of the layers stay as they are. :func:`restore` undoes it.
+
+    Attributes may be changed afterwards: a graph is captured for what they are now. What is added
+    afterwards, such as LoRA adapters of peft, stays in full precision, around quantized weights.
+    Hooks on modules inside a layer would not be called, and are refused.
 
     A Hugging Face model is captured at once, on a tiny batch; other arguments (a mask, say) and
     other modules when they are first met. Batch and sequence are symbols: one graph serves all
@@ -119,6 +123,11 @@ def prepare(
         CaptureError: a layer cannot be captured, or is none of a causal decoder.
         PassError: a pass found nothing to quantize.
     """
+    if any("base_layer" in module._modules for module in model.modules()):
+        raise ConfigError(
+            "the model has adapters (LoRA, say), which would be quantized like its own weights;"
+            " prepare it first and add them then: get_peft_model(qatc.prepare(model, recipe), ...)"
+        )
     if hasattr(model, _PREPARED):
         raise ConfigError("the model is prepared already; call qatc.restore(model) first")
     _refuse_idle_patterns(model, recipe)

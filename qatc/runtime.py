@@ -9,6 +9,7 @@ calls transformers models work with it.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
@@ -110,21 +112,33 @@ def _build(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+_BUILDING = threading.local()
+"""Whether this thread builds a model whose parameters get no storage."""
+
+
+def _move_to_meta(
+    module: nn.Module, name: str, parameter: nn.Parameter | None
+) -> nn.Parameter | None:
+    if not getattr(_BUILDING, "on_meta", False) or parameter is None:
+        return None  # which leaves the parameter as it is
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
+register_module_parameter_registration_hook(_move_to_meta)  # type: ignore[arg-type]
+# Never removed: torch knows hooks for all threads only, and to change them would disturb others.
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """New modules get parameters without storage; buffers, which the config decides, are real."""
-    register = nn.Module.register_parameter
+    """Modules that this thread builds get parameters without storage.
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    Buffers, which the config decides, are real, and other threads build theirs as ever.
+    """
+    _BUILDING.on_meta = True
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _BUILDING.on_meta = False
 
 
 def _fill(

@@ -122,9 +122,13 @@ def is_convolution(module: nn.Module) -> bool:
 def skip_options(names: list[str]) -> str:
     """Options of the command line that leave parameters of these names in full precision.
 
-    One serves all layers: a number between dots gives way to a star.
+    One serves all layers: a number between dots gives way to a star. What stands under one module
+    named for experts goes by that name.
     """
     patterns = {
-        ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names
+        "*.experts.*"
+        if ".experts." in name
+        else ".".join("*" if part.isdigit() else part for part in name.split("."))
+        for name in names
     }
     return " ".join(f"--skip '{pattern}'" for pattern in sorted(patterns))
