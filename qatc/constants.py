@@ -12,6 +12,7 @@ what every dictionary and list held, and compares that by identity, which takes 
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
 import itertools
@@ -19,7 +20,7 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Iterable
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -204,9 +205,9 @@ class _Reader:
         parts: tuple[Any, ...]
         if base in (int, float, complex, str, bytes):
             parts = (self.read(base(value)),)
-        elif base is tuple:
+        elif isinstance(value, tuple):
             parts = tuple(map(self.read, value))
-        elif isinstance(value, list):
+        elif isinstance(value, (list, collections.deque)):
             self._lists.append((value, list(value)))
             parts = tuple(map(self.read, value))
         elif isinstance(value, dict):
@@ -215,7 +216,10 @@ class _Reader:
         elif isinstance(value, (set, frozenset)):
             self._lists.append((value, list(value)))
             parts = (frozenset(map(self.read, value)),)
-        elif base is object:
+        elif isinstance(value, bytearray):
+            self._unwatched = True
+            parts = (bytes(value),)
+        elif base in (object, SimpleNamespace):
             parts = ()
         else:
             return Same(value)  # written in C, which keeps to itself what it holds

@@ -216,7 +216,9 @@ def _what_changed(captured: Sequence[tuple[Structure, Any, _Known]]) -> str:
     names = before.differences(after)
     if old_call == call:
         spec, kinds = call
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(kinds), spec))[0]
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(kinds))), spec))[
+            0
+        ]
         changed = [i for i in new.constants if new.constants[i] != old.constants.get(i)]
         names += [f"its argument {pytree.keystr(paths[i][0][1:]).strip('[]')}" for i in changed]
     listed = ", ".join(names[:3]) or "what it is called with"

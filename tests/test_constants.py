@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,8 @@ CYCLE.append(CYCLE)
         ((1, 2), (1, 2), [1, 2]),
         ((1, (2, "x")), (1, (2, "x")), (1, (2, "y"))),
         ([1, [2]], [1, [2]], [1, [3]]),
+        (deque([1]), deque([1]), deque([2])),
+        (bytearray(b"a"), bytearray(b"a"), bytearray(b"b")),
         ({"a": 1}, {"a": 1}, {"a": 2}),
         ({1, 2}, {2, 1}, {1, 3}),
         (slice(1, 2), slice(1, 2), slice(1, 3)),
