@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from qatc.errors import CaptureError
+from qatc.probes import Probe, is_watched
 
 LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_id")
 """Attributes that number a layer. Most layers read them for a KV cache alone, and may share a graph
@@ -123,7 +124,7 @@ def capture(
     while True:
         probes = {i for i, leaf in enumerate(leaves) if is_watched(leaf)} - read
         touched: set[int] = set()
-        given = [_Probe(i, touched) if i in probes else leaf for i, leaf in enumerate(leaves)]
+        given = [Probe(i, touched) if i in probes else leaf for i, leaf in enumerate(leaves)]
         numbers.clear()
         try:
             exported = _export(module, given, inputs, spec)
@@ -155,16 +156,6 @@ def _export(
         )
 
 
-def is_watched(leaf: Any) -> bool:
-    """Whether :func:`capture` finds out if an argument is read, so that it may change if not.
-
-    That cannot be found out for tensors, which are inputs, nor for ``None`` and booleans, which
-    code tells by ``is``.
-    """
-    constant = leaf is None or isinstance(leaf, (bool, torch.dtype, torch.device))
-    return not (constant or isinstance(leaf, Tensor))
-
-
 def _refuse_objects(leaves: Sequence[Any], read: Collection[int], name: str) -> None:
     for leaf in (leaves[i] for i in sorted(read)):
         if not isinstance(leaf, (int, float, str)):
@@ -173,45 +164,6 @@ def _refuse_objects(leaves: Sequence[Any], read: Collection[int], name: str) -> 
                 f"{name} was called with a {type(leaf).__name__}, which a captured graph cannot"
                 f" take{hint}"
             )
-
-
-class _Read(Exception):
-    """A stand-in for an argument was looked at."""
-
-
-class _Probe:
-    """Stands for an argument while a module is captured, and notes if it is looked at.
-
-    It may be handed on, but whatever else is done with it, by an operator, a function or an
-    attribute (``__class__``, which ``isinstance`` reads, among them), fails.
-    """
-
-    __slots__ = ("_touch",)
-
-    def __init__(self, position: int, touched: set[int]) -> None:
-        object.__setattr__(self, "_touch", lambda: touched.add(position))
-
-    def __getattribute__(self, name: str) -> Any:
-        object.__getattribute__(self, "_touch")()
-        raise _Read(name)
-
-
-def _forbid(name: str) -> Callable[..., Any]:
-    def touch(probe: _Probe, *_: Any) -> Any:
-        object.__getattribute__(probe, "_touch")()
-        raise _Read(name)
-
-    return touch
-
-
-_KEPT = (
-    *("__new__", "__init__", "__del__", "__class__", "__doc__", "__slots__", "__getattribute__"),
-    *("__init_subclass__", "__subclasshook__", "__class_getitem__", "__setattr__", "__delattr__"),
-)
-_OPERATORS = {*dir(int), *dir(float), *dir(str), *dir(dict), "__iter__", "__call__", "__index__"}
-for _name in sorted(_OPERATORS.difference(_KEPT)):
-    if _name.startswith("__"):  # Python looks these up on the class
-        setattr(_Probe, _name, _forbid(_name))
 
 
 class _Flat(nn.Module):

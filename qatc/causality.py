@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from qatc.graph import ATTENTION, Attention, aten, find_attentions, shape_of
+from qatc.graph import ATTENTION, Attention, aten, find_attentions, mixes_neighbours, shape_of
 
 _BLOCKED = -1e4
 """Scores that a float mask lowers by this much, or more, get no weight."""
@@ -28,7 +28,7 @@ def why_not_causal(gm: GraphModule, inputs: Sequence[Tensor]) -> str | None:
         inputs: all that it takes, in order: the tensors of a real call.
     """
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-    if any(node.target in _CONVOLUTIONS for node in nodes):
+    if mixes_neighbours(gm):
         return "convolves neighbouring tokens, as hybrid models do, for which there is no cache"
     if not any(_is_attention(node) for node in nodes):
         return "has no attention but keeps a recurrent state, as hybrid models do"
@@ -37,10 +37,6 @@ def why_not_causal(gm: GraphModule, inputs: Sequence[Tensor]) -> str | None:
     return None
 
 
-_CONVOLUTIONS = (
-    *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
-    aten.convolution.default,
-)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _BETWEEN = (

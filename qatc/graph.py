@@ -173,6 +173,21 @@ def find_attentions(gm: GraphModule) -> list[Attention]:
     ]
 
 
+def mixes_neighbours(gm: GraphModule) -> bool:
+    """Whether a graph convolves, with more than one tap: then a token needs those before it."""
+    return any(
+        max((int(size) for size in shape_of(as_node(node.args[1]))[2:]), default=1) > 1
+        for node in gm.graph.nodes
+        if node.op == "call_function" and node.target in _CONVOLUTIONS
+    )
+
+
+_CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
+    aten.convolution.default,
+)
+
+
 def find_projections(node: Node) -> list[Node]:
     """The linear nodes that ``node`` is computed from, without crossing a linear."""
     found: list[Node] = []

@@ -35,7 +35,8 @@ from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.preparation import can_compile, inductor, recipe_allows_integers, training_pipeline
 from qatc.recipe import Recipe
-from qatc.templates import Structure, TemplateForward, TemplateStore
+from qatc.structure import Structure
+from qatc.templates import TemplateForward, TemplateStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,6 @@ template that fits its arguments, and the store captures one where there is none
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -26,55 +25,23 @@ from torch._dynamo.convert_frame import compile_lock
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from qatc.capture import Number, Template, capture, is_watched, serves
+from qatc.capture import Number, Template, capture, serves
 from qatc.constants import Constants, comparable
 from qatc.errors import CaptureError, PassError
 from qatc.graph import aten, insert_between, is_fake_quantize, reads_master
+from qatc.probes import is_watched
+from qatc.structure import (
+    Structure,
+    every_parameter,
+    every_tensor,
+    hooks_inside,
+    hooks_of,
+    refuse_hooks,
+)
 
 _CAPTURING = compile_lock
 """Held while a layer is captured. Capturing and compiling change the same globals of torch, so that
 the lock that torch itself holds while it compiles is the one that keeps several threads apart."""
-
-
-class Structure:
-    """What must be equal for two modules to share a graph, whatever their arguments.
-
-    Attributes:
-        constants: what Python code may branch on, see :mod:`qatc.constants`.
-        tensors: names, shapes, dtypes and devices of parameters and buffers, and which are one.
-        skip: names of the parameters that stay in full precision.
-    """
-
-    __slots__ = ("_hash", "constants", "skip", "tensors")
-
-    def __init__(
-        self, constants: tuple[Any, ...], tensors: tuple[Any, ...], skip: tuple[str, ...]
-    ) -> None:
-        self.constants, self.tensors, self.skip = constants, tensors, skip
-        self._hash = hash((constants, tensors, skip))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        return (
-            isinstance(other, Structure)
-            and self._hash == other._hash
-            and (self.constants, self.tensors, self.skip)
-            == (other.constants, other.tensors, other.skip)
-        )
-
-    def differences(self, other: Structure) -> list[str]:
-        """Names of the attributes and tensors that differ."""
-        pairs = ((self.constants, other.constants), (self.tensors, other.tensors))
-        changed = {
-            ".".join(str(part) for part in entry[:2] if isinstance(part, str) and part)
-            for mine, others in pairs
-            for entry in {*mine} ^ {*others}
-        }
-        return sorted(changed - {""})
 
 
 @dataclass
@@ -185,10 +152,10 @@ class TemplateStore:
         if len(captured) <= GRAPHS_PER_MODULE:
             return
         structure, call, known = captured.pop(0)
-        candidates = self._known.get(structure, {}).get(call, [])
-        self._known.get(structure, {})[call] = [k for k in candidates if k is not known]
-        if not any(self._known[structure].values()):
-            del self._known[structure]
+        calls = self._known.get(structure, {})
+        calls[call] = [k for k in calls.get(call, []) if k is not known]
+        if not any(calls.values()):
+            self._known.pop(structure, None)
         if owner.name in self._warned:
             return
         self._warned.add(owner.name)
@@ -216,12 +183,11 @@ def _what_changed(captured: Sequence[tuple[Structure, Any, _Known]]) -> str:
     names = before.differences(after)
     if old_call == call:
         spec, kinds = call
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(kinds))), spec))[
-            0
-        ]
+        numbered = pytree.tree_unflatten(list(range(len(kinds))), spec)
+        paths = pytree.tree_flatten_with_path(numbered)[0]
         changed = [i for i in new.constants if new.constants[i] != old.constants.get(i)]
         names += [f"its argument {pytree.keystr(paths[i][0][1:]).strip('[]')}" for i in changed]
-    listed = ", ".join(names[:3]) or "what it is called with"
+    listed = ", ".join(names[:3]) or "what it is made of"
     return f"{listed} change{'' if len(names) > 1 else 's'}"
 
 
@@ -267,7 +233,7 @@ class TemplateForward:
         self.store = store
         self.skip = skip
         self.original: Callable[..., Any] | None = module.__dict__.get("forward")
-        self._names = frozenset(name for name, _ in _every_parameter(module))
+        self._names = frozenset(name for name, _ in every_parameter(module))
         self._paths = weakref.WeakKeyDictionary({m: p for p, m in module.named_modules()})
         self._look()
 
@@ -286,7 +252,7 @@ class TemplateForward:
         time; where nothing has, that costs microseconds.
         """
         if self._constants.refresh():
-            self._tensors = _every_tensor(self.module)
+            self._tensors = every_tensor(self.module)
             self._hooks = self._known = None
         properties = [(t.shape, t.dtype, t.device) for _, t in self._tensors]
         if self._known is None or self._known[0] != properties:
@@ -323,7 +289,7 @@ class TemplateForward:
             CaptureError: a submodule has hooks, or its outputs are asked for.
         """
         if self._hooks is None:
-            self._hooks = _hooks_inside(self.module)
+            self._hooks = hooks_inside(self.module)
         if any(self._hooks):
             refuse_hooks(self.module, self.name)
         for name, value in kwargs.items():
@@ -346,7 +312,7 @@ class TemplateForward:
         finally:
             self.install()
         for child in twin.modules():
-            for hooks in _hooks_of(child):
+            for hooks in hooks_of(child):
                 hooks.clear()
             vars(child).pop("gradient_checkpointing", None)
         return twin if dtype is None else _cast_module(twin, dtype)
@@ -471,52 +437,6 @@ def _with_gradient(leaves: Sequence[Any], inputs: Sequence[int]) -> list[Any]:
     if first.is_floating_point() and not first.requires_grad:
         leaves[inputs[0]] = first.detach().requires_grad_()
     return leaves
-
-
-def _every_parameter(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return module.named_parameters(remove_duplicate=False)
-
-
-def _every_tensor(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers, of those that are tied every one."""
-    return [*_every_parameter(module), *module.named_buffers(remove_duplicate=False)]
-
-
-def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return (
-        *(module._forward_hooks, module._forward_pre_hooks),
-        *(module._backward_hooks, module._backward_pre_hooks),
-    )
-
-
-def _hooks_inside(module: nn.Module) -> list[dict[int, Any]]:
-    """The hooks of everything inside ``module``: its own are called, as ever."""
-    inside = itertools.islice(module.modules(), 1, None)
-    return [hooks for child in inside for hooks in _hooks_of(child)]
-
-
-def refuse_hooks(module: nn.Module, name: str) -> None:
-    """Raise ``CaptureError`` if a submodule has hooks, which would silently not be called.
-
-    Those that transformers puts everywhere, to collect what :meth:`TemplateForward.check_call`
-    refuses to give, do nothing without being asked.
-    """
-    found = [
-        f"{name}.{path}" if name else path
-        for path, child in itertools.islice(module.named_modules(), 1, None)
-        for hooks in _hooks_of(child)
-        if any(getattr(hook, "__module__", "") != _COLLECTING for hook in hooks.values())
-    ]
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise CaptureError(
-            f"there are hooks on {', '.join(found[:3])}{more}, which would never be called, as"
-            f" {name or 'the module'} runs as one captured graph; remove them, put them on"
-            f" {name or 'the module'} itself, or call qatc.restore(model) first"
-        )
-
-
-_COLLECTING = "transformers.utils.output_capturing"
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
