@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
-from qatc.graph import Attention, argument, find_attentions, quantizer_of, shape_of
+from qatc.graph import (
+    Attention,
+    argument,
+    find_attentions,
+    mixes_neighbours,
+    quantizer_of,
+    shape_of,
+)
 from qatc.kv_cache import cache_shapes, cached_attention, quantized_attention
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
@@ -47,6 +54,11 @@ class InsertKVCache(GraphPass):
         if len(attentions) != 1:
             raise PassError(
                 f"a layer with {len(attentions)} attentions has no place for one KV cache"
+            )
+        if mixes_neighbours(gm):
+            raise PassError(
+                "the layer convolves neighbouring tokens, of which a cache of keys and values holds"
+                " nothing; choose a model without recurrent or convolved layers"
             )
         attention = attentions[0]
         if attention.mask is not None:

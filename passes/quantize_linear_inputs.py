@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from qatc import ops
 from qatc.errors import PassError
-from qatc.graph import find_linears, insert_between, is_fake_quantize, matches, shape_of
+from qatc.graph import find_quantizable, insert_between, is_fake_quantize, shape_of
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.spec import QuantSpec
@@ -30,9 +30,7 @@ class QuantizeLinearInputs(GraphPass):
     def edit(self, gm: GraphModule) -> Edits:
         users: dict[Node, list[Node]] = {}
         done = 0
-        for linear in find_linears(gm):
-            if matches(linear.parameter, self.skip):
-                continue
+        for linear in find_quantizable(gm, self.skip):
             if is_fake_quantize(linear.input):
                 done += 1
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from qatc import ops
-from qatc.graph import find_linears, insert_between, is_quantized, matches
+from qatc.graph import find_quantizable, insert_between, is_quantized
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
@@ -30,9 +30,7 @@ class QuantizeWeights(GraphPass):
     def edit(self, gm: GraphModule) -> Edits:
         users: dict[Node, list[Node]] = {}
         done = 0
-        for linear in find_linears(gm):
-            if matches(linear.parameter, self.skip):
-                continue
+        for linear in find_quantizable(gm, self.skip):
             if is_quantized(linear.weight):
                 done += 1
                 continue

@@ -19,10 +19,11 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from qatc.errors import CaptureError
+from qatc.probes import Probe, is_watched
 
 LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_id")
 """Attributes that number a layer. Most layers read them for a KV cache alone, and may share a graph
-whatever their number; :class:`Template` knows which were read while it was captured."""
+whatever their number; a :class:`Template` knows which were read while it was captured."""
 
 Number = tuple[str, str]
 """Path of a submodule and name of its attribute."""
@@ -39,8 +40,8 @@ class Template:
         shapes: for every graph input, its sizes: a number, or the name of a symbol.
         ranges: smallest and largest size of the symbols that the graph holds for in part only.
         out_spec: how the flat outputs make up the module's result.
-        numbers: the layer numbers that were read while capturing, once for every layer that the
-            graph is known to serve.
+        numbers: the layer numbers that were read while capturing.
+        read: which leaves that are no graph inputs were read while capturing.
         call: ``graph_module``, or its compiled form.
     """
 
@@ -50,7 +51,8 @@ class Template:
     shapes: tuple[tuple[int | str, ...], ...]
     ranges: dict[str, tuple[float, float]]
     out_spec: pytree.TreeSpec
-    numbers: list[dict[Number, Any]]
+    numbers: dict[Number, Any]
+    read: tuple[int, ...]
     call: Callable[..., Any]
 
     def fits(self, leaves: Sequence[Any]) -> bool:
@@ -63,13 +65,6 @@ class Template:
                 if actual != expected:
                     return False
         return all(low <= sizes[name] <= high for name, (low, high) in self.ranges.items())
-
-    def serves(self, module: nn.Module) -> bool:
-        """Whether ``module``, of the structure that was captured, computes what the graph does."""
-        return any(
-            all(_read_number(module, number) == value for number, value in read.items())
-            for read in self.numbers
-        )
 
     def computes_like(self, other: Template) -> bool:
         """Whether the two graphs are the same, constants included."""
@@ -125,22 +120,50 @@ def capture(
     leaves, spec = pytree.tree_flatten((args, kwargs))
     inputs = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     numbers = _watch_numbers(module)
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(
-                _Flat(module, leaves, inputs, spec),
-                tuple(leaves[i] for i in inputs),
-                dynamic_shapes={"tensors": tuple(_all_dynamic(leaves[i]) for i in inputs)},
-                strict=False,
-            )
-    except Exception as error:  # torch.export raises many kinds
-        raise CaptureError(
-            f"cannot capture {title}: {_first_line(error)}; qatc needs layers that torch.export"
-            ' accepts and attention through SDPA (attn_implementation="sdpa")'
-        ) from error
+    read: set[int] = set()
+    while True:
+        probes = {i for i, leaf in enumerate(leaves) if is_watched(leaf)} - read
+        touched: set[int] = set()
+        given = [Probe(i, touched) if i in probes else leaf for i, leaf in enumerate(leaves)]
+        numbers.clear()
+        try:
+            exported = _export(module, given, inputs, spec)
+        except Exception as error:  # torch.export raises many kinds
+            if not probes:
+                raise CaptureError(
+                    f"cannot capture {title}: {_first_line(error)}; qatc needs layers that"
+                    ' torch.export accepts and attention through SDPA (attn_implementation="sdpa")'
+                ) from error
+            touched = touched or probes
+        if not touched:
+            break
+        read |= touched
+        _refuse_objects(leaves, read, name)
     outputs = exported.graph_signature.output_specs
     assert all(spec.kind is OutputKind.USER_OUTPUT for spec in outputs), "the graph is functional"
-    return _as_template(exported, inputs, numbers)
+    return _as_template(exported, inputs, numbers, tuple(sorted(read)))
+
+
+def _export(
+    module: nn.Module, leaves: Sequence[Any], inputs: tuple[int, ...], spec: pytree.TreeSpec
+) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(
+            _Flat(module, leaves, inputs, spec),
+            tuple(leaves[i] for i in inputs),
+            dynamic_shapes={"tensors": tuple(_all_dynamic(leaves[i]) for i in inputs)},
+            strict=False,
+        )
+
+
+def _refuse_objects(leaves: Sequence[Any], read: Collection[int], name: str) -> None:
+    for leaf in (leaves[i] for i in sorted(read)):
+        if not isinstance(leaf, (int, float, str)):
+            hint = "; generate with use_cache=False" if "Cache" in type(leaf).__name__ else ""
+            raise CaptureError(
+                f"{name} was called with a {type(leaf).__name__}, which a captured graph cannot"
+                f" take{hint}"
+            )
 
 
 class _Flat(nn.Module):
@@ -193,6 +216,14 @@ def _noting(number: Number, read: dict[Number, Any]) -> property:
     return property(get)
 
 
+def serves(numbers: Sequence[dict[Number, Any]], module: nn.Module) -> bool:
+    """Whether the layer numbers of ``module`` are among those that were read while capturing."""
+    return any(
+        all(_read_number(module, number) == value for number, value in read.items())
+        for read in numbers
+    )
+
+
 def _read_number(module: nn.Module, number: Number) -> Any:
     path, name = number
     return vars(module.get_submodule(path)).get(name)
@@ -204,7 +235,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _as_template(
-    exported: torch.export.ExportedProgram, inputs: tuple[int, ...], numbers: dict[Number, Any]
+    exported: torch.export.ExportedProgram,
+    inputs: tuple[int, ...],
+    numbers: dict[Number, Any],
+    read: tuple[int, ...],
 ) -> Template:
     gm = exported.graph_module
     placeholders = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
@@ -232,7 +266,8 @@ def _as_template(
         shapes=tuple(shapes),
         ranges=_ranges(exported, {size for shape in shapes for size in shape}),
         out_spec=out_spec,
-        numbers=[numbers],
+        numbers=numbers,
+        read=read,
         call=gm,
     )
 

@@ -103,11 +103,89 @@ def find_integer_linears(gm: GraphModule) -> list[Linear]:
     return found
 
 
+def find_quantizable(gm: GraphModule, skip: Iterable[str] = ()) -> list[Linear]:
+    """The linears whose input and weight are to be quantized, in graph order.
+
+    Args:
+        gm: the graph.
+        skip: patterns of weight names that stay in full precision. Those of routers do so as well:
+            a router chooses experts, so that a rounding error does not shade its result but takes
+            another expert, and it is a few thousandths of the weights.
+    """
+    routers = {router.node for router in find_routers(gm)}
+    return [
+        linear
+        for linear in find_linears(gm)
+        if linear.node not in routers and not matches(linear.parameter, skip)
+    ]
+
+
+def find_routers(gm: GraphModule) -> list[Linear]:
+    """The linears of whose outputs, row by row, the largest are picked out, in graph order."""
+    linears = {linear.node: linear for linear in find_linears(gm)}
+    found: dict[Node, None] = {}
+    stack = [as_node(n.args[0]) for n in gm.graph.nodes if _picks(n)]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in linears:
+            found[node] = None
+        elif node not in seen and _keeps_scores(node):
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return [linear for node, linear in linears.items() if node in found]
+
+
+def _picks(node: Node) -> bool:
+    """Whether a node tells where the largest values are."""
+    if node.target is aten.max.dim:
+        return any(user.args[1] == 1 for user in node.users)
+    return node.target is aten.topk.default
+
+
+_SCORE_OPS = frozenset(
+    {
+        *("softmax.int", "_softmax.default", "sigmoid.default", "to.dtype", "_to_copy.default"),
+        *("add.Tensor", "add_.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "div_.Tensor"),
+        *(
+            "view.default",
+            "reshape.default",
+            "masked_fill.Scalar",
+            "scatter_.value",
+            "detach.default",
+        ),
+        *("expand.default", "unsqueeze.default", "sum.dim_IntList", "sum.default", "clone.default"),
+        *("tanh.default", "detach.default", "softplus.default", "sqrt.default", "where.self"),
+    }
+)
+
+
+def _keeps_scores(node: Node) -> bool:
+    """Whether a node only rescales, reshapes or masks the scores that it reads."""
+    name = str(node.target).removeprefix("aten.")
+    return node.op == "call_function" and name in _SCORE_OPS
+
+
 def find_attentions(gm: GraphModule) -> list[Attention]:
     """All ``scaled_dot_product_attention`` nodes, in graph order."""
     return [
         Attention(n) for n in gm.graph.nodes if n.op == "call_function" and n.target is ATTENTION
     ]
+
+
+def mixes_neighbours(gm: GraphModule) -> bool:
+    """Whether a graph convolves, with more than one tap: then a token needs those before it."""
+    return any(
+        max((int(size) for size in shape_of(as_node(node.args[1]))[2:]), default=1) > 1
+        for node in gm.graph.nodes
+        if node.op == "call_function" and node.target in _CONVOLUTIONS
+    )
+
+
+_CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
+    aten.convolution.default,
+)
 
 
 def find_projections(node: Node) -> list[Node]:

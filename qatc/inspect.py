@@ -10,8 +10,16 @@ from torch import nn
 
 from qatc.capture import Template
 from qatc.device import pick_device
-from qatc.graph import find_attentions, find_linears, is_fake_quantize, parameter_name, shape_of
+from qatc.graph import (
+    find_attentions,
+    find_linears,
+    find_routers,
+    is_fake_quantize,
+    parameter_name,
+    shape_of,
+)
 from qatc.models.load import load_skeleton
+from qatc.models.support import is_convolution, owner_of
 from qatc.passes import pass_records
 from qatc.preparation import (
     prepare,
@@ -117,7 +125,7 @@ def inspect_model(name: str, recipe: Recipe, *, trust_remote_code: bool = False)
         model=name,
         bits=recipe.bits,
         kinds=kinds,
-        skipped=_skipped(model, recipe, quantized),
+        skipped=_skipped(model, recipe, quantized, _routers(groups)),
         parameters=sum(p.numel() for p in model.parameters()),
         size_gb=_sizes(model, recipe, quantized, width),
         kv_bytes_per_token=_kv_bytes(groups, recipe, width),
@@ -187,7 +195,9 @@ def _feeds_value(node: torch.fx.Node) -> bool:
     return False
 
 
-def _skipped(model: nn.Module, recipe: Recipe, quantized: set[str]) -> dict[str, str]:
+def _skipped(
+    model: nn.Module, recipe: Recipe, quantized: set[str], routers: set[str]
+) -> dict[str, str]:
     reasons = {}
     for name, parameter in model.named_parameters():
         if name in quantized:
@@ -195,6 +205,10 @@ def _skipped(model: nn.Module, recipe: Recipe, quantized: set[str]) -> dict[str,
         if recipe.skips(name):
             pattern = next(p for p in recipe.skip if Recipe(skip=(p,)).skips(name))
             reasons[name] = f"matches --skip {pattern}"
+        elif name in routers:
+            reasons[name] = "the router of a mixture of experts"
+        elif is_convolution(owner_of(model, name)):
+            reasons[name] = "the weight of a convolution"
         elif parameter.dim() < 2:
             reasons[name] = "not the weight of a linear layer"
         elif not recipe.weights.quantizes:
@@ -202,6 +216,16 @@ def _skipped(model: nn.Module, recipe: Recipe, quantized: set[str]) -> dict[str,
         else:
             reasons[name] = "not read by a linear inside a decoder layer"
     return reasons
+
+
+def _routers(groups: dict[int, tuple[Template, list[str]]]) -> set[str]:
+    """Names of the weights that choose experts."""
+    return {
+        f"{layer}.{router.parameter}"
+        for template, layers in groups.values()
+        for router in find_routers(template.graph_module)
+        for layer in layers
+    }
 
 
 def _sizes(

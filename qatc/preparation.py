@@ -17,9 +17,11 @@ from torch.fx import GraphModule
 
 from qatc import integer
 from qatc.capture import Template
-from qatc.errors import ConfigError
+from qatc.causality import why_not_causal
+from qatc.errors import CaptureError, ConfigError
 from qatc.graph import weight_sites
 from qatc.models import find_regions, is_transformers_model
+from qatc.models.support import refuse_stacked_weights, refuse_unstorable, refuse_unsupported
 from qatc.passes import (
     Canonicalize,
     GraphPass,
@@ -90,8 +92,12 @@ def prepare(
 
     The decoder layers of a Hugging Face causal LM, or any other module as a whole, get a
     ``forward`` that runs a captured, transformed and compiled graph with the module's own
-    parameters. Nothing else changes: the module tree, the state dict, tied weights and hooks stay
-    as they are. :func:`restore` undoes it.
+    parameters. Nothing else changes: the module tree, the state dict, tied weights and the hooks
+    of the layers stay as they are. :func:`restore` undoes it.
+
+    Attributes may be changed afterwards: a graph is captured for what they are now. What is added
+    afterwards, such as LoRA adapters of peft, stays in full precision, around quantized weights.
+    Hooks on modules inside a layer would not be called, and are refused.
 
     A Hugging Face model is captured at once, on a tiny batch; other arguments (a mask, say) and
     other modules when they are first met. Batch and sequence are symbols: one graph serves all
@@ -114,13 +120,21 @@ def prepare(
     Raises:
         ConfigError: the model is prepared already, a skip pattern names no parameter, or the
             recipe does not allow the integer forward that was asked for.
-        CaptureError: a layer cannot be captured.
+        CaptureError: a layer cannot be captured, or is none of a causal decoder.
         PassError: a pass found nothing to quantize.
     """
+    if any("base_layer" in module._modules for module in model.modules()):
+        raise ConfigError(
+            "the model has adapters (LoRA, say), which would be quantized like its own weights;"
+            " prepare it first and add them then: get_peft_model(qatc.prepare(model, recipe), ...)"
+        )
     if hasattr(model, _PREPARED):
         raise ConfigError("the model is prepared already; call qatc.restore(model) first")
     _refuse_idle_patterns(model, recipe)
-    _refuse_stacked_weights(model, recipe)
+    if is_transformers_model(model):
+        refuse_unsupported(model)
+        if recipe.weights.quantizes:
+            refuse_stacked_weights(model, recipe)
     obstacle = why_no_integer_forward(recipe, _device_of(model))
     if integer_forward is None:
         integer_forward = obstacle is None
@@ -146,7 +160,8 @@ def prepare(
     if is_transformers_model(model):
         model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
         try:
-            _capture_now(model, store)
+            _capture_now(model, prepared)
+            refuse_unstorable(model, quantized_parameters(model))
         except BaseException:
             restore(model)
             raise
@@ -190,16 +205,50 @@ def quantized_parameters(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def _capture_now(model: nn.Module, store: TemplateStore) -> None:
+def _capture_now(model: nn.Module, prepared: Prepared) -> None:
     """Run a tiny batch, so that what cannot be captured or quantized is known at once."""
+    store, calls = prepared.store, []
+
+    def note(forward: TemplateForward, module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((forward, args, dict(kwargs)))
+
+    hooks = [
+        forward.module.register_forward_pre_hook(partial(note, forward), with_kwargs=True)
+        for forward in prepared.forwards
+    ]
     compiler, store.compile, store.dry_run = store.compile, None, True
     ids = torch.zeros((2, 8), dtype=torch.long, device=next(model.parameters()).device)
-    with torch.autocast(ids.device.type, store.compute_dtype, store.compute_dtype is not None):
-        model(input_ids=ids, use_cache=False)
+    try:
+        with torch.autocast(ids.device.type, store.compute_dtype, store.compute_dtype is not None):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _refuse_uncacheable(model, store, calls)
     store.compile, store.dry_run = compiler, False
     for template in store:
         if compiler is not None:
             template.call = compiler(template.graph_module)
+
+
+def _refuse_uncacheable(
+    model: nn.Module, store: TemplateStore, calls: list[tuple[TemplateForward, Any, Any]]
+) -> None:
+    """Raise ``CaptureError`` if a layer could not decode from a cache of keys and values."""
+    looked_at: set[int] = set()
+    for forward, args, kwargs in calls:
+        template, leaves = forward.find(args, kwargs, store)
+        if id(template) in looked_at:
+            continue
+        looked_at.add(id(template))
+        inputs = [*forward.parameters(template), *(leaves[i] for i in template.inputs)]
+        reason = why_not_causal(template.graph_module, inputs)
+        if reason is not None:
+            raise CaptureError(
+                f"{forward.name} ({type(forward.module).__name__}) {reason}; qatc quantizes causal"
+                f" language models of attention layers, and {type(model).__name__} as configured is"
+                " none: choose another model"
+            )
 
 
 def can_compile() -> bool:
@@ -243,8 +292,9 @@ def _transform(
     gm: GraphModule, owner: TemplateForward, recipe: Recipe, integer_forward: bool
 ) -> None:
     weights = [n for n, p in owner.module.named_parameters() if p.dim() == 2]
-    linears = any(name not in owner.skip for name in weights)
-    training_pipeline(recipe, owner.skip, linears, integer_forward)(gm)
+    skip = owner.skipped()
+    linears = any(name not in skip for name in weights)
+    training_pipeline(recipe, skip, linears, integer_forward)(gm)
 
 
 def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
@@ -256,20 +306,6 @@ def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
                 f"the skip pattern {pattern!r} matches no parameter; names look like"
                 f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
             )
-
-
-def _refuse_stacked_weights(model: nn.Module, recipe: Recipe) -> None:
-    """A mixture of experts keeps most of its weights where no pass would find them."""
-    if not is_transformers_model(model) or not recipe.weights.quantizes:
-        return
-    for name, region in find_regions(model):
-        for own, parameter in region.named_parameters():
-            if parameter.dim() > 2 and not recipe.skips(f"{name}.{own}"):
-                raise ConfigError(
-                    f"{name}.{own} stacks weights in {parameter.dim()} dimensions, as experts do,"
-                    " which qatc cannot quantize; leave them in full precision with"
-                    f" --skip '*.{own.rsplit('.', 2)[-2]}.*', or choose a dense model"
-                )
 
 
 def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:

@@ -9,6 +9,7 @@ calls transformers models work with it.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
@@ -33,12 +35,16 @@ from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.preparation import can_compile, inductor, recipe_allows_integers, training_pipeline
 from qatc.recipe import Recipe
+from qatc.structure import Structure
 from qatc.templates import TemplateForward, TemplateStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _RUNTIME = "_qatc_runtime"
+
+SIGNATURES = 64
+"""Ways of calling a layer whose templates are remembered."""
 
 
 def load(
@@ -107,21 +113,33 @@ def _build(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+_BUILDING = threading.local()
+"""Whether this thread builds a model whose parameters get no storage."""
+
+
+def _move_to_meta(
+    module: nn.Module, name: str, parameter: nn.Parameter | None
+) -> nn.Parameter | None:
+    if not getattr(_BUILDING, "on_meta", False) or parameter is None:
+        return None  # which leaves the parameter as it is
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
+register_module_parameter_registration_hook(_move_to_meta)  # type: ignore[arg-type]
+# Never removed: torch knows hooks for all threads only, and to change them would disturb others.
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """New modules get parameters without storage; buffers, which the config decides, are real."""
-    register = nn.Module.register_parameter
+    """Modules that this thread builds get parameters without storage.
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    Buffers, which the config decides, are real, and other threads build theirs as ever.
+    """
+    _BUILDING.on_meta = True
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _BUILDING.on_meta = False
 
 
 def _fill(
@@ -245,12 +263,12 @@ class LoweredForward(TemplateForward):
         super().__init__(module, name, runtime.scoring, skip)
         self.runtime, self.number = runtime, number
         self.prototype = copy.deepcopy(module).eval()
-        self._structure = super().structure()
+        self._own_structure = super().structure()
         self._found: dict[Any, list[Template]] = {}
         self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
 
-    def structure(self) -> Any:
-        return self._structure
+    def structure(self) -> Structure:
+        return self._own_structure
 
     def find(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], store: TemplateStore
@@ -262,6 +280,8 @@ class LoweredForward(TemplateForward):
         signature, leaves = _signature(args, kwargs)
         if signature is None:
             return super().find(args, kwargs, store)
+        if len(self._found) > SIGNATURES:  # an argument that the layer does not read may change
+            self._found.clear()
         known = self._found.setdefault((id(store), signature), [])
         for template in known:
             if template.fits(leaves):
@@ -294,7 +314,8 @@ class LoweredForward(TemplateForward):
                     child._buffers[key] = buffer.to(self.runtime.device)
         return twin
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_call(kwargs)
         args, kwargs, cache, mask = take_out(args, kwargs)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         self._refuse_moved(hidden)

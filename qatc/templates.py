@@ -12,10 +12,11 @@ template that fits its arguments, and the store captures one where there is none
 from __future__ import annotations
 
 import copy
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -24,13 +25,46 @@ from torch._dynamo.convert_frame import compile_lock
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from qatc.capture import LAYER_NUMBERS, Template, capture
+from qatc.capture import Number, Template, capture, serves
+from qatc.constants import Constants, comparable
 from qatc.errors import CaptureError, PassError
 from qatc.graph import aten, insert_between, is_fake_quantize, reads_master
+from qatc.probes import is_watched
+from qatc.structure import (
+    Structure,
+    every_parameter,
+    every_tensor,
+    hooks_inside,
+    hooks_of,
+    refuse_hooks,
+)
 
 _CAPTURING = compile_lock
 """Held while a layer is captured. Capturing and compiling change the same globals of torch, so that
 the lock that torch itself holds while it compiles is the one that keeps several threads apart."""
+
+
+@dataclass
+class _Known:
+    """A template, and which calls of which modules it is known to serve.
+
+    Attributes:
+        numbers: the layer numbers that were read while capturing, once for every layer that was
+            captured, of one structure, and gave this graph.
+        constants: the values of the arguments that were read, by their position.
+    """
+
+    template: Template
+    numbers: list[dict[Number, Any]]
+    constants: dict[int, Any]
+
+    def serves(self, module: nn.Module, leaves: Sequence[Any]) -> bool:
+        """Whether a call of ``module``, of the structure that was captured, is one of these."""
+        return (
+            self.template.fits(leaves)
+            and all(comparable(leaves[i]) == value for i, value in self.constants.items())
+            and serves(self.numbers, module)
+        )
 
 
 @dataclass
@@ -50,45 +84,45 @@ class TemplateStore:
     compile: Callable[[GraphModule], Callable[..., Any]] | None = None
     compute_dtype: torch.dtype | None = None
     dry_run: bool = False
-    _templates: dict[Any, list[Template]] = field(default_factory=dict)
+    _known: dict[Structure, dict[Any, list[_Known]]] = field(default_factory=dict)
+    _captured: dict[str, list[tuple[Structure, Any, _Known]]] = field(default_factory=dict)
+    _warned: set[str] = field(default_factory=set)
 
     def __iter__(self) -> Iterator[Template]:
-        return (t for candidates in self._templates.values() for t in candidates)
+        found = (k for calls in self._known.values() for known in calls.values() for k in known)
+        return iter({id(known.template): known.template for known in found}.values())
 
     def of(self, owner: TemplateForward) -> list[Template]:
-        """The templates captured so far that serve ``owner``."""
-        structure = owner.structure()
+        """The templates captured so far that serve ``owner``, as it is now."""
+        calls = self._known.get(owner.structure(), {})
         return [
-            template
-            for key, candidates in self._templates.items()
-            for template in candidates
-            if key[0] == structure and template.serves(owner.module)
+            known.template
+            for candidates in calls.values()
+            for known in candidates
+            if serves(known.numbers, owner.module)
         ]
 
     def find(
         self, owner: TemplateForward, leaves: Sequence[Any], spec: pytree.TreeSpec
     ) -> Template:
         """The template that fits a call of ``owner``, captured if there is none yet."""
-        key = (owner.structure(), spec, tuple(_leaf_key(leaf, owner.name) for leaf in leaves))
-        candidates = self._templates.setdefault(key, [])
+        structure = owner.structure()
+        call = (spec, tuple(_kind_of(leaf) for leaf in leaves))
 
         def known() -> Template | None:
-            serving = (t for t in candidates if t.fits(leaves) and t.serves(owner.module))
+            candidates = self._known.get(structure, {}).get(call, ())
+            serving = (k.template for k in candidates if k.serves(owner.module, leaves))
             return next(serving, None)
 
         if (template := known()) is not None:
             return template
         with _CAPTURING:
-            return known() or self._capture(owner, candidates, leaves, spec)
+            return known() or self._capture(owner, structure, call, leaves)
 
     def _capture(
-        self,
-        owner: TemplateForward,
-        candidates: list[Template],
-        leaves: Sequence[Any],
-        spec: pytree.TreeSpec,
+        self, owner: TemplateForward, structure: Structure, call: Any, leaves: Sequence[Any]
     ) -> Template:
-        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+        args, kwargs = pytree.tree_unflatten(list(leaves), call[0])
         template = capture(owner.twin(), args, kwargs, owner.name)
         try:
             self.transform(template.graph_module, owner)
@@ -97,29 +131,73 @@ class TemplateStore:
         if self.compute_dtype is not None:
             _cast_parameters(template.graph_module, self.compute_dtype)
         template.find_parameters()
-        for other in candidates:
-            if other.computes_like(template):
-                other.numbers += template.numbers
-                return other
-        if self.compile is not None:
+        constants = {i: comparable(leaves[i]) for i in template.read}
+        candidates = self._known.setdefault(structure, {}).setdefault(call, [])
+        equal = next((t for t in self if t.computes_like(template)), None)
+        if equal is None and self.compile is not None:
             template.call = self.compile(template.graph_module)
-        candidates.append(template)
-        return template
+        known = _Known(equal or template, [template.numbers], constants)
+        for other in candidates:
+            if other.template is equal and other.constants == constants:
+                other.numbers.append(template.numbers)
+                return other.template
+        candidates.append(known)
+        self._bound(owner, (structure, call, known))
+        return known.template
+
+    def _bound(self, owner: TemplateForward, new: tuple[Structure, Any, _Known]) -> None:
+        """Drop the oldest graph of a module that keeps needing another one, and say so once."""
+        captured = self._captured.setdefault(owner.name, [])
+        captured.append(new)
+        if len(captured) <= GRAPHS_PER_MODULE:
+            return
+        structure, call, known = captured.pop(0)
+        calls = self._known.get(structure, {})
+        calls[call] = [k for k in calls.get(call, []) if k is not known]
+        if not any(calls.values()):
+            self._known.pop(structure, None)
+        if owner.name in self._warned:
+            return
+        self._warned.add(owner.name)
+        warnings.warn(
+            f"{owner.name or 'the module'} has been captured {GRAPHS_PER_MODULE + 1} times, as"
+            f" {_what_changed(captured[-2:])} from call to call; each value takes a graph of its"
+            f" own, which is slow, and only the last {GRAPHS_PER_MODULE} are kept: pass what"
+            " changes as a tensor, or leave it out",
+            stacklevel=2,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TemplateStore:
         # Templates hold no parameters, so that a copied model can go on using them.
         return self
 
 
-def _leaf_key(leaf: Any, name: str) -> Any:
+GRAPHS_PER_MODULE = 16
+"""Graphs that are kept of those that were captured for one module. Masks, sizes of one, dtypes and
+training or not need a few; more are needed only where a constant changes all the time."""
+
+
+def _what_changed(captured: Sequence[tuple[Structure, Any, _Known]]) -> str:
+    """What differs between two calls of one module, in words."""
+    (before, old_call, old), (after, call, new) = captured
+    names = before.differences(after)
+    if old_call == call:
+        spec, kinds = call
+        numbered = pytree.tree_unflatten(list(range(len(kinds))), spec)
+        paths = pytree.tree_flatten_with_path(numbered)[0]
+        changed = [i for i in new.constants if new.constants[i] != old.constants.get(i)]
+        names += [f"its argument {pytree.keystr(paths[i][0][1:]).strip('[]')}" for i in changed]
+    listed = ", ".join(names[:3]) or "what it is made of"
+    return f"{listed} change{'' if len(names) > 1 else 's'}"
+
+
+def _kind_of(leaf: Any) -> Any:
+    """What decides a graph about an argument, but for its value if that turns out to be read."""
     if isinstance(leaf, Tensor):
         return leaf.dim(), leaf.dtype, leaf.device.type
-    if leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
-        return leaf
-    hint = "; generate with use_cache=False" if "Cache" in type(leaf).__name__ else ""
-    raise CaptureError(
-        f"{name} was called with a {type(leaf).__name__}, which a captured graph cannot take{hint}"
-    )
+    if is_watched(leaf):
+        return type(leaf)
+    return comparable(leaf)
 
 
 def _cast_parameters(gm: GraphModule, dtype: torch.dtype) -> None:
@@ -155,22 +233,77 @@ class TemplateForward:
         self.store = store
         self.skip = skip
         self.original: Callable[..., Any] | None = module.__dict__.get("forward")
-        self._constants = _constants(module)
+        self._names = frozenset(name for name, _ in every_parameter(module))
+        self._paths = weakref.WeakKeyDictionary({m: p for p, m in module.named_modules()})
+        self._look()
 
-    def structure(self) -> Any:
-        """What must be equal for two modules to share a graph, whatever their arguments."""
-        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
-        return (
-            type(self.module),
-            tuple((name, t.shape, t.dtype, t.device) for name, t in tensors),
-            self.module.training,
-            self._constants,
-            self.skip,
-        )
+    def _look(self) -> None:
+        """Look at the module anew: what is known of it was of another one."""
+        opaque = (TemplateForward, TemplateStore)
+        self._constants = Constants(self.module, opaque, lambda: self.original)
+        self._tensors: list[tuple[str, Tensor]] = []
+        self._hooks: list[Any] | None = None
+        self._known: tuple[list[Any], Structure] | None = None
+
+    def structure(self) -> Structure:
+        """What must be equal for two modules to share a graph, whatever their arguments.
+
+        It is looked up in every call, since attributes, parameters and submodules may change at any
+        time; where nothing has, that costs microseconds.
+        """
+        if self._constants.refresh():
+            self._tensors = every_tensor(self.module)
+            self._hooks = self._known = None
+        properties = [(t.shape, t.dtype, t.device) for _, t in self._tensors]
+        if self._known is None or self._known[0] != properties:
+            first: dict[int, int] = {}
+            tensors = tuple(
+                (name, *held, first.setdefault(id(tensor), number))
+                for number, ((name, tensor), held) in enumerate(
+                    zip(self._tensors, properties, strict=True)
+                )
+            )
+            structure = Structure(self._constants.value, tensors, self.skipped())
+            self._known = properties, structure
+        return self._known[1]
+
+    def skipped(self) -> tuple[str, ...]:
+        """Present names of the parameters that stay in full precision.
+
+        Submodules may have moved since, as below a LoRA adapter; what they were called at first
+        decides. What was added since then, such as the adapter, stays in full precision as well.
+        """
+        found = []
+        for path, child in self.module.named_modules():
+            first = self._paths.get(child, path)
+            for name in child._parameters:
+                original = f"{first}.{name}" if first else name
+                if original in self.skip or original not in self._names:
+                    found.append(f"{path}.{name}" if path else name)
+        return tuple(found)
+
+    def check_call(self, kwargs: dict[str, Any]) -> None:
+        """Refuse a call that asks for what the submodules' own forwards would do.
+
+        Raises:
+            CaptureError: a submodule has hooks, or its outputs are asked for.
+        """
+        if self._hooks is None:
+            self._hooks = hooks_inside(self.module)
+        if any(self._hooks):
+            refuse_hooks(self.module, self.name)
+        for name, value in kwargs.items():
+            if name.startswith("output_") and name != "output_hidden_states" and value:
+                raise CaptureError(
+                    f"{self.name} was called with {name}={value!r}, but runs as one captured graph,"
+                    " which shows nothing of what its submodules compute; leave it out, or call"
+                    " qatc.restore(model) first"
+                )
 
     def twin(self) -> nn.Module:
         """A module that computes what this one does, in the compute dtype, to be captured."""
         dtype = self.store.compute_dtype
+        refuse_hooks(self.module, self.name)
         self.remove()
         try:
             # The same tensors under new modules, so that nothing is copied unless it is cast.
@@ -178,9 +311,9 @@ class TemplateForward:
             twin = copy.deepcopy(self.module, memo)
         finally:
             self.install()
-        twin._forward_hooks.clear()
-        twin._forward_pre_hooks.clear()
         for child in twin.modules():
+            for hooks in hooks_of(child):
+                hooks.clear()
             vars(child).pop("gradient_checkpointing", None)
         return twin if dtype is None else _cast_module(twin, dtype)
 
@@ -194,6 +327,13 @@ class TemplateForward:
         return [(self.module.get_submodule(path), leaf) for path, _, leaf in paths]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _called_from_a_graph(self.call, *args, **kwargs)
+        return self.call(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call of the module."""
+        self.check_call(kwargs)
         if self._checkpoints():
             checkpoint: Any = self.module._gradient_checkpointing_func
             return checkpoint(partial(self._run, **kwargs), *args)
@@ -255,6 +395,10 @@ class TemplateForward:
         copied = copy.copy(self)
         copied.module = module
         copied.original = copy.deepcopy(self.original, memo)
+        copied._paths = weakref.WeakKeyDictionary(
+            {copy.deepcopy(child, memo): path for child, path in self._paths.items()}
+        )
+        copied._look()
         return copied
 
     def install(self) -> None:
@@ -295,28 +439,7 @@ def _with_gradient(leaves: Sequence[Any], inputs: Sequence[int]) -> list[Any]:
     return leaves
 
 
-def _constants(module: nn.Module) -> tuple[Any, ...]:
-    """What Python code may branch on: the classes and plain attributes of a module tree.
-
-    A tensor that is neither parameter nor buffer becomes a constant of the graph, so that only
-    modules that hold the very same one can share it.
-    """
-    found: list[Any] = []
-    for path, child in module.named_modules():
-        found.append((path, type(child)))
-        for name, value in sorted(vars(child).items()):
-            if name in _CHANGING or name in LAYER_NUMBERS:
-                continue
-            if isinstance(value, Tensor):
-                found.append((path, name, id(value)))
-            elif isinstance(value, _PLAIN):
-                found.append((path, name, value))
-            elif isinstance(value, (list, tuple)) and all(isinstance(v, _PLAIN) for v in value):
-                found.append((path, name, tuple(value)))
-    return tuple(found)
-
-
-_PLAIN = (bool, int, float, str, NoneType, FunctionType, BuiltinFunctionType, torch.dtype)
-
-_CHANGING = ("training", "gradient_checkpointing")
-"""Attributes that may change after :func:`qatc.prepare`, and that are looked at in every call."""
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _called_from_a_graph(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a call outside of the graph of whoever compiles the whole model: it has its own."""
+    return call(*args, **kwargs)

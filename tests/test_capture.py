@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qatc.capture import capture
+from qatc.capture import capture, serves
 from qatc.errors import CaptureError
 
 
@@ -125,10 +125,11 @@ class Numbered(nn.Module):
 def test_the_layer_numbers_that_are_read_are_known() -> None:
     x = (torch.randn(2, 4),)
     ignored = capture(Numbered(3, used=False), x, {})
-    assert ignored.numbers == [{}] and ignored.serves(Numbered(4, used=False))
+    assert ignored.numbers == {} and serves([ignored.numbers], Numbered(4, used=False))
     read = capture(Numbered(3, used=True), x, {})
-    assert read.numbers == [{("inner", "layer_idx"): 3}]
-    assert read.serves(Numbered(3, used=True)) and not read.serves(Numbered(4, used=True))
+    assert read.numbers == {("inner", "layer_idx"): 3}
+    assert serves([read.numbers], Numbered(3, used=True))
+    assert not serves([read.numbers], Numbered(4, used=True))
     other = capture(Numbered(5, used=True), x, {})
     assert read.computes_like(other) and not read.computes_like(capture(Numbered(4, True), x, {}))
 

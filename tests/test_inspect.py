@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from qatc.errors import CaptureError, ConfigError, PassError
 from qatc.inspect import inspect_model
@@ -113,3 +114,14 @@ def test_a_wide_vocabulary_untied(tmp_path: Path) -> None:
     plan = inspect_model(str(path), Recipe())
     assert plan.parameters == 2 * LINEARS + 2 * 200 * 32 + NORMS
     assert plan.skipped["lm_head.weight"] == "matches --skip *lm_head*"
+
+
+def test_routers_have_a_line(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=112, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    path = save(tmp_path / "moe", MixtralForCausalLM(config))
+    plan = inspect_model(str(path), Recipe(skip=(*DEFAULT_SKIP, "*.experts.*")))
+    assert plan.skipped["model.layers.1.mlp.gate.weight"] == "the router of a mixture of experts"
+    assert not any(site.where == "mlp.gate.weight" for site in plan.kinds[0].sites)

@@ -22,7 +22,7 @@ from qatc.parity import verify
 from qatc.passes import pass_records
 from qatc.preparation import can_compile, prepare, recipe_allows_integers
 from qatc.recipe import Recipe
-from qatc.runtime import runtime_of
+from qatc.runtime import SIGNATURES, runtime_of
 from qatc.spec import QuantSpec
 from qatc.usage import kernel_report, memory
 from tests.conftest import make_llama, make_output
@@ -379,3 +379,67 @@ def test_bad_input(tmp_path: Path, shared_model_path: Path) -> None:
         qatc.load(shared_model_path)
     with pytest.raises(ConfigError, match=r"qatc\.load"):
         memory(make_llama())
+
+
+def test_modules_that_another_thread_builds_meanwhile_are_its_own(
+    outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading builds without storage; whoever builds at the same time is none of its business."""
+    found = []
+    build = transformers.AutoModelForCausalLM.from_config
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(torch.nn.Linear, 4, 4).result())
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", slow)
+    with ThreadPoolExecutor(2) as pool:
+        models = list(pool.map(lambda name: qatc.load(outputs[name], compile=False), ["4-8-4"] * 2))
+    assert [linear.weight.device.type for linear in found] == ["cpu", "cpu"]
+    assert torch.nn.Linear(4, 4).weight.device.type == "cpu"
+    assert torch.equal(*(logits(model, IDS) for model in models))
+
+
+def test_its_user_may_compile_a_loaded_model(outputs: dict[str, Path]) -> None:
+    model = qatc.load(outputs["4-8-4"], compile=False)
+    wanted = logits(model, IDS)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(logits(compiled, IDS), wanted)
+    for got in (in_chunks(compiled, IDS, [9, 12]), in_chunks(compiled, IDS, [19, 1, 1])):
+        assert (got - wanted).abs().max().item() <= 1e-4 * wanted.abs().max().item()
+
+
+def test_hooks_inside_a_loaded_layer_are_refused(outputs: dict[str, Path]) -> None:
+    model = qatc.load(outputs["4-8-4"], compile=False)
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(CaptureError, match=r"hooks on model\.layers\.1\.mlp, which"):
+        logits(model, IDS)
+
+
+def test_an_argument_that_changes_does_not_fill_the_memory(outputs: dict[str, Path]) -> None:
+    model = qatc.load(outputs["4-8-4"], compile=False)
+    wanted = logits(model, IDS[:, :4])
+    for step in range(SIGNATURES + 5):
+        assert torch.equal(logits(model, IDS[:, :4], items=step), wanted)
+    runtime = runtime_of(model)
+    assert all(len(forward._found) <= SIGNATURES + 1 for forward in runtime.forwards)
+    assert len(list(runtime.scoring)) == 2, "with the argument and without it"
+
+
+def test_a_mixture_of_experts_whose_experts_are_skipped(tmp_path: Path) -> None:
+    """Its routers were trained in float, and are written and run so."""
+    config = transformers.MixtralConfig(
+        vocab_size=112, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    recipe = dataclasses.replace(RECIPES["4-8-4"], skip=("*lm_head*", "*embed*", "*.experts.*"))
+    directory = make_output(tmp_path / "moe", recipe, model)
+    loaded = qatc.load(directory, compile=False)
+    wanted = logits(trained(directory), IDS)
+    for got in (logits(loaded, IDS), in_chunks(loaded, IDS, [9, 12])):
+        assert (got - wanted).abs().max().item() <= 1e-4 * wanted.abs().max().item()

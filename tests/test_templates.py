@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -20,12 +24,12 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qatc.errors import CaptureError, PassError
+from qatc.errors import CaptureError, ConfigError, PassError
 from qatc.graph import find_linears, is_fake_quantize
 from qatc.passes import pass_records
 from qatc.preparation import can_compile, prepare, prepared_state, quantized_parameters, restore
 from qatc.recipe import Recipe
-from qatc.templates import TemplateForward
+from qatc.templates import GRAPHS_PER_MODULE, TemplateForward
 
 FLOAT = Recipe.from_bits("16-16-16")
 QUANTIZED = Recipe.from_bits("4-8-4")
@@ -430,3 +434,219 @@ def test_compiled_is_eager() -> None:
     restore(model)
     prepare(model, recipe, compile=True)
     torch.testing.assert_close(logits(model, ids), wanted, atol=2e-5, rtol=1e-5)
+
+
+# Constants: what layers differ in, and what changes later
+
+
+class Factor(nn.Module):
+    """Multiplies by a factor that an attribute holds in some way."""
+
+    def __init__(self, inner: nn.Module, held: Any) -> None:
+        super().__init__()
+        self.inner, self.held = inner, held
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) * _factor(self.held)
+        return out
+
+
+def _factor(held: Any) -> float:
+    if isinstance(held, dict):
+        return float(held["factor"])
+    if isinstance(held, (tuple, list)):
+        return _factor(held[0])
+    return float(getattr(held, "factor", held))
+
+
+HOLDERS: dict[str, Any] = {
+    "dict": lambda f: {"factor": f},
+    "tuple": lambda f: (f, 1),
+    "nested": lambda f: [(f, 1)],
+    "object": lambda f: SimpleNamespace(factor=f),
+    "numpy": np.float32,
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_layers_that_differ_in_any_attribute_have_graphs_of_their_own(kind: str) -> None:
+    model = make(num_hidden_layers=3)
+    for layer, factor in zip(model.model.layers, (1.5, 2.5, 1.5), strict=True):
+        layer.mlp = Factor(layer.mlp, HOLDERS[kind](factor))
+    ids = tokens(2, 6)
+    wanted = logits(model, ids)
+    prepare(model, FLOAT, compile=False)
+    assert torch.equal(logits(model, ids), wanted)
+    assert len(list(prepared_state(model).templates())) == 2
+
+
+def test_what_changes_after_prepare_is_seen() -> None:
+    model = make()
+    model.model.layers[0].mlp = Factor(model.model.layers[0].mlp, {"factor": 1.5})
+    reference, ids = copy.deepcopy(model), tokens(2, 6)
+    prepare(model, FLOAT, compile=False)
+    before = logits(model, ids)
+
+    def change(model: Any) -> None:
+        layers = model.model.layers
+        layers[0].mlp.held["factor"] = 3.0
+        layers[0].self_attn.scaling *= 2
+        layers[1].input_layernorm.variance_epsilon = 0.5
+
+    change(model)
+    change(reference)
+    found = logits(model, ids)
+    assert torch.equal(found, logits(reference, ids)) and not torch.equal(found, before)
+    model.model.layers[0].self_attn.scaling /= 2
+    reference.model.layers[0].self_attn.scaling /= 2
+    assert torch.equal(logits(model, ids), logits(reference, ids))
+
+
+def test_layers_that_differ_in_what_nobody_reads_are_compiled_once() -> None:
+    model = make(num_hidden_layers=3)
+    for number, layer in enumerate(model.model.layers):
+        layer.title = {"name": f"the layer {number}"}
+    compiled: list[Any] = []
+    prepare(model, FLOAT, compile=False)
+    store = prepared_state(model).store
+    assert len(list(store)) == 1
+    store.compile = lambda gm: compiled.append(gm) or gm  # type: ignore[func-returns-value]
+    model.model.layers[1].title["name"] = "another"
+    logits(model, tokens(2, 6))
+    assert not compiled
+
+
+class Scaled(nn.Module):
+    """A region of its own, with arguments that it reads and one that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, factor: float = 1.0, **unread: Any) -> Tensor:
+        out: Tensor = self.linear(x) * factor
+        return out
+
+
+def test_an_argument_that_is_not_read_takes_no_graph() -> None:
+    model, x = prepare(Scaled(), FLOAT, compile=False), torch.randn(2, 3, 8)
+    store = prepared_state(model).store
+    wanted = model(x)
+    for step in range(5):
+        found = model(x, items=step, ratio=step / 2, name=str(step), anything=object())
+        assert torch.equal(found, wanted)
+    assert sum(len(k) for calls in store._known.values() for k in calls.values()) == 2
+    assert torch.equal(model(x, factor=True), model(x, factor=1)), "but a bool is another call"
+
+
+def test_an_argument_that_is_read_keeps_a_bounded_number_of_graphs() -> None:
+    model, x = prepare(Scaled(), FLOAT, compile=False), torch.randn(2, 3, 8)
+    reference = copy.deepcopy(model)
+    restore(reference)
+    store = prepared_state(model).store
+    with pytest.warns(UserWarning, match=r"as its argument 'factor' changes from call to call"):
+        for step in range(GRAPHS_PER_MODULE + 1):
+            assert torch.equal(model(x, factor=step), reference(x, factor=step))
+    assert len(list(store)) == GRAPHS_PER_MODULE
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        model(x, factor=99)
+    assert len(list(store)) == GRAPHS_PER_MODULE
+
+
+def test_an_object_that_is_read_is_refused() -> None:
+    model = prepare(Scaled(), FLOAT, compile=False)
+    with pytest.raises(CaptureError, match="called with a SimpleNamespace, which a captured"):
+        model(torch.randn(2, 3, 8), factor=SimpleNamespace())
+
+
+# What the modules inside of a layer would do themselves
+
+
+def test_hooks_inside_a_layer_are_refused() -> None:
+    model, ids = prepare(make(), FLOAT, compile=False), tokens(2, 6)
+    calls: list[str] = []
+    layer = model.model.layers[1]
+    layer.register_forward_hook(lambda *a: calls.append("layer"))
+    logits(model, ids)
+    assert calls == ["layer"]
+    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook"):
+        handle = getattr(layer.mlp.up_proj, f"register_{register}")(lambda *a: None)
+        with pytest.raises(CaptureError, match=r"hooks on model\.layers\.1\.mlp\.up_proj, which"):
+            logits(model, ids)
+        handle.remove()
+    handle = layer.mlp.register_forward_hook(lambda *a: None)
+    restore(model)
+    with pytest.raises(CaptureError, match=r"hooks on model\.layers\.1\.mlp, which"):
+        prepare(model, FLOAT, compile=False)
+    handle.remove()
+    assert prepare(model, FLOAT, compile=False)
+
+
+def test_outputs_of_parts_of_a_layer_are_refused() -> None:
+    model, ids = make(), tokens(2, 6)
+    wanted = model(input_ids=ids, output_hidden_states=True).hidden_states
+    prepare(model, FLOAT, compile=False)
+    found = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(found) == 3 and all(map(torch.equal, found, wanted))
+    with pytest.raises(CaptureError, match="output_attentions=True"):
+        logits(model, ids, output_attentions=True)
+
+
+# Compiled by its user
+
+
+def test_a_prepared_model_may_be_compiled_as_a_whole() -> None:
+    model, ids = prepare(make(), QUANTIZED, compile=False), tokens(2, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for batch in (ids, ids[:, :4]):
+        assert torch.equal(logits(compiled, batch), logits(model, batch))
+    wanted, found = gradients(model, ids), gradients(compiled, ids)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient)
+
+
+# Adapters
+
+
+def test_lora_on_a_prepared_model() -> None:
+    """Adapters in float, around weights that are quantized, or skipped, as they were before."""
+    skip = (*QUANTIZED.skip, "model.layers.0.mlp.down_proj.weight", "*.v_proj.*")
+    recipe = dataclasses.replace(QUANTIZED, skip=skip)
+    model, ids = make().double(), tokens(2, 6)
+    prepare(model, recipe, compile=False, integer_forward=False)
+    alone, quantized = logits(model, ids), quantized_parameters(model)
+    settings = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    lora: Any = get_peft_model(model, settings)
+    found = logits(lora, ids)
+    names = [name.replace(".base_layer", "") for name in quantized_parameters(model)]
+    assert names == quantized
+
+    reference = copy.deepcopy(lora)
+    restore(reference.base_model.model)
+    for name, module in reference.base_model.model.model.layers.named_modules():
+        base = name.removesuffix(".base_layer")
+        adapter = any(part.startswith("lora_") for part in name.split("."))
+        kept = base == "0.mlp.down_proj" or base.endswith("v_proj") or adapter
+        if isinstance(module, nn.Linear) and not kept:
+            module.weight.data = rule(module.weight, 4, snap=True)
+            module.register_forward_pre_hook(lambda module, args: (rule(args[0], 8),))
+    reference.base_model.model.set_attn_implementation("fake_quantized_for_tests")
+    torch.testing.assert_close(found, logits(reference, ids), atol=1e-5, rtol=0)
+    assert not torch.allclose(found, alone, atol=1e-2)
+    with lora.disable_adapter():
+        torch.testing.assert_close(logits(lora, ids), alone, atol=1e-9, rtol=0)
+    assert torch.equal(logits(lora, ids), found)
+    lora.merge_adapter()
+    assert not torch.allclose(logits(lora, ids), found, atol=1e-3), "the sum is what is quantized"
+    lora.unmerge_adapter()
+    torch.testing.assert_close(logits(lora, ids), found, atol=1e-5, rtol=0)
+    lora(input_ids=ids).logits.logsumexp(-1).mean().backward()
+    trained = {n for n, p in lora.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {n for n, _ in lora.named_parameters() if ".lora_" in n}
+    with pytest.raises(ConfigError, match="prepare it first and add them then"):
+        restore(model)
+        prepare(model, recipe, compile=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qatc.errors import CheckpointError, ConfigError
+from qatc.models.support import refuse_adapter, softcapping
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     config = load_config(name, trust_remote_code=trust_remote_code)
-    with _readable_errors(name):
+    with _readable_errors(name, config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -82,6 +83,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
+    refuse_adapter(name)
     with _readable_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -112,7 +114,7 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
     from transformers import AutoModelForCausalLM
 
     config = load_config(name, trust_remote_code=trust_remote_code)
-    with _readable_errors(name):
+    with _readable_errors(name, config):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
@@ -139,8 +141,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 class _readable_errors:
     """Turn what transformers raises about a bad path, name or checkpoint into one line."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, config: Any = None) -> None:
+        self.name, self.config = name, config
 
     def __enter__(self) -> None:
         if _looks_like_path(self.name) and not Path(self.name).is_dir():
@@ -160,12 +162,19 @@ class _readable_errors:
             ) from error
         if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             reason = " ".join(str(error).split())[:400]
-            raise ConfigError(f"cannot load {self.name}: {_explain(reason)}") from error
+            raise ConfigError(
+                f"cannot load {self.name}: {_explain(reason, self.config)}"
+            ) from error
 
 
-def _explain(reason: str) -> str:
+def _explain(reason: str, config: Any) -> str:
     """What transformers says, shorter where it is known, with the way out where it has none."""
     if "scaled_dot_product_attention" in reason:
+        if (cap := softcapping(config)) is not None:
+            return (
+                f"its attention caps scores at {cap:g} (soft capping), which attention through"
+                " SDPA, which qatc needs, cannot; choose another model"
+            )
         return (
             "transformers has no attention through SDPA for this architecture, which qatc needs;"
             " choose another model"

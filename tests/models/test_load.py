@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from qatc.errors import CheckpointError, ConfigError
@@ -100,3 +102,29 @@ def test_length() -> None:
     check_length("tiny", SimpleNamespace(), 10**9)
     with pytest.raises(ConfigError, match="tiny takes at most 128 tokens; got 129"):
         check_length("tiny", config, 129)
+
+
+@pytest.mark.parametrize("model", [False, True])
+def test_an_adapter_is_no_model(tmp_path: Path, shared_model_path: Path, model: bool) -> None:
+    """Nor is a model to be quantized with an adapter beside it, which would be loaded as well."""
+    path = tmp_path / "adapter"
+    if model:
+        shutil.copytree(shared_model_path, path)
+    else:
+        path.mkdir()
+    text = '{"base_model_name_or_path": "some/model", "peft_type": "LORA"}'
+    (path / "adapter_config.json").write_text(text)
+    for load in (load_model, load_skeleton):
+        with pytest.raises(ConfigError, match="holds an adapter of some/model and.*merge it into"):
+            load(str(path))
+
+
+def test_soft_capping_is_named(tmp_path: Path) -> None:
+    config = transformers.Gemma2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, attn_logit_softcapping=30.0,
+    )  # fmt: skip
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    for load in (load_model, load_skeleton):
+        with pytest.raises(ConfigError, match=r"caps scores at 30 \(soft capping\)"):
+            load(str(tmp_path))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from qatc.errors import PassError
 from qatc.kv_cache import cached_attention, quantized_attention
@@ -115,3 +116,22 @@ def test_other_bits_than_those_of_the_graph_are_refused(llama_layer: Any) -> Non
 def test_groups_are_refused(llama_layer: Any) -> None:
     with pytest.raises(PassError, match="leave kv.group_size out"):
         InsertKVCache(QuantSpec(4))(quantized(llama_layer, QuantSpec(4, group_size=4)))
+
+
+def test_a_layer_that_convolves_has_more_state_than_keys_and_values() -> None:
+    """A convolution with one tap mixes nothing."""
+
+    class Convolving(torch.nn.Module):
+        def __init__(self, taps: int) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv1d(8, 8, taps, padding=taps - 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+            q = x.unsqueeze(1)
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    x = (torch.randn(2, 5, 8),)
+    InsertKVCache()(torch.export.export(Convolving(1), x).module())
+    with pytest.raises(PassError, match="convolves neighbouring tokens"):
+        InsertKVCache()(torch.export.export(Convolving(2), x).module())
