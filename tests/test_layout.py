@@ -42,6 +42,7 @@ LAYERS = {
     "qatc.preparation": 4,
     "qatc.recipe": 4,
     "qatc.targets": 1,
+    "qatc.toolchain": 1,
     "qatc.templates": 4,
     "qatc": 5,
     "qatc.assess": 5,

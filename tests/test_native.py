@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,27 +98,7 @@ def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(native, "compilers", lambda: ["/usr/bin/cc"])
     assert native.obstacle() == "the C compiler here cannot build it"
+    monkeypatch.setattr(native.PACKED, "failure", "cc: no such thing")
+    assert native.obstacle() == "the C compiler here cannot build it (cc: no such thing)"
     monkeypatch.setattr(native, "compilers", list)
     assert native.obstacle() == "there is no C compiler here"
-
-
-@built
-def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)  # not the one kept in memory
-    assert native.library() is not None
-    (kept,) = (tmp_path / "qatc").iterdir()
-    written = kept.stat().st_mtime_ns
-    assert native.library() is not None and kept.stat().st_mtime_ns == written
-    assert kept.parent.stat().st_mode & 0o077 == 0
-
-
-@built
-def test_a_compiler_that_fails_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    assert native.library() is None
