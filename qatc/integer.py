@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qatc import cpu, ops
-from qatc.spec import QuantSpec, Range
+from qatc.spec import QuantSpec, Range, ScaleDType
 
 LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
 """An int32 holds the sum of this many products of int8 codes, whatever they are."""
@@ -26,7 +26,8 @@ _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
 _LIBRARY.define(
     "integer_linear(Tensor x, Tensor weight, Tensor? bias, int x_bits, int weight_bits, *,"
-    " str x_range='restricted', str weight_range='restricted') -> Tensor"
+    " str x_range='restricted', str weight_range='restricted',"
+    " str weight_scale_dtype='bfloat16') -> Tensor"
 )
 
 
@@ -130,8 +131,10 @@ def _integer_linear(
     *,
     x_range: Range = "restricted",
     weight_range: Range = "restricted",
+    weight_scale_dtype: ScaleDType = "bfloat16",
 ) -> Tensor:
-    specs = (QuantSpec(x_bits, None, x_range), QuantSpec(weight_bits, None, weight_range))
+    weights = QuantSpec(weight_bits, None, weight_range, weight_scale_dtype)
+    specs = (QuantSpec(x_bits, None, x_range), weights)
     result: Tensor = _IntegerLinear.apply(x, weight, bias, specs)  # type: ignore[no-untyped-call]
     return result
 
@@ -139,8 +142,9 @@ def _integer_linear(
 _LIBRARY.impl("integer_linear", _integer_linear, "CompositeImplicitAutograd")
 
 INTEGER_LINEAR = torch.ops.qatc.integer_linear.default
-"""``(x [..., K], weight [N, K], bias, x_bits, weight_bits, *, x_range, weight_range) -> [..., N]``,
-differentiable in x, weight and bias; one scale per row of x and per row of weight."""
+"""``(x [..., K], weight [N, K], bias, x_bits, weight_bits, *, x_range, weight_range,
+weight_scale_dtype) -> [..., N]``, differentiable in x, weight and bias; one scale per row of x and
+per row of weight."""
 
 
 def is_fast(device: torch.device) -> bool:

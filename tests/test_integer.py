@@ -62,7 +62,7 @@ def reference(
         scale = (amax / np.float32(2 ** (b - 1) - 1)).astype(np.float32)
         scale[scale == 0] = 1
         if snap:
-            scale = torch.from_numpy(scale).bfloat16().float().clamp(min=2.0**-17).numpy()
+            scale = torch.from_numpy(scale).bfloat16().float().numpy()
         top = 2 ** (b - 1) - 1
         codes = np.clip(np.round(tensor / scale), -top, top)
         values.append(codes.astype(np.float64) * scale.astype(np.float64))

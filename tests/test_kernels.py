@@ -46,7 +46,7 @@ def reference(x: Any, weight: Any, bias: Any, at: Site) -> Any:
         scale = (np.abs(groups).max(-1, keepdims=True) / np.float32(top)).astype(np.float32)
         scale[scale == 0] = 1
         if snap:
-            scale = torch.from_numpy(scale).bfloat16().float().clamp(min=2.0**-17).numpy()
+            scale = torch.from_numpy(scale).bfloat16().float().numpy()
         codes = np.clip(np.round(groups / scale), -top, top)
         return (codes.astype(np.float64) * scale).reshape(values.shape)
 

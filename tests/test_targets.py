@@ -22,7 +22,9 @@ def test_rules() -> None:
     assert own.activations == QuantSpec(8, None, "full") and own.kv == QuantSpec(4, None, "full")
     assert Recipe.from_bits("8-8-8", target="vllm").activations == QuantSpec(8)
     blocks = Recipe.from_bits("4-8-8", target="llama.cpp")
-    assert blocks.weights == QuantSpec(4, 32) and blocks.activations == QuantSpec(8, 32)
+    assert blocks.weights == QuantSpec(
+        4, 32, scale_dtype="float16"
+    ) and blocks.activations == QuantSpec(8, 32)
     assert Recipe.from_bits("4-16-16", target="llama.cpp").activations == QuantSpec(16)
     assert Recipe.from_bits("4-8-8", target="llama.cpp", group_size=64).weights.group_size == 64
     assert all(target.source for target in TARGETS.values())
