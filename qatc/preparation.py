@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from qatc import integer
+from qatc import compilation, integer
 from qatc.capture import Template
 from qatc.errors import ConfigError
 from qatc.graph import weight_sites
@@ -203,18 +199,13 @@ def _capture_now(model: nn.Module, store: TemplateStore) -> None:
 
 
 def can_compile() -> bool:
-    """Whether Inductor can build kernels here: a GPU with Triton, or a C++ compiler."""
-    if torch.cuda.is_available():
-        return True
-    compilers = [os.environ.get("CXX"), "g++", "clang++"]
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return headers.exists() and any(shutil.which(c) for c in compilers if c)
+    """Whether Inductor can build kernels here; :func:`qatc.compilation.obstacle` says why not."""
+    return compilation.obstacle() is None
 
 
 def inductor(gm: GraphModule) -> Callable[..., Any]:
     """Compile a template's graph."""
-    compiled: Callable[..., Any] = torch.compile(gm.forward)  # a module would be called as one
-    return compiled
+    return compilation.compile_graph(gm.forward)  # a module would be called as one
 
 
 def why_no_integer_forward(recipe: Recipe, device: torch.device) -> str | None:

@@ -26,6 +26,7 @@ LAYERS = {
     "qatc.errors": 1,
     "qatc.files": 1,
     "qatc.spec": 1,
+    "qatc.compilation": 2,
     "qatc.graph": 2,
     "qatc.integer": 2,
     "qatc.kernels": 2,
