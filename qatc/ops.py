@@ -88,6 +88,21 @@ def largest_scale(spec: QuantSpec, dtype: torch.dtype, *, snap: bool) -> float:
     return math.floor(largest / unit) * unit
 
 
+def why_scales_are_lost(weight: Tensor, spec: QuantSpec) -> str | None:
+    """Why ``spec.scale_dtype`` cannot hold the scales of a weight, or None if it can.
+
+    Single rows or groups that are small get the smallest steps there are, and lose little beside
+    the others; a weight that is small as a whole would be lost.
+    """
+    if not spec.quantizes or spec.scale_dtype != "float16":
+        return None
+    largest = float(weight.detach().abs().max())
+    scale = largest / spec.steps
+    if 0 < scale < 2.0**-17 or scale > largest_scale(spec, weight.dtype, snap=True):
+        return f"its largest value is {largest:.3g}, whose scale fp16 cannot hold"
+    return None
+
+
 def _snap(scale: Tensor, spec: QuantSpec) -> Tensor:
     snapped = _round_to_bf16(scale)
     if spec.scale_dtype == "bfloat16":

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from qatc import compilation, integer
+from qatc import compilation, integer, ops
 from qatc.capture import Template
 from qatc.errors import ConfigError
 from qatc.graph import weight_sites
@@ -117,6 +117,7 @@ def prepare(
         raise ConfigError("the model is prepared already; call qatc.restore(model) first")
     _refuse_idle_patterns(model, recipe)
     _refuse_stacked_weights(model, recipe)
+    _refuse_lost_scales(model, recipe)
     obstacle = why_no_integer_forward(recipe, _device_of(model))
     if integer_forward is None:
         integer_forward = obstacle is None
@@ -260,6 +261,21 @@ def _refuse_stacked_weights(model: nn.Module, recipe: Recipe) -> None:
                     f"{name}.{own} stacks weights in {parameter.dim()} dimensions, as experts do,"
                     " which qatc cannot quantize; leave them in full precision with"
                     f" --skip '*.{own.rsplit('.', 2)[-2]}.*', or choose a dense model"
+                )
+
+
+def _refuse_lost_scales(model: nn.Module, recipe: Recipe) -> None:
+    """A runtime that stores scales in fp16 would turn small weights to nothing."""
+    for name, region in find_regions(model):
+        for own, parameter in region.named_parameters():
+            full = f"{name}.{own}" if name else own
+            if parameter.dim() != 2 or recipe.skips(full):
+                continue
+            lost = ops.why_scales_are_lost(parameter, recipe.weights)
+            if lost is not None:
+                raise ConfigError(
+                    f"{full} is not for the target {recipe.target}: {lost}; choose another target"
+                    f" (qatc, transformers, vllm), or keep it in float with --skip {full!r}"
                 )
 
 
