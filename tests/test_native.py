@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,3 +107,33 @@ def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert native.obstacle() == "the C compiler here cannot build it (cc: no such thing)"
     monkeypatch.setattr(native, "compilers", list)
     assert native.obstacle() == "there is no C compiler here"
+
+
+@built
+def test_nothing_is_left_to_the_compiler(tmp_path: Path) -> None:
+    """Built so that what C leaves undefined, as shifts of negative numbers, ends the process."""
+    checks = "-fsanitize=undefined -fsanitize-undefined-trap-on-error"
+    program = (
+        "import torch\nfrom qatc import native, packing\n"
+        "if native.library() is None:\n    raise SystemExit(77)\n"
+        "for bits in range(2, 9):\n"
+        "    for width in (1, 13, 64):\n"
+        "        for value in (-128, 127):\n"
+        "            x = torch.full((2, width), value, dtype=torch.int8)\n"
+        "            low = -(1 << (bits - 1))\n"
+        "            codes = torch.full((3, width), low, dtype=torch.int8)\n"
+        "            packed = packing.pack(codes, bits)\n"
+        "            found = native.packed_product(x, packed, bits)\n"
+        "            assert (found == value * low * width).all()\n"
+        "            native.scaled_product(x.float(), packed, torch.ones(3, 1), bits)\n"
+        "            if bits < 8:\n"
+        "                assert torch.equal(native.unpack(packed, bits, width), codes)\n"
+    )
+    environment = os.environ | {
+        "CC": " ".join((*native.compilers()[0], checks)),
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    if done.returncode == 77:
+        pytest.skip("the C compiler has no such checks")
+    assert done.returncode == 0

@@ -379,3 +379,15 @@ def test_bad_input(tmp_path: Path, shared_model_path: Path) -> None:
         qatc.load(shared_model_path)
     with pytest.raises(ConfigError, match=r"qatc\.load"):
         memory(make_llama())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", ["4-8-4", "4-8-16"])
+def test_no_tokens_are_an_error(bits: str, tmp_path: Path) -> None:
+    model = qatc.load(make_output(tmp_path / "o", Recipe.from_bits(bits)), compile=False)
+    ids = torch.randint(2, 112, (2, 3))
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    for past in (None, cache):
+        with pytest.raises(ConfigError, match="called with no tokens"):
+            model(input_ids=ids[:, :0], past_key_values=past, use_cache=True)
+    assert model(input_ids=ids[:, :1], past_key_values=cache).logits.shape[:2] == (2, 1)
