@@ -105,6 +105,7 @@ def test_the_largest_width_is_what_an_int32_holds() -> None:
         assert (int_mm(a, a) == 128 * 128 * LARGEST_WIDTH).all()
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize("features", [OLD, BYTES, ARM, frozenset({"AMD64"})])
 def test_only_avx512_vnni_makes_it_fast(
     features: frozenset[str], monkeypatch: pytest.MonkeyPatch
@@ -115,8 +116,8 @@ def test_only_avx512_vnni_makes_it_fast(
     assert "loop over scalars" in str(integer.obstacle("cpu"))
     monkeypatch.setattr(cpu, "features", lambda: features | {"avx512_vnni"})
     assert integer.is_fast(torch.device("cpu")) and integer.obstacle("cpu") is None
-    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
-    assert "without oneDNN" in str(integer.obstacle("cpu"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "without oneDNN" in str(integer.obstacle("cpu"))
 
 
 def test_a_product_that_saturates_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def largest_scale(x: Tensor, lowest_code: int, snap: bool, half: bool) -> float:
     bound = Fraction(torch.finfo(x.dtype).max) / -lowest_code
     bound = min(bound, Fraction(65504)) if snap and half else bound
     step = torch.tensor(float(bound)).to(torch.bfloat16 if snap else torch.float32)
-    while Fraction(step.item()) > bound:
+    while step.isinf() or Fraction(step.item()) > bound:
         step = torch.nextafter(step, torch.zeros_like(step))
     return step.item()
 
