@@ -53,14 +53,17 @@ def _replace(gm: GraphModule, linear: Linear) -> None:
     assert x is not None and weight is not None
     node = linear.node
     bias: Node | None = argument(node, 2, "bias", None)
+    kwargs = {
+        "x_range": argument(x, 3, "range", "restricted"),
+        "weight_range": argument(weight, 3, "range", "restricted"),
+    }
+    if "scale_dtype" in weight.kwargs:
+        kwargs["weight_scale_dtype"] = weight.kwargs["scale_dtype"]
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(
             integer.INTEGER_LINEAR,
             (x.args[0], weight.args[0], bias, x.args[1], weight.args[1]),
-            {
-                "x_range": argument(x, 3, "range", "restricted"),
-                "weight_range": argument(weight, 3, "range", "restricted"),
-            },
+            kwargs,
         )
     new.meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
     node.replace_all_uses_with(new)

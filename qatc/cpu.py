@@ -20,9 +20,9 @@ def features() -> frozenset[str]:
     return frozenset(next(listed, "").partition(":")[2].split()) | {platform.machine()}
 
 
-def multiplies_int8() -> bool:
-    """Whether it has dot products of bytes."""
-    return bool(features() & {"avx512_vnni", "avx_vnni", "amx_int8"})
+def has_byte_products() -> bool:
+    """Whether it has dot products of bytes, to which a C compiler turns loops."""
+    return bool(features() & {"avx512_vnni", "avx_vnni", "asimddp"})
 
 
 def multiplies_bf16() -> bool:

@@ -7,26 +7,40 @@ which is enough to flip one in some ten thousand codes of the next layer.
 
 The product itself is ``torch.ops.qatc.int_mm``. It is opaque to Inductor, which in torch 2.13
 compiles ``torch._int_mm`` to wrong results where an operand has a single row.
+
+On a CPU ``torch._int_mm`` is oneDNN's product where the processor has AVX512-VNNI, and a loop over
+scalars everywhere else, many times as slow as a product in fp32. oneDNN's own is exact with VNNI
+only; told to use older instructions (``ONEDNN_MAX_CPU_ISA=AVX2``) it adds pairs of products in 16
+bits, which saturate. So its use depends on both, see :func:`obstacle`. Where it is not used, the
+product is computed in C, some rows at a time, or in fp32, some columns at a time, both exactly.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qatc import cpu, ops
-from qatc.spec import QuantSpec, Range
+from qatc import cpu, native, ops
+from qatc.spec import QuantSpec, Range, ScaleDType
 
 LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
 """An int32 holds the sum of this many products of int8 codes, whatever they are."""
+
+EXACT_FP32 = 2**24
+"""fp32 holds every integer up to here, so that a float sum of integers below it is exact."""
+
+_FLOAT_WIDTH = EXACT_FP32 // (128 * 128)
+"""The largest sums of this many products of int8 codes are integers that fp32 holds."""
 
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
 _LIBRARY.define(
     "integer_linear(Tensor x, Tensor weight, Tensor? bias, int x_bits, int weight_bits, *,"
-    " str x_range='restricted', str weight_range='restricted') -> Tensor"
+    " str x_range='restricted', str weight_range='restricted',"
+    " str weight_scale_dtype='bfloat16') -> Tensor"
 )
 
 
@@ -34,7 +48,25 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[1] == 1 or 0 in (a.shape[0], b.shape[0], a.shape[1]):
         # torch._int_mm misreads the strides of an operand with a single column.
         return (a.int().unsqueeze(1) * b.int()).sum(-1, dtype=torch.int32)
-    return torch._int_mm(a.contiguous(), b.contiguous().t())
+    if obstacle("cpu") is None:
+        return torch._int_mm(a.contiguous(), b.contiguous().t())
+    # Without instructions for it C is three times as slow as fp32 for many rows (measured, AVX2).
+    suits_c = a.shape[0] <= native.MAX_ROWS or cpu.has_byte_products()
+    if suits_c and a.shape[1] <= native.MAX_WIDTH and native.obstacle(parallel=True) is None:
+        b = b.contiguous()
+        return torch.cat([native.packed_product(part, b, 8) for part in a.split(native.MAX_ROWS)])
+    return _float_mm(a, b)
+
+
+def _float_mm(a: Tensor, b: Tensor) -> Tensor:
+    """A product in fp32, exact since it is summed in integers before fp32 would round.
+
+    Codes are exact in bf16 too, which torch may multiply in if it is told to.
+    """
+    total = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
+    for left, right in zip(a.split(_FLOAT_WIDTH, 1), b.split(_FLOAT_WIDTH, 1), strict=True):
+        total += (left.float() @ right.float().t()).int()
+    return total
 
 
 def _int_mm_cuda(a: Tensor, b: Tensor) -> Tensor:
@@ -130,8 +162,10 @@ def _integer_linear(
     *,
     x_range: Range = "restricted",
     weight_range: Range = "restricted",
+    weight_scale_dtype: ScaleDType = "bfloat16",
 ) -> Tensor:
-    specs = (QuantSpec(x_bits, None, x_range), QuantSpec(weight_bits, None, weight_range))
+    weights = QuantSpec(weight_bits, None, weight_range, weight_scale_dtype)
+    specs = (QuantSpec(x_bits, None, x_range), weights)
     result: Tensor = _IntegerLinear.apply(x, weight, bias, specs)  # type: ignore[no-untyped-call]
     return result
 
@@ -139,16 +173,46 @@ def _integer_linear(
 _LIBRARY.impl("integer_linear", _integer_linear, "CompositeImplicitAutograd")
 
 INTEGER_LINEAR = torch.ops.qatc.integer_linear.default
-"""``(x [..., K], weight [N, K], bias, x_bits, weight_bits, *, x_range, weight_range) -> [..., N]``,
-differentiable in x, weight and bias; one scale per row of x and per row of weight."""
+"""``(x [..., K], weight [N, K], bias, x_bits, weight_bits, *, x_range, weight_range,
+weight_scale_dtype) -> [..., N]``, differentiable in x, weight and bias; one scale per row of x and
+per row of weight."""
+
+
+def obstacle(device: str) -> str | None:
+    """Why ``torch._int_mm`` is not used on this type of device, or None if it is."""
+    if device != "cpu":
+        return None
+    if "avx512_vnni" not in cpu.features():
+        return "torch multiplies int8 in a loop over scalars on a CPU without avx512_vnni"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "torch multiplies int8 in a loop over scalars without oneDNN"
+    if not _is_exact():
+        return "oneDNN's int8 product saturates here, as ONEDNN_MAX_CPU_ISA below VNNI makes it"
+    return None
+
+
+@functools.cache
+def _is_exact() -> bool:
+    """Whether torch's product of extreme codes is the right one, for one row and for several.
+
+    It takes no longer than a small product does, and is asked once in a process.
+    """
+    extremes = torch.tensor([-128, -127, 127], dtype=torch.int8)
+    a = extremes.repeat(6).unsqueeze(1).expand(-1, 256).contiguous()
+    b = torch.cat([a, a.roll(1, 0).where(torch.arange(256) % 2 == 0, a)])
+    wanted = (a.double() @ b.double().t()).int()
+    return all(
+        torch.equal(torch._int_mm(a[:rows].contiguous(), b.t()), wanted[:rows])
+        for rows in (1, len(a))
+    )
 
 
 def is_fast(device: torch.device) -> bool:
     """Whether integer products are at least as fast as float ones on this device.
 
-    A CPU needs instructions for int8 products (VNNI; measured, see ``benchmarks/``), a GPU int8
-    tensor cores, which compute capability 8.0 and later have.
+    A CPU needs AVX512-VNNI, without which torch has no int8 product worth the name (measured, see
+    ``benchmarks/``), a GPU int8 tensor cores, which compute capability 8.0 and later have.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and cpu.multiplies_int8()
+    return device.type == "cpu" and obstacle("cpu") is None

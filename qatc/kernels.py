@@ -23,9 +23,6 @@ from qatc.spec import QuantSpec, Range
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
-EXACT_FP32 = 2**24
-"""fp32 holds every integer up to here, so that a float sum of integers below it is exact."""
-
 
 @dataclass(frozen=True)
 class Site:
@@ -90,7 +87,7 @@ def _needs_fused(site: Site) -> str | None:
         return f"{site.weights.bits} bits are not stored in one plane of nibbles or pairs"
     if site.inputs % (8 // site.weights.bits):
         return f"rows of {site.inputs} codes do not fill their bytes"
-    if largest > EXACT_FP32:
+    if largest > integer.EXACT_FP32:
         return f"fp32 does not hold the sum of {site.inputs} products exactly"
     return _needs_integers(site)
 
@@ -132,7 +129,11 @@ def _needs_int4pack(site: Site) -> str | None:
 
 
 def _needs_bytes(site: Site) -> str | None:
-    return _needs_int8(site) or _needs_integers(site)
+    return _needs_int8(site) or _needs_int_mm(site)
+
+
+def _needs_int_mm(site: Site) -> str | None:
+    return _needs_integers(site) or integer.obstacle(site.device)
 
 
 def _run_int_mm(
@@ -208,8 +209,8 @@ KERNELS = (
     Kernel(
         "int_mm",
         ("prefill", "decode"),
-        "int8 codes as they are stored, an exact int32 product in the library's own kernel: on a"
-        " CPU with VNNI 1.7 times as fast as a bf16 linear at 512 rows of 4096 x 4096",
+        "int8 codes as they are stored, an exact int32 product in torch's own kernel: on a CPU with"
+        " AVX512-VNNI 1.7 times as fast as a bf16 linear at 512 rows of 4096 x 4096",
         _needs_bytes,
         _run_int_mm,
     ),
@@ -219,7 +220,7 @@ KERNELS = (
         "packed codes go into the processor's byte products out of registers, in C: at a single row"
         " of 4096 x 4096 and 4 bits 3 times as fast as Inductor's fused unpack, and about as fast"
         " as _weight_int4pack_mm_for_cpu, which rounds its sums to bf16; for more than 16 rows they"
-        " are unpacked once, in C, for int_mm",
+        " are unpacked once, in C, for int_mm or, where that is slow, for the product in blocks",
         _needs_native,
         _run_native,
     ),
@@ -249,6 +250,15 @@ KERNELS = (
         "unpack + int_mm",
         ("prefill", "decode"),
         "codes are unpacked to int8 once for all rows of a prefill, whose product then is int_mm's",
+        _needs_int_mm,
+        _run_int_mm,
+    ),
+    Kernel(
+        "blocked product",
+        ("prefill", "decode"),
+        "an exact product of int8 codes, unpacked to memory where they are packed, without torch's:"
+        " in C for 16 rows at a time where the processor has byte products or there are no more, or"
+        " in fp32 for 1024 columns at a time, summed in integers",
         _needs_integers,
         _run_int_mm,
     ),

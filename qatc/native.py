@@ -10,21 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import itertools
-import os
-import shutil
-import stat
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qatc import cpu
-
-SOURCE = Path(__file__).parent / "csrc" / "packed.c"
+from qatc import toolchain
+from qatc.toolchain import compilers
 
 MAX_ROWS = 16
 """Rows that one product of integers takes. Packed codes are unpacked anew for each: for more,
@@ -33,21 +24,15 @@ unpacking them to memory once is faster (measured)."""
 MAX_WIDTH = 2**16
 """K up to which an int32 holds sums of unsigned bytes, and a thread's stack a row of weights."""
 
-_SIGNATURES = {
-    "qatc_packed_product": (3, 5, 2),
-    "qatc_unpack": (2, 3, 2),
-    "qatc_scaled_product": (4, 5, 3),
-}
-"""Pointers, 64-bit sizes and ints that the functions take, in this order."""
-
-_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
-
-
-def compilers() -> list[str]:
-    """The C compilers of this machine: that of the environment variable CC, or the usual ones."""
-    own = os.environ.get("CC")
-    names = [own] if own else ["cc", "gcc", "clang"]
-    return [found for name in names if (found := shutil.which(name))]
+PACKED = toolchain.Library(
+    ("packed.c",),
+    {
+        "qatc_packed_product": "ppp nnnnn ii",
+        "qatc_unpack": "pp nnn ii",
+        "qatc_scaled_product": "pppp nnnnn iii",
+    },
+)
+"""The functions of ``csrc/packed.c``."""
 
 
 def obstacle(parallel: bool = False) -> str | None:
@@ -60,7 +45,8 @@ def obstacle(parallel: bool = False) -> str | None:
         return "there is no C compiler here"
     loaded = library()
     if loaded is None:
-        return "the C compiler here cannot build it"
+        reason = f" ({PACKED.failure})" if PACKED.failure else ""
+        return f"the C compiler here cannot build it{reason}"
     if parallel and not loaded.qatc_is_parallel():
         return "the C compiler here has no OpenMP, so that it would run on one core"
     return None
@@ -68,76 +54,8 @@ def obstacle(parallel: bool = False) -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The functions of ``csrc/packed.c``, built for this processor; None where that fails."""
-    try:
-        return _load(compilers())
-    except (OSError, RuntimeError):  # no home, a full or noexec disk: other kernels run
-        return None
-
-
-def _load(commands: list[str]) -> ctypes.CDLL | None:
-    """The library as the best of the compilers builds it: one that can use several cores."""
-    openmp = (("-fopenmp",), ("-fopenmp-simd",), ())
-    for flags, command in itertools.product(openmp, commands):
-        path = _build(command, (*_FLAGS, *flags))
-        if path is not None:
-            loaded = ctypes.CDLL(str(path))
-            for name, (pointers, sizes, ints) in _SIGNATURES.items():
-                function = getattr(loaded, name)
-                function.restype = None
-                function.argtypes = [
-                    *([ctypes.c_void_p] * pointers),
-                    *([ctypes.c_int64] * sizes),
-                    *([ctypes.c_int] * ints),
-                ]
-            return loaded
-    return None
-
-
-def _build(command: str, flags: tuple[str, ...]) -> Path | None:
-    folder = _cache()
-    path = folder / f"packed-{_key(command, flags)}.so"
-    if path.exists():
-        return path
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / path.name
-        done = subprocess.run(
-            [command, *flags, "-o", str(built), str(SOURCE)],
-            capture_output=True,
-            check=False,
-        )
-        if done.returncode:
-            return None
-        built.replace(path)
-    return path
-
-
-def _key(command: str, flags: tuple[str, ...]) -> str:
-    """What decides the machine code: the source, the compiler and the processor."""
-    processor = " ".join(sorted(cpu.features()))
-    version = subprocess.run([command, "--version"], capture_output=True, check=False).stdout
-    parts = (SOURCE.read_bytes(), version, processor.encode(), " ".join(flags).encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-
-
-def _cache() -> Path:
-    """A folder that nobody else can write to."""
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(home) / "qatc"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-        own = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
-        if own and not found.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    except (OSError, RuntimeError):  # no home, or none that can be written to
-        pass
-    return _private_folder()
-
-
-@functools.cache
-def _private_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="qatc-"))
+    """The functions of :data:`PACKED`, built for this processor; None where that fails."""
+    return PACKED.load()
 
 
 def packed_product(x: Tensor, packed: Tensor, bits: int) -> Tensor:

@@ -11,11 +11,30 @@ The more common ``x + (q - x).detach()`` rounds twice, and in bf16 it moves valu
 
 All functions work on the last dimension. ``group_size`` values of it share a scale; 0 stands for
 the whole row.
+
+**The contract**, bit for bit the same on every device, compiled and not, for a row of ``x``:
+
+1. ``scale = float32(float64(max|x|) / steps)``. In fp64 it does not matter whether a device divides
+   or, as CUDA and Inductor for it do, multiplies by the rounded reciprocal: the quotient of an
+   fp32 number and ``steps`` is never within two units of fp64's last place of a value at which the
+   rounding to fp32 turns over. On a CPU it is what an fp32 division gives.
+2. A scale below 2^-124 becomes 1, and the codes zero: the row is one of zeros. Devices differ in
+   whether they flush numbers below 2^-126 to zero, and no code depends on it then.
+3. A scale is no larger than lets the largest code times it stay finite in the dtype of ``x``.
+4. A weight's scale is then rounded to the nearest bf16 value, ties to even; where fp16 must hold it
+   as well (``spec.scale_dtype``), one below 2^-17 is rounded up to a multiple of 2^-24 instead.
+5. ``code = round_half_to_even(float32(x) / scale)``, clamped to the range, with the division of
+   IEEE 754, ``div.rn.f32``. Eager divisions of two tensors are that; those that Inductor makes for
+   a GPU are it with :data:`COMPILE_OPTIONS` only.
+6. The value is ``float32(code) * scale``, rounded once to the dtype of ``x``.
+
+Infinity and NaN in ``x`` give NaN, so that they are noticed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -24,10 +43,17 @@ from torch import Tensor
 
 from qatc import spec as spec_module
 from qatc.errors import ConfigError
-from qatc.spec import QuantSpec, Range
+from qatc.spec import QuantSpec, Range, ScaleDType
 
-MIN_WEIGHT_SCALE = 2.0**-17
-"""The smallest weight scale: below it fp16, in which GGUF stores scales, loses precision."""
+MIN_SCALE = 2.0**-124
+"""The smallest scale, of weights and others: values that devices may flush are less than half of
+it."""
+
+FP16_STEP = 2.0**-24
+"""The distance of neighbouring fp16 numbers below 2^-14."""
+
+COMPILE_OPTIONS: dict[str, bool] = {"eager_numerics.division_rounding": True}
+"""Options of ``torch.compile`` with which compiled graphs keep the contract on every device."""
 
 
 def compute_scale(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> Tensor:
@@ -36,18 +62,55 @@ def compute_scale(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> Tensor:
     Args:
         x: float tensor ``[..., K]``.
         spec: bits, range and group size; ``group_size`` must divide K.
-        snap: round the scale to the nearest bf16 value (at least 2^-17), as weights need it: such a
-            scale is exact in bf16, fp16 and fp32, so that every runtime stores the very scale
-            that was trained with.
+        snap: round the scale to the nearest value that bf16 and ``spec.scale_dtype`` hold, as
+            weights need it, so that every runtime stores the very scale that was trained with.
 
     Returns:
-        fp32 tensor ``[..., K / group_size]`` (``[..., 1]`` for whole rows). A row of zeros has
-        scale 1.
+        fp32 tensor ``[..., K / group_size]`` (``[..., 1]`` for whole rows), at least
+        :data:`MIN_SCALE`. A row of zeros, or of less than a scale can hold, has scale 1.
     """
     amax = _in_groups(x, spec.group_size or 0).float().abs().amax(dim=-1)
-    scale = amax / spec.steps
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return _round_to_bf16(scale).clamp(min=MIN_WEIGHT_SCALE) if snap else scale
+    exact = amax.double() / spec.steps
+    scale = torch.where(exact < MIN_SCALE, 1.0, exact).float()
+    if snap:
+        scale = _snap(scale, spec)
+    scale = scale.clamp(max=largest_scale(spec, x.dtype, snap=snap))
+    return torch.where(amax.isfinite(), scale, amax)
+
+
+def largest_scale(spec: QuantSpec, dtype: torch.dtype, *, snap: bool) -> float:
+    """The largest scale that ``spec`` allows values of ``dtype``; see :func:`compute_scale`."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max) / -spec.code_min
+    if snap and spec.scale_dtype == "float16":
+        largest = min(largest, torch.finfo(torch.float16).max)
+    digits = 8 if snap else 24
+    unit = 2.0 ** (math.frexp(largest)[1] - digits)
+    return math.floor(largest / unit) * unit
+
+
+def why_scales_are_lost(weight: Tensor, spec: QuantSpec) -> str | None:
+    """Why ``spec.scale_dtype`` cannot hold the scales of a weight, or None if it can.
+
+    Single rows or groups that are small get the smallest steps there are, and lose little beside
+    the others; a weight that is small as a whole would be lost.
+    """
+    if not spec.quantizes or spec.scale_dtype != "float16":
+        return None
+    largest = float(weight.detach().abs().max())
+    scale = largest / spec.steps
+    if 0 < scale < 2.0**-17 or scale > largest_scale(spec, weight.dtype, snap=True):
+        return f"its largest value is {largest:.3g}, whose scale fp16 cannot hold"
+    return None
+
+
+def _snap(scale: Tensor, spec: QuantSpec) -> Tensor:
+    snapped = _round_to_bf16(scale)
+    if spec.scale_dtype == "bfloat16":
+        return snapped
+    # Multiples of fp16's step: seven bits of them at most, which bf16 holds as well. Upwards, since
+    # a step may be much of the scale, and a smaller scale cuts off the largest values.
+    stepped = (scale / FP16_STEP).ceil() * FP16_STEP
+    return torch.where(scale < 2.0**-17, stepped, snapped)
 
 
 def _round_to_bf16(scale: Tensor) -> Tensor:
@@ -120,7 +183,7 @@ _tag_compiled_code()
 _LIBRARY = torch.library.Library("qatc", "DEF")
 _LIBRARY.define(
     "fake_quantize(Tensor x, int bits, *, int group_size=0, str range='restricted',"
-    " bool snap_scale=False) -> Tensor"
+    " bool snap_scale=False, str scale_dtype='bfloat16') -> Tensor"
 )
 
 
@@ -131,8 +194,9 @@ def _fake_quantize(
     group_size: int = 0,
     range: Range = "restricted",
     snap_scale: bool = False,
+    scale_dtype: ScaleDType = "bfloat16",
 ) -> Tensor:
-    spec = QuantSpec(bits, group_size or None, range)
+    spec = QuantSpec(bits, group_size or None, range, scale_dtype)
     if not spec.quantizes:
         return x.clone()
     values = x.detach()
@@ -145,7 +209,8 @@ def _fake_quantize(
 _LIBRARY.impl("fake_quantize", _fake_quantize, "CompositeImplicitAutograd")
 
 FAKE_QUANTIZE = torch.ops.qatc.fake_quantize.default
-"""The op that the passes insert: ``(x, bits, *, group_size, range, snap_scale) -> x-like``."""
+"""The op that the passes insert: ``(x, bits, *, group_size, range, snap_scale, scale_dtype) ->
+x-like``."""
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, *, snap_scale: bool = False) -> Tensor:
@@ -154,7 +219,7 @@ def fake_quantize(x: Tensor, spec: QuantSpec, *, snap_scale: bool = False) -> Te
     Args:
         x: float tensor ``[..., K]`` of any float dtype; the result has the same shape and dtype.
         spec: bits, range and group size; 16 bits returns ``x`` itself.
-        snap_scale: round scales to bf16, as for weights (see :func:`compute_scale`).
+        snap_scale: round scales as those of weights are (see :func:`compute_scale`).
     """
     if not spec.quantizes:
         return x
@@ -164,4 +229,11 @@ def fake_quantize(x: Tensor, spec: QuantSpec, *, snap_scale: bool = False) -> Te
 
 def fake_quantize_kwargs(spec: QuantSpec, snap_scale: bool) -> dict[str, int | str | bool]:
     """The keyword arguments of :data:`FAKE_QUANTIZE` for ``spec``."""
-    return {"group_size": spec.group_size or 0, "range": spec.range, "snap_scale": snap_scale}
+    kwargs: dict[str, int | str | bool] = {
+        "group_size": spec.group_size or 0,
+        "range": spec.range,
+        "snap_scale": snap_scale,
+    }
+    if snap_scale and spec.scale_dtype != "bfloat16":
+        kwargs["scale_dtype"] = spec.scale_dtype
+    return kwargs

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from qatc import integer
+from qatc import compilation, integer, ops
 from qatc.capture import Template
 from qatc.causality import why_not_causal
 from qatc.errors import CaptureError, ConfigError
@@ -135,6 +131,7 @@ def prepare(
         refuse_unsupported(model)
         if recipe.weights.quantizes:
             refuse_stacked_weights(model, recipe)
+    _refuse_lost_scales(model, recipe)
     obstacle = why_no_integer_forward(recipe, _device_of(model))
     if integer_forward is None:
         integer_forward = obstacle is None
@@ -252,18 +249,13 @@ def _refuse_uncacheable(
 
 
 def can_compile() -> bool:
-    """Whether Inductor can build kernels here: a GPU with Triton, or a C++ compiler."""
-    if torch.cuda.is_available():
-        return True
-    compilers = [os.environ.get("CXX"), "g++", "clang++"]
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return headers.exists() and any(shutil.which(c) for c in compilers if c)
+    """Whether Inductor can build kernels here; :func:`qatc.compilation.obstacle` says why not."""
+    return compilation.obstacle() is None
 
 
 def inductor(gm: GraphModule) -> Callable[..., Any]:
     """Compile a template's graph."""
-    compiled: Callable[..., Any] = torch.compile(gm.forward)  # a module would be called as one
-    return compiled
+    return compilation.compile_graph(gm.forward)  # a module would be called as one
 
 
 def why_no_integer_forward(recipe: Recipe, device: torch.device) -> str | None:
@@ -306,6 +298,21 @@ def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
                 f"the skip pattern {pattern!r} matches no parameter; names look like"
                 f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
             )
+
+
+def _refuse_lost_scales(model: nn.Module, recipe: Recipe) -> None:
+    """A runtime that stores scales in fp16 would turn small weights to nothing."""
+    for name, region in find_regions(model):
+        for own, parameter in region.named_parameters():
+            full = f"{name}.{own}" if name else own
+            if parameter.dim() != 2 or recipe.skips(full):
+                continue
+            lost = ops.why_scales_are_lost(parameter, recipe.weights)
+            if lost is not None:
+                raise ConfigError(
+                    f"{full} is not for the target {recipe.target}: {lost}; choose another target"
+                    f" (qatc, transformers, vllm), or keep it in float with --skip {full!r}"
+                )
 
 
 def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:

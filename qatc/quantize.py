@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qatc import compilation
 from qatc.checkpoint import Checkpoints
 from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, text_rows
 from qatc.device import (
@@ -174,7 +175,7 @@ class _Run:
         self.teacher = load(self.compute)
         if not self.compile:
             asked = self.config.compile is False
-            reason = "as --no-compile asks" if asked else "as there is no C++ compiler: slower"
+            reason = "as --no-compile asks" if asked else f"as {compilation.obstacle()}: slower"
             self.observer.note(f"running uncompiled, {reason}")
 
     def _prepare(self) -> None:

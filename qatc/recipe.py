@@ -26,7 +26,7 @@ class Recipe:
 
     Args:
         weights: weights of linear layers, one scale per output channel (or per group of inputs);
-            their scales are rounded to bf16.
+            their scales are rounded to bf16, or so that fp16 holds them too.
         activations: inputs of linear layers, one scale per token.
         kv: keys and values, see ``kv_site``.
         kv_site: ``"cache"``: keys after the rotary embedding and values, one scale per token and
@@ -50,6 +50,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         find_target(self.target).check(self.target, self.kv.bits)
+        for site in ("activations", "kv"):
+            if getattr(self, site).scale_dtype != QuantSpec.scale_dtype:
+                raise ConfigError(
+                    f"{site}.scale_dtype is {getattr(self, site).scale_dtype!r}, and only the"
+                    " scales of weights are stored; leave it out"
+                )
         if self.kv_site not in get_args(KVSite):
             raise ConfigError(
                 f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"

@@ -319,6 +319,8 @@ class LoweredForward(TemplateForward):
         args, kwargs, cache, mask = take_out(args, kwargs)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         self._refuse_moved(hidden)
+        if hidden.shape[1] == 0:
+            raise ConfigError("the model was called with no tokens; give it at least one")
         if cache is None:
             kwargs = kwargs if mask is None else kwargs | {"attention_mask": mask}
             return self.serve(self.runtime.scoring, args, kwargs)

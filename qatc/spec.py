@@ -13,6 +13,9 @@ full           ``max|x| / ((2**b - 1)/2)``  ``-2**(b-1) .. 2**(b-1)-1``
 ``code = round_half_to_even(x / scale)`` and the quantized value is ``code * scale``. The restricted
 range is the one of LLM-QAT (arXiv 2305.17888, equation 1); the full range is that of torchao and of
 compressed-tensors in transformers.
+
+A weight's scale is rounded before its codes are, to a value that the dtype in which the runtime
+stores it holds exactly, and bf16 as well: see ``scale_dtype``.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from typing import Literal, get_args
 from qatc.errors import ConfigError
 
 Range = Literal["restricted", "full"]
+
+ScaleDType = Literal["bfloat16", "float16"]
 
 FLOAT_BITS = 16
 """The number of bits that stands for "not quantized"."""
@@ -40,6 +45,9 @@ class QuantSpec:
             ``None`` for one scale per row. A row is a token for activations, an output channel for
             weights, and a token of one head for keys and values.
         range: ``"restricted"`` or ``"full"``, see the module's table.
+        scale_dtype: of weights: what else than fp32 must hold their scales exactly. ``"bfloat16"``
+            has fp32's range. ``"float16"``, in which GGUF stores scales, ends at 65504 and has
+            steps of 2^-24 below 2^-14.
 
     Raises:
         ConfigError: a value is not one of the above.
@@ -48,6 +56,7 @@ class QuantSpec:
     bits: int = FLOAT_BITS
     group_size: int | None = None
     range: Range = "restricted"
+    scale_dtype: ScaleDType = "bfloat16"
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in VALID_BITS:
@@ -62,6 +71,11 @@ class QuantSpec:
         if self.range not in get_args(Range):
             raise ConfigError(
                 f"range must be one of {', '.join(get_args(Range))}; got {self.range!r}"
+            )
+        if self.scale_dtype not in get_args(ScaleDType):
+            raise ConfigError(
+                f"scale_dtype must be one of {', '.join(get_args(ScaleDType))};"
+                f" got {self.scale_dtype!r}"
             )
 
     @property

@@ -49,6 +49,7 @@ _ANY = (2, 3, 4, 5, 6, 7, 8, 16)
 _PLAIN: Mapping[str, Any] = MappingProxyType({})
 _FULL: Mapping[str, Any] = MappingProxyType({"range": "full"})
 _BLOCKS: Mapping[str, Any] = MappingProxyType({"group_size": 32})
+_FP16_BLOCKS: Mapping[str, Any] = MappingProxyType({"group_size": 32, "scale_dtype": "float16"})
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -75,13 +76,14 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             "its 4-bit cache is asymmetric behind a random rotation",
         ),
         "llama.cpp": Target(
-            _BLOCKS,
+            _FP16_BLOCKS,
             _BLOCKS,
             _BLOCKS,
             (4, 8, 16),
-            "llama.cpp Q4_0, Q8_0 and its K and V types: blocks of 32 values",
-            "it rounds half away from zero, keeps block scales in fp16 and rotates K and V: close,"
-            " not the same",
+            "llama.cpp Q4_0, Q8_0 and its K and V types: blocks of 32 values; scales of weights in"
+            " fp16",
+            "it rounds half away from zero, keeps the scales of activations in fp16 and rotates K"
+            " and V: close, not the same",
         ),
     }
 )

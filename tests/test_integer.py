@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qatc.integer import INTEGER_LINEAR, int_mm
+from qatc import cpu, integer, native
+from qatc.integer import INTEGER_LINEAR, LARGEST_WIDTH, int_mm
 from qatc.preparation import can_compile
 
 ROWS = (1, 2, 15, 16, 17)
@@ -52,6 +56,105 @@ def test_int_mm_is_exact_when_compiled(m: int, dynamic: bool) -> None:
     assert np.array_equal(got.numpy(), (2 * x[0]).double().numpy() @ b.double().numpy().T)
 
 
+OLD = frozenset({"avx2", "fma", "amx_int8", "x86_64"})
+BYTES = OLD | {"avx_vnni"}
+ARM = frozenset({"asimddp", "i8mm", "aarch64"})
+
+
+def never(*arguments: Any) -> Any:
+    raise AssertionError("torch's product was called")
+
+
+@pytest.fixture(params=["C", "C for few rows", "fp32"])
+def without_vnni(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor on which torch's int8 product is a loop, with and without a C compiler."""
+    native.library()  # as it is for the processor that there is
+    monkeypatch.setattr(cpu, "features", lambda: BYTES if request.param == "C" else OLD)
+    monkeypatch.setattr(torch, "_int_mm", never)
+    if request.param == "fp32":
+        monkeypatch.setattr(native, "obstacle", lambda parallel=False: "there is no C compiler")
+        monkeypatch.setattr(native, "packed_product", never)
+    elif native.obstacle(parallel=True) is not None:
+        pytest.skip("no C compiler")
+
+
+@pytest.mark.usefixtures("without_vnni")
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 70), (17, 1, 1), (40, 33, 2500), (2, 3, 8)])
+def test_without_torch_the_product_is_exact(m: int, n: int, k: int) -> None:
+    rng = np.random.default_rng(m)
+    a, b = rng.integers(-128, 128, (m, k)), rng.integers(-128, 128, (n, k))
+    got = int_mm(torch.from_numpy(a).to(torch.int8), torch.from_numpy(b).to(torch.int8))
+    assert got.dtype is torch.int32 and np.array_equal(got.numpy(), a @ b.T)
+
+
+@pytest.mark.usefixtures("without_vnni")
+@pytest.mark.parametrize("codes", [(-128, -128), (127, -128), (127, 127), (-127, 127)])
+def test_without_torch_the_widest_sums_are_exact(codes: tuple[int, int]) -> None:
+    for width in (native.MAX_WIDTH, LARGEST_WIDTH):
+        a, b = (
+            torch.full((rows, width), c, dtype=torch.int8)
+            for rows, c in zip((2, 3), codes, strict=True)
+        )
+        assert (int_mm(a, b) == codes[0] * codes[1] * width).all()
+
+
+def test_the_largest_width_is_what_an_int32_holds() -> None:
+    assert LARGEST_WIDTH * 128 * 128 < 2**31 <= (LARGEST_WIDTH + 1) * 128 * 128
+    for rows in (1, 2):
+        a = torch.full((rows, LARGEST_WIDTH), -128, dtype=torch.int8)
+        assert (int_mm(a, a) == 128 * 128 * LARGEST_WIDTH).all()
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("features", [OLD, BYTES, ARM, frozenset({"AMD64"})])
+def test_only_avx512_vnni_makes_it_fast(
+    features: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integer, "_is_exact", lambda: True)
+    monkeypatch.setattr(cpu, "features", lambda: features)
+    assert not integer.is_fast(torch.device("cpu"))
+    assert "loop over scalars" in str(integer.obstacle("cpu"))
+    monkeypatch.setattr(cpu, "features", lambda: features | {"avx512_vnni"})
+    assert integer.is_fast(torch.device("cpu")) and integer.obstacle("cpu") is None
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "without oneDNN" in str(integer.obstacle("cpu"))
+
+
+def test_a_product_that_saturates_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vpmaddubsw does: a is made unsigned, and pairs of products are added in 16 bits."""
+
+    def saturating(a: Tensor, b: Tensor) -> Tensor:
+        products = (a.int() + 128).unsqueeze(1) * b.t().int()
+        pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(-1) - 128 * b.int().sum(0)).int()
+
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx512_vnni"}))
+    integer._is_exact.cache_clear()
+    assert integer.obstacle("cpu") is None
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    integer._is_exact.cache_clear()
+    try:
+        assert "saturates" in str(integer.obstacle("cpu"))
+        a, b = (torch.full((rows, 64), 127, dtype=torch.int8) for rows in (17, 3))
+        assert (int_mm(a, b) == 127 * 127 * 64).all()
+    finally:
+        integer._is_exact.cache_clear()
+
+
+def test_exact_whatever_onednn_is_told_to_use() -> None:
+    program = (
+        "import torch\nfrom qatc.integer import int_mm\n"
+        "for rows in (1, 17):\n"
+        "    for one in (127, -127, -128):\n"
+        "        for other in (127, -127, -128):\n"
+        "            a = torch.full((rows, 256), one, dtype=torch.int8)\n"
+        "            b = torch.full((16, 256), other, dtype=torch.int8)\n"
+        "            assert (int_mm(a, b) == one * other * 256).all(), (rows, one, other)\n"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
 def reference(
     x: np.ndarray[Any, Any], w: np.ndarray[Any, Any], bias: Any, bits: tuple[int, int]
 ) -> tuple[Any, Any, Any]:
@@ -62,7 +165,7 @@ def reference(
         scale = (amax / np.float32(2 ** (b - 1) - 1)).astype(np.float32)
         scale[scale == 0] = 1
         if snap:
-            scale = torch.from_numpy(scale).bfloat16().float().clamp(min=2.0**-17).numpy()
+            scale = torch.from_numpy(scale).bfloat16().float().numpy()
         top = 2 ** (b - 1) - 1
         codes = np.clip(np.round(tensor / scale), -top, top)
         values.append(codes.astype(np.float64) * scale.astype(np.float64))

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qatc import native
+from qatc import cpu, native
+from qatc.integer import LARGEST_WIDTH
 from qatc.kernels import KERNELS, PACKED_LINEAR, PHASES, Site, choose
 from qatc.ops import quantize
 from qatc.packing import pack
@@ -46,7 +47,7 @@ def reference(x: Any, weight: Any, bias: Any, at: Site) -> Any:
         scale = (np.abs(groups).max(-1, keepdims=True) / np.float32(top)).astype(np.float32)
         scale[scale == 0] = 1
         if snap:
-            scale = torch.from_numpy(scale).bfloat16().float().clamp(min=2.0**-17).numpy()
+            scale = torch.from_numpy(scale).bfloat16().float().numpy()
         codes = np.clip(np.round(groups / scale), -top, top)
         return (codes.astype(np.float64) * scale).reshape(values.shape)
 
@@ -157,10 +158,46 @@ def test_without_a_compiler_other_kernels_run(monkeypatch: pytest.MonkeyPatch) -
     assert reasons["packed product"] == "there is no C compiler here"
 
 
-def test_every_kernel_is_chosen_somewhere_and_gives_its_reason() -> None:
+def test_without_vnni_torch_multiplies_no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it is a loop over scalars, whatever other products of bytes the processor has."""
+    able, shared = native.obstacle() is None, native.obstacle(parallel=True) is None
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx2", "avx_vnni", "amx_int8"}))
+    blocks = "blocked product"
+    assert names(site(8, 8)) == (blocks, "int8 product" if shared else blocks)
+    assert names(site(8, 8, inputs=2**16 + 1)) == (blocks, blocks)
+    assert names(site(3, 8)) == (("packed product",) * 2 if able else (blocks, blocks))
+    monkeypatch.setattr(native, "compilers", list)
+    assert names(site(4, 8)) == (blocks, "fused unpack")
+    reasons = dict(choose(site(8, 8), "prefill").passed_over)
+    assert "without avx512_vnni" in reasons["int_mm"]
+    for rows in (1, 17):
+        torch.manual_seed(0)
+        x, weight = torch.randn(1, rows, 64), torch.randn(8, 64)
+        got = run(x, weight, None, site(8, 8))[0]
+        np.testing.assert_allclose(
+            got.numpy(), reference(x[0], weight, None, site(8, 8)), atol=1e-4, rtol=1e-5
+        )
+
+
+def test_a_sum_that_an_int32_does_not_hold_is_one_of_floats() -> None:
+    assert "blocked product" in {k.name for k in KERNELS if k.obstacle(site(4, 8)) is None}
+    for bits in (4, 8):
+        widest, wider = (site(bits, 8, inputs=LARGEST_WIDTH + more) for more in (0, 1))
+        assert choose(widest, "prefill").kernel.name != "dequantize + linear"
+        assert choose(wider, "prefill").kernel.name == "dequantize + linear"
+        reasons = dict(choose(wider, "prefill").passed_over)
+        wanted = f"an int32 does not hold the sum of {LARGEST_WIDTH + 1} products"
+        assert reasons["blocked product"] == wanted
+
+
+def test_every_kernel_is_chosen_somewhere_and_gives_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sites = [site(w, a) for w in (3, 4, 8) for a in (8, 16)]
     sites += [dataclasses.replace(at, device="cuda") for at in sites]
     chosen = {name for at in sites for name in names(at)}
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx2"}))
+    chosen |= {name for at in sites for name in names(at)}
     in_c = {"int8 product", "packed product", "scaled product"}
     assert chosen >= {k.name for k in KERNELS if k.run is not None} - in_c
     for kernel in KERNELS:

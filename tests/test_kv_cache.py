@@ -122,6 +122,25 @@ def test_chunks_of_any_size_over_packed_codes(
                 np.testing.assert_allclose(out[row, head, t].numpy(), wanted, atol=2e-4, rtol=1e-4)
 
 
+def test_no_token_leaves_the_cache_alone() -> None:
+    query, new = torch.randn(2, 4, 0, 8), torch.randn(2, 2, 0, 8)
+    positions = torch.zeros(2, 0, dtype=torch.long)
+    floats = [torch.randn(2, 2, 5, 8) for _ in "kv"]
+    codes = [
+        torch.full((2, 2, 5, last), 3, dtype=dtype)
+        for _ in "kv"
+        for last, dtype in cache_shapes(QuantSpec(4), 8)
+    ]
+    before = [cache.clone() for cache in (*floats, *codes)]
+    for out in (
+        cached_attention(query, new, new, *floats, positions),
+        quantized_attention(query, new, new, *codes, positions, bits=4),
+    ):
+        assert out.shape == query.shape
+    after = [*floats, *codes]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 def test_bytes_of_a_token() -> None:
     """Of bf16: at most 0.30 at a head dimension of 64, and 0.28 at 128."""
     for width, share in ((64, 0.30), (128, 0.28)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,27 +103,37 @@ def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(native, "compilers", lambda: ["/usr/bin/cc"])
     assert native.obstacle() == "the C compiler here cannot build it"
+    monkeypatch.setattr(native.PACKED, "failure", "cc: no such thing")
+    assert native.obstacle() == "the C compiler here cannot build it (cc: no such thing)"
     monkeypatch.setattr(native, "compilers", list)
     assert native.obstacle() == "there is no C compiler here"
 
 
 @built
-def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)  # not the one kept in memory
-    assert native.library() is not None
-    (kept,) = (tmp_path / "qatc").iterdir()
-    written = kept.stat().st_mtime_ns
-    assert native.library() is not None and kept.stat().st_mtime_ns == written
-    assert kept.parent.stat().st_mode & 0o077 == 0
-
-
-@built
-def test_a_compiler_that_fails_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    assert native.library() is None
+def test_nothing_is_left_to_the_compiler(tmp_path: Path) -> None:
+    """Built so that what C leaves undefined, as shifts of negative numbers, ends the process."""
+    checks = "-fsanitize=undefined -fsanitize-undefined-trap-on-error"
+    program = (
+        "import torch\nfrom qatc import native, packing\n"
+        "if native.library() is None:\n    raise SystemExit(77)\n"
+        "for bits in range(2, 9):\n"
+        "    for width in (1, 13, 64):\n"
+        "        for value in (-128, 127):\n"
+        "            x = torch.full((2, width), value, dtype=torch.int8)\n"
+        "            low = -(1 << (bits - 1))\n"
+        "            codes = torch.full((3, width), low, dtype=torch.int8)\n"
+        "            packed = packing.pack(codes, bits)\n"
+        "            found = native.packed_product(x, packed, bits)\n"
+        "            assert (found == value * low * width).all()\n"
+        "            native.scaled_product(x.float(), packed, torch.ones(3, 1), bits)\n"
+        "            if bits < 8:\n"
+        "                assert torch.equal(native.unpack(packed, bits, width), codes)\n"
+    )
+    environment = os.environ | {
+        "CC": " ".join((*native.compilers()[0], checks)),
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    if done.returncode == 77:
+        pytest.skip("the C compiler has no such checks")
+    assert done.returncode == 0

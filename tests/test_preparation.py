@@ -437,3 +437,50 @@ class Convolved(nn.Module):
         mixed = self.conv(x.transpose(1, 2))[..., : x.shape[1]]
         out: Tensor = self.inner(mixed.transpose(1, 2))
         return out
+
+
+def scaled(factor: float) -> Any:
+    """The model of seed 0 with values ``factor`` times as large, which o_proj takes back."""
+    model = make_llama(hidden_size=64, intermediate_size=96, head_dim=16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight *= factor
+            layer.self_attn.o_proj.weight /= factor
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", ["4-8-16", "8-8-8"])
+@pytest.mark.parametrize("factor", [1e-4, 1e-9])
+@pytest.mark.parametrize("integer_forward", [False, True])
+def test_small_weights_are_quantized_as_well_as_any(
+    bits: str, factor: float, integer_forward: bool
+) -> None:
+    """Values a ten-thousandth as large, and an o_proj that takes it back, are the same function."""
+    tokens = ids()
+    options: dict[str, Any] = {"compile": False, "integer_forward": integer_forward}
+    logits = [
+        prepare(scaled(f), Recipe.from_bits(bits), **options)(input_ids=tokens).logits
+        for f in (1.0, factor)
+    ]
+    exact = scaled(1.0)(input_ids=tokens).logits
+    errors = [float((own - exact).norm() / exact.norm()) for own in logits]
+    assert errors[1] <= 1.2 * errors[0]
+
+
+@torch.no_grad()
+def test_small_weights_of_a_target_with_fp16_scales() -> None:
+    """A few small rows get the smallest steps; a weight that is small throughout is refused."""
+    recipe = Recipe.from_bits("4-16-16", target="llama.cpp")
+    few = scaled(1.0)
+    few.model.layers[0].self_attn.v_proj.weight[:4] *= 1e-6
+    assert prepare(few, recipe, compile=False)(input_ids=ids()).logits.isfinite().all()
+    name = "model.layers.0.self_attn.v_proj.weight"
+    with pytest.raises(ConfigError, match=rf"{name} is not for the target llama.cpp: .*fp16"):
+        prepare(scaled(1e-5), recipe, compile=False)
+    skipped = dataclasses.replace(recipe, skip=(*DEFAULT_SKIP, "*.v_proj.*", "*.o_proj.*"))
+    prepare(scaled(1e-5), skipped, compile=False)
+    huge = scaled(1.0)
+    huge.model.layers[1].mlp.up_proj.weight[0, 0] = 1e7
+    with pytest.raises(ConfigError, match="largest value is 1e"):
+        prepare(huge, recipe, compile=False)

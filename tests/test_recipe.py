@@ -79,6 +79,14 @@ def test_bad_kv_site_is_quoted_and_the_valid_ones_listed() -> None:
     assert str(raised.value) == "kv_site must be one of cache, projection; got 'heads'"
 
 
+@pytest.mark.parametrize("site", ["activations", "kv"])
+def test_only_weights_have_a_dtype_of_scales(site: str) -> None:
+    spec = {"bits": 8, "scale_dtype": "float16"}
+    assert Recipe.from_dict({"weights": spec}).weights.scale_dtype == "float16"
+    with pytest.raises(ConfigError, match=f"{site}.scale_dtype is 'float16', and only the scales"):
+        Recipe.from_dict({site: spec})
+
+
 @pytest.mark.parametrize("skip", ["*lm_head*", ("ok", 3), None, 3])
 def test_bad_skip_is_quoted(skip: Any) -> None:
     with pytest.raises(ConfigError) as raised:

@@ -443,3 +443,15 @@ def test_a_mixture_of_experts_whose_experts_are_skipped(tmp_path: Path) -> None:
     wanted = logits(trained(directory), IDS)
     for got in (logits(loaded, IDS), in_chunks(loaded, IDS, [9, 12])):
         assert (got - wanted).abs().max().item() <= 1e-4 * wanted.abs().max().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", ["4-8-4", "4-8-16"])
+def test_no_tokens_are_an_error(bits: str, tmp_path: Path) -> None:
+    model = qatc.load(make_output(tmp_path / "o", Recipe.from_bits(bits)), compile=False)
+    ids = torch.randint(2, 112, (2, 3))
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    for past in (None, cache):
+        with pytest.raises(ConfigError, match="called with no tokens"):
+            model(input_ids=ids[:, :0], past_key_values=past, use_cache=True)
+    assert model(input_ids=ids[:, :1], past_key_values=cache).logits.shape[:2] == (2, 1)

@@ -44,7 +44,9 @@ def test_the_range_spans_the_codes(bits: int, range_: Any) -> None:
 
 
 def test_default_quantizes_nothing() -> None:
-    assert QuantSpec() == QuantSpec(bits=16, group_size=None, range="restricted")
+    assert QuantSpec() == QuantSpec(
+        bits=16, group_size=None, range="restricted", scale_dtype="bfloat16"
+    )
     assert not QuantSpec().quantizes
 
 
@@ -85,6 +87,14 @@ def test_bad_ranges_are_quoted_and_the_valid_ones_listed(range_: Any) -> None:
     with pytest.raises(ConfigError) as raised:
         QuantSpec(4, range=range_)
     assert str(raised.value) == f"range must be one of restricted, full; got {range_!r}"
+
+
+@pytest.mark.parametrize("scale_dtype", ["bf16", "float32", "", None, 16])
+def test_bad_scale_dtypes_are_quoted_and_the_valid_ones_listed(scale_dtype: Any) -> None:
+    with pytest.raises(ConfigError) as raised:
+        QuantSpec(4, scale_dtype=scale_dtype)
+    wanted = f"scale_dtype must be one of bfloat16, float16; got {scale_dtype!r}"
+    assert str(raised.value) == wanted
 
 
 def test_a_config_error_is_a_user_error_and_a_value_error() -> None:

@@ -12,7 +12,7 @@ from qatc.errors import ConfigError
 from qatc.recipe import Recipe
 from qatc.spec import QuantSpec
 from qatc.targets import TARGETS
-from tests.conftest import make_output
+from tests.conftest import make_llama, make_output
 
 
 def test_rules() -> None:
@@ -22,7 +22,9 @@ def test_rules() -> None:
     assert own.activations == QuantSpec(8, None, "full") and own.kv == QuantSpec(4, None, "full")
     assert Recipe.from_bits("8-8-8", target="vllm").activations == QuantSpec(8)
     blocks = Recipe.from_bits("4-8-8", target="llama.cpp")
-    assert blocks.weights == QuantSpec(4, 32) and blocks.activations == QuantSpec(8, 32)
+    assert blocks.weights == QuantSpec(
+        4, 32, scale_dtype="float16"
+    ) and blocks.activations == QuantSpec(8, 32)
     assert Recipe.from_bits("4-16-16", target="llama.cpp").activations == QuantSpec(16)
     assert Recipe.from_bits("4-8-8", target="llama.cpp", group_size=64).weights.group_size == 64
     assert all(target.source for target in TARGETS.values())
@@ -62,3 +64,19 @@ def test_transformers_computes_what_the_integer_model_does(bits: str, tmp_path: 
     kl = (one.exp() * (one - two)).sum(-1)
     # Where no code lies on a tie the two are the same; the largest value of a row is on one.
     assert kl.mean() <= 1e-3 and kl.median() <= 1e-5
+
+
+@torch.no_grad()
+def test_scales_that_fp16_cannot_hold_are_loaded_as_they_are(tmp_path: Path) -> None:
+    """transformers casts scales to the dtype that config.json names."""
+    pytest.importorskip("compressed_tensors")
+    recipe = Recipe.from_bits("8-8-16", target="transformers")
+    name = "model.layers.0.self_attn.v_proj"
+    for factor, dtype in ((1.0, torch.float16), (1e-4, torch.float32)):
+        model = make_llama().half()
+        model.get_parameter(f"{name}.weight").mul_(factor)
+        output = make_output(tmp_path / str(factor), recipe, model=model)
+        theirs: Any = AutoModelForCausalLM.from_pretrained(output)
+        assert theirs.dtype is dtype
+        stored = qatc.load_codes(output)[f"{name}.weight"].scale
+        assert torch.equal(theirs.get_submodule(name).weight_scale.float(), stored)

@@ -62,7 +62,7 @@ static int32_t dot_bytes(const uint8_t *restrict w, const int8_t *restrict x, in
 static int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bits, int32_t x_sum) {
     int32_t sum = 0;
     int low = 0;
-    if (bits == 8) return dot_bytes(w, x, width) - (x_sum << 7);
+    if (bits == 8) return dot_bytes(w, x, width) - x_sum * 128;
     if (bits & 4) {
         int64_t count = (width + 1) / 2;
         sum += dot_plane4(w, x, count);
@@ -71,12 +71,12 @@ static int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bit
     }
     if (bits & 2) {
         int64_t count = (width + 3) / 4;
-        sum += dot_plane2(w, x, count) << low;
+        sum += dot_plane2(w, x, count) * (1 << low);
         w += count;
         low += 2;
     }
-    if (bits & 1) sum += dot_plane1(w, x, (width + 7) / 8) << low;
-    return sum - (x_sum << (bits - 1));
+    if (bits & 1) sum += dot_plane1(w, x, (width + 7) / 8) * (1 << low);
+    return sum - x_sum * (1 << (bits - 1));
 }
 
 /* The codes of one packed row of 2 to 7 bits, as int8 [width]. */

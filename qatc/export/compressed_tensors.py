@@ -136,12 +136,18 @@ def _unpack_nibbles(packed: Tensor, width: int) -> Tensor:
     return unsigned[:, :width].view(torch.int8) - _OFFSET
 
 
-def _lossless(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    def exact_in(narrow: torch.dtype) -> bool:
-        return torch.equal(scale.to(narrow).float(), scale)
+def loads_exactly_in(weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> bool:
+    """Whether a runtime that casts all scales to the model's dtype, as transformers does, may."""
+    return all(_exact_in(dtype, weight.scale) for weight in weights.values())
 
-    assert exact_in(torch.bfloat16), f"{name}: the scales are not snapped to bf16"
-    narrow = dtype in (torch.bfloat16, torch.float16) and exact_in(dtype)
+
+def _exact_in(narrow: torch.dtype, scale: Tensor) -> bool:
+    return torch.equal(scale.to(narrow).float(), scale)
+
+
+def _lossless(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    assert _exact_in(torch.bfloat16, scale), f"{name}: the scales are not snapped to bf16"
+    narrow = dtype in (torch.bfloat16, torch.float16) and _exact_in(dtype, scale)
     return scale.to(dtype if narrow else torch.float32).contiguous()
 
 

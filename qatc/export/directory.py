@@ -81,7 +81,9 @@ def write_model(
 
     plain_config = json.loads(config.to_json_string())
     plain_config.pop("quantization_config", None)
-    plain_config["dtype"] = str(dtype).removeprefix("torch.")
+    # What transformers loads in by itself, scales included: fp16 may be too coarse for those.
+    exact = compressed_tensors.loads_exactly_in(weights, dtype)
+    plain_config["dtype"] = str(dtype if exact else torch.float32).removeprefix("torch.")
     plain_config["architectures"] = [type(skeleton).__name__]
     if weights:
         ignore = compressed_tensors.find_float_linears(skeleton, weights)

@@ -7,6 +7,8 @@ import torch
 
 from qatc.errors import PassError
 from qatc.graph import find_integer_linears, weight_sites
+from qatc.integer import INTEGER_LINEAR
+from qatc.ops import quantize
 from qatc.passes import Pipeline, QuantizeLinearInputs, QuantizeWeights, UseIntegerForward
 from qatc.spec import QuantSpec
 from qatc.testing import check_pass
@@ -15,7 +17,7 @@ from qatc.testing import check_pass
 def quantized(captured: Any, **weights: Any) -> Any:
     gm = captured.graph
     QuantizeLinearInputs(QuantSpec(8), weights.get("skip", ()))(gm)
-    QuantizeWeights(QuantSpec(4), **weights)(gm)
+    QuantizeWeights(**({"spec": QuantSpec(4)} | weights))(gm)
     return gm
 
 
@@ -85,3 +87,17 @@ def test_bits_are_those_of_the_nodes(llama_layer: Any) -> None:
     UseIntegerForward()(gm)
     assert torch.allclose(gm(*llama_layer.args)[0], wanted, atol=1e-5)
     assert find_integer_linears(gm)[0].node.args[3:] == (6, 3)
+
+
+def test_scales_that_fp16_holds_stay_so(llama_layer: Any) -> None:
+    spec = QuantSpec(4, scale_dtype="float16")
+    gm = quantized(llama_layer, spec=spec)
+    UseIntegerForward()(gm)
+    nodes = find_integer_linears(gm)
+    assert nodes and all(n.node.kwargs["weight_scale_dtype"] == "float16" for n in nodes)
+    x, weight = torch.randn(2, 8), torch.randn(3, 8) * 1e-6
+    codes, scale = quantize(weight, spec, snap=True)
+    x_codes, x_scale = quantize(x, QuantSpec(8))
+    wanted = (x_codes.double() * x_scale.double()) @ (codes.double() * scale.double()).t()
+    got = INTEGER_LINEAR(x, weight, None, 8, 4, weight_scale_dtype="float16")
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-12)
