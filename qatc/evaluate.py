@@ -13,6 +13,7 @@ from torch import nn
 
 from qatc.data import Rows
 from qatc.distill import soft_cross_entropy
+from qatc.errors import DataError, EvaluationError
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,16 @@ def evaluate(
         batch_size: rows per forward pass.
         autocast: context of the model's forward pass.
         on_progress: called with the rows done and all rows.
+
+    Raises:
+        DataError: no token of the rows can be scored.
+        EvaluationError: the model or the teacher answers NaN or infinity.
     """
+    if not rows.labelled.any():
+        raise DataError(
+            f"none of the {int(rows.real.sum())} tokens to evaluate on can be scored: a sequence"
+            " is scored behind its first tokens, which the model did not choose; give longer text"
+        )
     device = next(model.parameters()).device
     nll = kl = 0.0
     agreeing = scored = real_tokens = 0
@@ -66,23 +76,38 @@ def evaluate(
             logits = model(input_ids=ids, use_cache=False).logits
         labelled = torch.from_numpy(batch.labelled).to(device)
         following = ids.roll(-1, dims=1)[labelled]
-        nll += float(
+        loss = float(
             nn.functional.cross_entropy(logits[labelled].float(), following, reduction="sum")
         )
+        if math.isnan(loss):
+            raise _not_a_number("the model", start, len(batch))
+        nll += loss
         scored += following.numel()
         if teacher is not None:
             real = torch.from_numpy(batch.real).to(device)
             reference = teacher(input_ids=ids, use_cache=False).logits[real]
             logits = logits[real]
-            kl += float(soft_cross_entropy(logits, reference)[1])
+            divergence = float(soft_cross_entropy(logits, reference)[1])
+            if math.isnan(divergence):
+                unclear = bool(reference.isfinite().all())
+                raise _not_a_number("the model" if unclear else "the teacher", start, len(batch))
+            kl += divergence
             agreeing += int((logits.argmax(-1) == reference.argmax(-1)).sum())
             real_tokens += int(real.sum())
         if on_progress is not None:
             on_progress(min(start + batch_size, len(rows)), len(rows))
-    perplexity = math.exp(min(nll / max(scored, 1), 700.0))
+    perplexity = math.exp(min(nll / scored, 700.0))
     if teacher is None:
         return Metrics(perplexity, None, None, scored)
     return Metrics(perplexity, kl / real_tokens, agreeing / real_tokens, scored)
+
+
+def _not_a_number(who: str, start: int, rows: int) -> EvaluationError:
+    return EvaluationError(
+        f"{who} answers NaN or infinity in rows {start} to {start + rows - 1} of the text, so that"
+        " no perplexity can be given. Weights are checked when they are loaded, so an activation"
+        " overflows: compute in float32 if this was bfloat16, or take another checkpoint"
+    )
 
 
 def recovery(full_precision: float, rounded: float, trained: float) -> float | None:

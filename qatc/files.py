@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -108,15 +109,31 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
 
 
+def to_json(value: Any) -> str:
+    """``value`` as indented JSON that every parser reads: what is not a finite number is null.
+
+    JSON has neither NaN nor infinity, though Python writes both.
+    """
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write ``value`` as :func:`to_json` has it, atomically."""
+    write_atomically(path, (to_json(value) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or damaged one raises ``DataError``."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # editors may leave a BOM
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

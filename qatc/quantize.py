@@ -285,6 +285,7 @@ class _Run:
             metadata=metadata,
             generation_config=model.generation_config,
             tokenizer=self.tokenizer,
+            trust_remote_code=self.config.trust_remote_code,
         )
         return masters
 
@@ -296,9 +297,12 @@ class _Run:
         """
         self.observer.stage("Verifying that the integer model computes what was trained")
         try:
-            report = verify(staging, trained=masters, device=self.device)
+            trust = self.config.trust_remote_code
+            report = verify(
+                staging, trained=masters, device=self.device, trust_remote_code=trust
+            )
             release_memory(self.device)
-            model = load(staging, device=self.device, compile=False)
+            model = load(staging, device=self.device, compile=False, trust_remote_code=trust)
         except PassError as error:
             self.observer.note(f"not verified, as it does not run on integers: {error}")
             return {"parity": {"passed": None, "reason": str(error)}}

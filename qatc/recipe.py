@@ -136,7 +136,7 @@ class Recipe:
         import yaml
 
         try:
-            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
         except (yaml.YAMLError, ValueError) as error:

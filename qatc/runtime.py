@@ -28,6 +28,7 @@ from qatc.export.directory import read_config
 from qatc.graph import matches
 from qatc.kv_cache import first_slots
 from qatc.models import find_regions
+from qatc.models.remote_code import build_model
 from qatc.packed_cache import PackedLayer, packed_layer, round_up
 from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
 from qatc.passes.lower_linear import PACKED, SCALE
@@ -47,6 +48,7 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     compile: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load an output of ``qatc quantize`` as a model that runs on integers.
 
@@ -55,6 +57,7 @@ def load(
         device: torch device, or ``auto``.
         dtype: of everything that is not quantized; ``None`` for that in which it was trained.
         compile: compile the layers with Inductor; ``None``: if this machine can.
+        trust_remote_code: run the code that comes with the model.
 
     Returns:
         The transformers model, in eval mode, with packed weights; its KV cache is packed whoever
@@ -63,6 +66,7 @@ def load(
 
     Raises:
         CheckpointError: the directory is no complete output of qatc.
+        ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
         PassError: the recipe has no integer runtime, e.g. K and V quantized before the rotary
             embedding.
     """
@@ -71,7 +75,7 @@ def load(
     if dtype is None:
         named = str(read_metadata(directory).get("compute_dtype", "float32"))
         dtype = getattr(torch, named)
-    model = _build(directory, dtype)
+    model = _build(directory, dtype, trust_remote_code)
     runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
@@ -93,18 +97,13 @@ def load(
     return model
 
 
-def _build(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _build(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a directory's config, with its parameters on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(read_config(directory))
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = read_config(directory, trust_remote_code=trust_remote_code)
     with _parameters_on_meta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
+        return build_model(
+            config, dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
         )
-    return model
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qatc.errors import CheckpointError, ConfigError
 
@@ -46,7 +48,7 @@ def load_model(
 
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
-        CheckpointError: its weights are damaged or incomplete.
+        CheckpointError: its weights are damaged, incomplete or not all finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -68,10 +70,32 @@ def load_model(
             f"the checkpoint {name} is incomplete: {len(missing)} tensors are missing, among them"
             f" {missing[0]}; copy or download it again"
         )
+    require_finite(dict(model.named_parameters()), name)
     own = getattr(config, "dtype", None)
     own = own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
     model.to(torch.device(device))
     return LoadedModel(model.eval(), name, own)
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that weights are numbers: one NaN makes every figure of a model NaN.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity; the first one is named.
+    """
+    for name, tensor in tensors.items():
+        # Both ends are finite only if all values are; unlike isfinite this makes no copy.
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if all(bool(end.isfinite()) for end in tensor.detach().aminmax()):
+            continue
+        bad = ~tensor.detach().isfinite()
+        place = bad.nonzero()[0].tolist()
+        raise CheckpointError(
+            f"the tensor {name} of {source} holds {int(bad.sum())} values that are NaN or infinite,"
+            f" the first at {place} ({float(tensor[tuple(place)])}); copy or download it again, or"
+            " take another checkpoint"
+        )
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
