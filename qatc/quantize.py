@@ -298,9 +298,7 @@ class _Run:
         self.observer.stage("Verifying that the integer model computes what was trained")
         try:
             trust = self.config.trust_remote_code
-            report = verify(
-                staging, trained=masters, device=self.device, trust_remote_code=trust
-            )
+            report = verify(staging, trained=masters, device=self.device, trust_remote_code=trust)
             release_memory(self.device)
             model = load(staging, device=self.device, compile=False, trust_remote_code=trust)
         except PassError as error:

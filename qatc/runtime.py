@@ -84,7 +84,7 @@ def load(
         forwards.append(LoweredForward(region, name, runtime, skip, number))
     _fill(model, directory, codes, device)
     if (directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        model.generation_config = _generation_config(directory)
     for forward in forwards:
         forward.install()
     runtime.forwards = tuple(forwards)
@@ -95,6 +95,18 @@ def load(
         for use_cache in (False, True):
             model(input_ids=ids, use_cache=use_cache)
     return model
+
+
+def _generation_config(directory: Path) -> GenerationConfig:
+    try:
+        found: GenerationConfig = GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"cannot read {directory / 'generation_config.json'}: {reason}; correct or remove it"
+        ) from error
+    found.cache_implementation = None  # the cache is a packed one, whatever the model asked for
+    return found
 
 
 def _build(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
