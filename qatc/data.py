@@ -218,7 +218,9 @@ def require_known(
     Raises:
         DataError: the model has no embedding for one of them.
     """
-    known = int(model.get_input_embeddings().weight.shape[0])
+    embedding = model.get_input_embeddings()
+    # Packed, an embedding has no weight to count the rows of.
+    known = int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
     largest = int(tokens.max()) if tokens.size else 0
     if largest >= known:
         raise DataError(

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, text_rows
+from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, require_known, text_rows
 from qatc.device import device_name, pick_device, pick_dtype, release_memory
 from qatc.distill import Distiller, StepMetrics
 from qatc.errors import ConfigError, PassError
@@ -26,6 +27,7 @@ from qatc.export.codes import QuantizedWeight
 from qatc.export.directory import write_model
 from qatc.files import complete_directory, read_json, refuse_existing, write_json
 from qatc.generate import generate_corpus
+from qatc.model_card import license_of, write_card
 from qatc.models import LoadedModel, load_config, load_model, load_tokenizer
 from qatc.models.load import check_length
 from qatc.parity import verify
@@ -87,6 +89,7 @@ class _Run:
         texts = self._texts()
         corpus = self._given_corpus()
         self._load()
+        self._require_known(texts, corpus)
         observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
         self._prepare()
         begin_run(config)
@@ -142,6 +145,15 @@ class _Run:
                 " evaluation; generate more (--samples), or lower --eval-samples"
             )
         return corpus
+
+    def _require_known(self, texts: dict[str, Rows], corpus: Corpus | None) -> None:
+        """Find tokens that the model has no embedding for before one is looked up."""
+        given = {f"the text {name}": rows.tokens for name, rows in texts.items()}
+        if corpus is not None:
+            given[f"the corpus {corpus.path}"] = np.concatenate(corpus.sequences())
+        for what, tokens in given.items():
+            name = self.config.model
+            require_known(tokens, self.tokenizer, self.teacher.model, what=what, name=name)
 
     def _load(self) -> None:
         def load(dtype: torch.dtype) -> LoadedModel:
@@ -262,6 +274,7 @@ class _Run:
             release_memory(self.device)  # two more models are about to be loaded
             metadata = metadata | self._verify(staging, masters)
             write_json(staging / "qatc.json", read_json(staging / "qatc.json") | metadata)
+            write_card(staging)
             write_report(staging, metadata, figures, history)
 
     def _write_student(self, staging: Path, metadata: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -336,6 +349,8 @@ def _provenance(config: QuantizeConfig, corpus: Corpus) -> dict[str, Any]:
     packages = ("qatc", "torch", "torchao", "transformers", "safetensors")
     return {
         "model": config.model,
+        "model_is_directory": Path(config.model).is_dir(),
+        "license": license_of(config.model),
         "run": config.to_dict(),
         "data": {
             "fingerprint": corpus.fingerprint,

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.preparation import can_compile, inductor, recipe_allows_integers, training_pipeline
 from qatc.recipe import Recipe
+from qatc.saving import Origin, make_saveable
 from qatc.templates import TemplateForward, TemplateStore
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def load(
     Returns:
         The transformers model, in eval mode, with packed weights; its KV cache is packed whoever
         makes it: ``generate`` and ``use_cache=True`` need nothing else. Several threads may call
-        it at once, each with a cache of its own. It cannot be moved or cast afterwards.
+        it at once, each with a cache of its own. It cannot be moved, cast or pickled afterwards;
+        its ``save_pretrained`` writes an output like the one that was loaded.
 
     Raises:
         CheckpointError: the directory is no complete output of qatc.
@@ -82,13 +84,17 @@ def load(
         prefix = f"{name}." if name else ""
         skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
         forwards.append(LoweredForward(region, name, runtime, skip, number))
-    _fill(model, directory, codes, device)
+    stored = _fill(model, directory, codes, device)
     if (directory / "generation_config.json").exists():
         model.generation_config = _generation_config(directory)
     for forward in forwards:
         forward.install()
     runtime.forwards = tuple(forwards)
     setattr(model, _RUNTIME, runtime)
+    packed = {name: (weight.spec, weight.codes.shape[1]) for name, weight in codes.items()}
+    metadata = read_metadata(directory)
+    origin = Origin(directory, metadata, recipe, packed, stored, trust_remote_code)
+    make_saveable(model, origin)
     model.eval().requires_grad_(False)
     with runtime.dry_run():
         ids = torch.zeros((2, 8), dtype=torch.long, device=device)
@@ -137,16 +143,20 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _fill(
     model: PreTrainedModel, directory: Path, codes: dict[str, QuantizedWeight], device: str
-) -> None:
-    """Give the model its packed and its float tensors, and nothing else."""
+) -> dict[str, torch.dtype]:
+    """Give the model its packed and its float tensors, and nothing else.
+
+    Returns:
+        The dtypes of the float tensors as they were stored.
+    """
     state, dtype = load_float_state(directory), model.dtype
     for name, weight in codes.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         del module._parameters[leaf]
         packed = packing.pack(weight.codes, weight.spec.bits).to(device)
-        module.register_buffer(leaf + PACKED, packed, persistent=False)
-        module.register_buffer(leaf + SCALE, weight.scale.to(device), persistent=False)
+        module.register_buffer(leaf + PACKED, packed)
+        module.register_buffer(leaf + SCALE, weight.scale.to(device))
     own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     floats = {
         name: value.to(device, dtype if value.is_floating_point() else None)
@@ -164,6 +174,7 @@ def _fill(
             f"{directory} does not hold the tensors of its config: {len(odd)} are missing or left"
             f" over, among them {odd[0]}; copy or write the model again"
         )
+    return {name: value.dtype for name, value in state.items()}
 
 
 def _on_meta(model: nn.Module) -> list[str]:
@@ -292,6 +303,12 @@ class LoweredForward(TemplateForward):
         assert isinstance(copied, LoweredForward)
         copied._owners = {}
         return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a model that runs on integers cannot be pickled, as its compiled graphs belong to this"
+            " process; write it with model.save_pretrained(DIRECTORY) and qatc.load that"
+        )
 
     def twin(self) -> nn.Module:
         twin = copy.deepcopy(self.prototype)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, NoneType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from qatc.capture import LAYER_NUMBERS, Template, capture
-from qatc.errors import CaptureError, PassError
+from qatc.errors import CaptureError, ConfigError, PassError
 from qatc.graph import aten, insert_between, is_fake_quantize, reads_master
 
 _CAPTURING = compile_lock
@@ -256,6 +256,17 @@ class TemplateForward:
         copied.module = module
         copied.original = copy.deepcopy(self.original, memo)
         return copied
+
+    def __copy__(self) -> TemplateForward:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a prepared model cannot be pickled, as its compiled graphs belong to this process;"
+            " save its state_dict(), call its save_pretrained(DIRECTORY), or qatc.restore it first"
+        )
 
     def install(self) -> None:
         """Make this the module's forward."""

@@ -6,6 +6,8 @@
 tokenizer files             if a tokenizer was given
 ``model.safetensors``       codes, scales and the tensors that stay float; or shards and their index
 ``qatc.json``               the recipe, the quantized weights, and where they come from
+``README.md``               the model card
+``*.py``                    the model's own code, if it has some and is trusted
 ==========================  ====================================================================
 """
 
@@ -27,6 +29,7 @@ from qatc.errors import CheckpointError, ConfigError, DataError
 from qatc.export import compressed_tensors
 from qatc.export.codes import QuantizedWeight
 from qatc.files import complete_directory, read_json, refuse_existing, write_json
+from qatc.model_card import write_card
 from qatc.models.load import require_finite
 from qatc.models.remote_code import build_model, copy_code, require_trust
 from qatc.recipe import Recipe
@@ -108,6 +111,7 @@ def write_model(
         *(digests, floats_stored),
     )
     write_json(directory / "qatc.json", {**metadata, **dict(zip(_OWN_KEYS, own, strict=True))})
+    write_card(directory)
 
 
 def digest_of(*tensors: Tensor) -> str:
