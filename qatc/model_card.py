@@ -259,11 +259,14 @@ def _figures(metadata: Mapping[str, Any]) -> list[str]:
                 ]
             )
     parity = metadata.get("parity") or {}
-    checked = {
-        True: "The integer model was compared with the trained one before it was written, and all"
-        f" {len(parity.get('checks', []))} checks passed.",
-        False: "The integer model was compared with the trained one, and **differed**.",
-    }.get(parity.get("passed"), "The integer model has **not been verified** against the trained.")
+    checked = "The integer model has **not been verified** against the trained one."
+    if parity.get("passed"):
+        checked = (
+            "The integer model was compared with the trained one before it was called complete, and"
+            f" all {len(parity['checks'])} checks passed."
+        )
+    elif parity.get("passed") is False:
+        checked = "The integer model was compared with the trained one, and **differed**."
     return [
         "## Figures",
         "Measured with the numerics above, on the weights that are stored here. `RTN` is the model"

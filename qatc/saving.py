@@ -164,4 +164,5 @@ def _bytes(size: int | str) -> int:
     match = re.fullmatch(r"(\d+)\s*([KMGT]?)B", size.strip(), re.IGNORECASE)
     if match is None:
         raise ConfigError(f"max_shard_size takes a number of bytes, or e.g. '5GB'; got {size!r}")
-    return int(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
+    thousands = " KMGT".index(match[2].upper() or " ")
+    return int(match[1]) * int(1000**thousands)

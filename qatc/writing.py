@@ -206,7 +206,7 @@ class Writer:
             show(echo)
         text = TextStream(Detokenizer(self.tokenizer, tokens), self.stop, show, strip=strip)
         stream = _Stream(text)
-        settings = {"eos_token_id": sorted(ends)} if ends else {}
+        settings: dict[str, Any] = {"eos_token_id": sorted(ends)} if ends else {}
         settings["pad_token_id"] = min(ends, default=0)  # never read: there is one row
         ids = torch.tensor([tokens], device=self.device)
         torch.manual_seed(self.seed % 2**64)
