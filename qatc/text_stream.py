@@ -31,13 +31,16 @@ class Detokenizer:
         new = self._new()
         if not new or new.endswith("\ufffd"):  # nothing, or the first bytes of a character
             return ""
-        self._start, self._known = self._known, len(self._tokens)
+        # A window that begins inside a character would be decoded as another one.
+        if "\ufffd" not in self._decode(self._tokens[self._known :]):
+            self._start = self._known
+        self._known = len(self._tokens)
         return new
 
     def flush(self) -> str:
         """The rest, for there are no more tokens to make it whole."""
         new = self._new()
-        self._start, self._known = self._known, len(self._tokens)
+        self._known = len(self._tokens)
         return new
 
     def _new(self) -> str:
