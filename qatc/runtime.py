@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from qatc import packing
@@ -28,6 +27,7 @@ from qatc.export.directory import read_config
 from qatc.graph import matches
 from qatc.kv_cache import first_slots
 from qatc.models import find_regions
+from qatc.models.load import read_generation_config
 from qatc.models.remote_code import build_model
 from qatc.packed_cache import PackedLayer, packed_layer, round_up
 from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
@@ -85,8 +85,9 @@ def load(
         skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
         forwards.append(LoweredForward(region, name, runtime, skip, number))
     stored = _fill(model, directory, codes, device)
-    if (directory / "generation_config.json").exists():
-        model.generation_config = _generation_config(directory)
+    if (own := read_generation_config(directory)) is not None:
+        own.cache_implementation = None  # the cache is a packed one, whatever the model asked for
+        model.generation_config = own
     for forward in forwards:
         forward.install()
     runtime.forwards = tuple(forwards)
@@ -101,18 +102,6 @@ def load(
         for use_cache in (False, True):
             model(input_ids=ids, use_cache=use_cache)
     return model
-
-
-def _generation_config(directory: Path) -> GenerationConfig:
-    try:
-        found: GenerationConfig = GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"cannot read {directory / 'generation_config.json'}: {reason}; correct or remove it"
-        ) from error
-    found.cache_implementation = None  # the cache is a packed one, whatever the model asked for
-    return found
 
 
 def _build(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

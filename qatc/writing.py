@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from qatc.data import require_known
 from qatc.device import pick_device
 from qatc.errors import ConfigError, QatcError
+from qatc.files import read_json
 from qatc.models import load_tokenizer
 from qatc.models.load import check_length
 from qatc.preparation import can_compile
@@ -97,8 +98,13 @@ class Writer:
         self.model: Any = load(model, device=self.device, compile=compile, trust_remote_code=trust)
         self.tokenizer = load_tokenizer(self.name, trust_remote_code=trust)
         self.seed, self.max_new_tokens = seed, max_new_tokens
-        own = self.model.generation_config.to_dict()
-        self.left_out = {k: v for k, v in own.items() if k not in _KNOWN and not _is_neutral(v)}
+        file = model / "generation_config.json"
+        own: dict[str, Any] = read_json(file) if file.exists() else {}
+        self.left_out = {
+            name: value
+            for name, value in own.items()
+            if name not in _KNOWN and not _is_neutral(name, value)
+        }
         self.ends = _ends(self.tokenizer, self.model.config, self.model.generation_config)
         added, given = self.tokenizer.get_added_vocab(), own.get("stop_strings") or ()
         self.stop = []
@@ -259,11 +265,18 @@ _KNOWN = (
 )
 
 
-def _is_neutral(value: Any) -> bool:
-    """Whether a setting that has this value does nothing: one beam, no penalty, nothing asked."""
-    if value is None or value is False or value in ([], {}, ""):
-        return True
-    return type(value) in (int, float) and value in (0, 1)
+_ONE = (
+    *("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty"),
+    *("encoder_repetition_penalty", "guidance_scale", "top_h"),
+)
+"""Settings that do nothing at 1."""
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a setting does nothing at this value."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value is None or value is False or value in ([], {}, "")
+    return value == 0 or (value == 1 and name in _ONE)
 
 
 def _ends(*sources: Any) -> set[int]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qatc.errors import CheckpointError, ConfigError
+from qatc.errors import CheckpointError, ConfigError, DataError
+from qatc.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,12 @@ def load_model(
         ConfigError: there is no such model, or it cannot be loaded.
         CheckpointError: its weights are damaged, incomplete or not all finite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = load_config(name, trust_remote_code=trust_remote_code)
+    settings = read_generation_config(Path(name))
+    # Else transformers refuses models over settings that are only used by who generates.
+    aside = {} if settings is None else {"generation_config": GenerationConfig()}
     with _readable_errors(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -61,8 +68,11 @@ def load_model(
             attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **aside,
         )
     model, report = loaded
+    if settings is not None:
+        model.generation_config = settings
     # transformers only warns, and fills what is missing with random numbers.
     missing = sorted(report["missing_keys"])
     if missing:
@@ -75,6 +85,31 @@ def load_model(
     own = own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
     model.to(torch.device(device))
     return LoadedModel(model.eval(), name, own)
+
+
+def read_generation_config(directory: Path) -> GenerationConfig | None:
+    """The ``generation_config.json`` of a directory, whatever it says; None if there is none.
+
+    Settings that exclude each other are kept, for who generates to override.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        plain = dict(read_json(file))
+    except (DataError, TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file} ({error}); correct or remove it") from error
+    try:
+        return GenerationConfig.from_dict(plain)
+    except (ValueError, TypeError):
+        found = GenerationConfig()
+        vars(found).update({k: v for k, v in plain.items() if hasattr(found, k)})
+        return found
 
 
 def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
