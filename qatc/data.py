@@ -274,7 +274,8 @@ def read_shard(path: Path, shard: dict[str, Any]) -> Iterator[Tokens]:
     import pyarrow.parquet as pq
 
     try:
-        column = pq.read_table(path / shard["file"], columns=["input_ids"]).column(0)
+        with (path / shard["file"]).open("rb") as file:  # pyarrow takes no path that is not UTF-8
+            column = pq.read_table(file, columns=["input_ids"]).column(0)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path / shard['file']}: {error}") from error
     for chunk in column.chunks:

@@ -31,6 +31,13 @@ _DISK_ERRORS = {
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise ``ConfigError`` if the output ``path`` is there already and may not be replaced."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # safetensors would find that out, at the very end
+        raise ConfigError(
+            f"the output {path} has a name that is not UTF-8; choose another, or set a UTF-8 locale"
+            " such as LC_ALL=C.UTF-8"
+        ) from error
     if path.name in ("", ".."):
         raise ConfigError(f"the output {path} is not a name for a new directory; choose another")
     if path.exists() and not overwrite:

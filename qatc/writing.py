@@ -108,6 +108,7 @@ class Writer:
         self.ends = _ends(self.tokenizer, self.model.config, self.model.generation_config)
         added, given = self.tokenizer.get_added_vocab(), own.get("stop_strings") or ()
         self.stop = []
+        stop = [_as_text(text, "the stop string") for text in stop]
         for text in (*stop, *([given] if isinstance(given, str) else given)):
             if text in added:  # never part of the text, as special tokens are left out
                 self.ends.add(added[text])
@@ -140,7 +141,7 @@ class Writer:
                 takes.
             DataError: the model has no embedding for one of its tokens.
         """
-        _require_text(prompt)
+        prompt = _as_text(prompt)
         ids = self.tokenizer(prompt)["input_ids"] or [self.tokenizer.bos_token_id or 0]
         return self._run(ids, self.ends, show, echo=prompt)
 
@@ -160,8 +161,7 @@ class Writer:
             DataError: as :meth:`write`.
         """
         self.require_chat_template()
-        for turn in turns:
-            _require_text(turn["content"])
+        turns = [turn | {"content": _as_text(turn["content"])} for turn in turns]
         ids = self._render(turns)
         return self._run(ids, self.ends | self._ends_of_turn(), show, strip=True)
 
@@ -288,14 +288,17 @@ def _ends(*sources: Any) -> set[int]:
     return found
 
 
-def _require_text(prompt: str) -> None:
-    """Raise ``ConfigError`` for what came in as bytes that are not UTF-8."""
+def _as_text(given: str, what: str = "the prompt") -> str:
+    """What was typed, with bytes that Python could not decode in the terminal's encoding decoded.
+
+    Raises:
+        ConfigError: they are not UTF-8.
+    """
     try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
+        return given.encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
         raise ConfigError(
-            f"the prompt is not UTF-8: it has {prompt[error.start]!a} behind"
-            f" {prompt[: error.start][-20:]!r}; is it in another encoding?"
+            f"{what} {given[:40]!a} is not UTF-8 ({error.reason}); is it in another encoding?"
         ) from error
 
 

@@ -171,11 +171,17 @@ def test_prompts_that_are_none(output: Path) -> None:
         lambda: one.write("caf\udce9"),
         lambda: one.answer([{"role": "user", "content": "caf\udce9"}]),
     ):
-        with pytest.raises(ConfigError, match=r"not UTF-8: it has '\\udce9' behind 'caf'"):
+        with pytest.raises(ConfigError, match=r"the prompt 'caf\\udce9' is not UTF-8"):
             call()
     one.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(DataError, match=r"holds the token '\[PAD\]', number 116.* 116 tokens only"):
         one.write("The [PAD] fox")
+    # As Python reads UTF-8 where it takes the terminal to be ASCII.
+    shown: list[str] = []
+    one.write("caf\udcc3\udca9", shown.append)
+    assert shown[0] == "caf\u00e9"
+    with pytest.raises(ConfigError, match="the stop string .* is not UTF-8"):
+        writer(output, stop=["\udcff"])
     assert one.write("The fox").new_tokens > 0
     assert one.write("").new_tokens > 0
 
