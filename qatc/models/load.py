@@ -101,9 +101,11 @@ def read_generation_config(directory: Path) -> GenerationConfig | None:
     if not file.is_file():
         return None
     try:
-        plain = dict(read_json(file))
-    except (DataError, TypeError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file} ({error}); correct or remove it") from error
+        plain = read_json(file)
+    except DataError as error:
+        raise CheckpointError(f"{error}; correct or remove it") from error
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{file} must hold a mapping; correct or remove it")
     try:
         return GenerationConfig.from_dict(plain)
     except (ValueError, TypeError):
