@@ -298,7 +298,7 @@ def _as_text(given: str, what: str = "the prompt") -> str:
         return given.encode(errors="surrogateescape").decode()
     except UnicodeError as error:
         raise ConfigError(
-            f"{what} {given[:40]!a} is not UTF-8 ({error.reason}); is it in another encoding?"
+            f"{what} {given[:40]!a} is not UTF-8; is it in another encoding?"
         ) from error
 
 

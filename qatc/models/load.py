@@ -126,11 +126,12 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
             continue
         if all(bool(end.isfinite()) for end in tensor.detach().aminmax()):
             continue
-        bad = ~tensor.detach().isfinite()
+        bad = ~tensor.isfinite()
         place = bad.nonzero()[0].tolist()
+        first = tensor.detach()[tuple(place)].item()
         raise CheckpointError(
             f"the tensor {name} of {source} holds {int(bad.sum())} values that are NaN or infinite,"
-            f" the first at {place} ({float(tensor[tuple(place)])}); copy or download it again, or"
+            f" the first at {place} ({first}); copy or download it again, or"
             " take another checkpoint"
         )
 
