@@ -136,7 +136,7 @@ class Recipe:
         import yaml
 
         try:
-            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
         except (yaml.YAMLError, ValueError) as error:

@@ -81,14 +81,6 @@ def test_what_cannot_be_read(shared_model_path: Path, tmp_path: Path) -> None:
         assess(config(shared_model_path, data=tmp_path))
 
 
-def test_a_byte_order_mark_changes_nothing(shared_model_path: Path, tmp_path: Path) -> None:
-    found = []
-    for encoding in ("utf-8", "utf-8-sig"):
-        (tmp_path / encoding).write_text("The old fox sleeps. " * 30, encoding=encoding)
-        found.append(assess(config(shared_model_path, text=tmp_path / encoding)))
-    assert found[0] == found[1]
-
-
 def test_a_text_with_a_token_that_the_model_lacks(model_path: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})

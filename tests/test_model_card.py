@@ -13,7 +13,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+import qatc
 from qatc.distill import TrainingConfig
 from qatc.export import load_codes
 from qatc.generate import GenerationConfig
@@ -194,6 +196,31 @@ def test_its_python_runs(name: str, outputs: dict[str, Path], capsys: Any) -> No
         code = block.replace(load, f"{load}, compile=False")
         exec(code.replace("THIS_DIRECTORY", str(outputs[name])), {})
     assert "nce upon a time" in capsys.readouterr().out
+
+
+def test_lm_eval_measures_what_the_card_says(outputs: dict[str, Path]) -> None:
+    """Through ``qatc.load`` the very numbers of the integer model; by its own loader others."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    _, text = card_of(outputs["4-8-4"])
+    assert "HFLM(pretrained=model, tokenizer=tokenizer)" in text
+    model = qatc.load(outputs["4-8-4"], compile=False)
+    tokenizer = AutoTokenizer.from_pretrained(outputs["4-8-4"])
+    asked, answer = "The old fox", " sleeps by the bridge"
+    request = Instance("loglikelihood", {}, (asked, answer), 0)
+
+    def measured(**options: Any) -> float:
+        wrapped = huggingface.HFLM(device="cpu", **options)
+        return float(wrapped.loglikelihood([request], disable_tqdm=True)[0][0])
+
+    ids = torch.tensor([tokenizer(asked + answer)["input_ids"]])
+    start = len(tokenizer(asked)["input_ids"])
+    log_p = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, start - 1 : -1]
+    expected = float(log_p.gather(1, ids[0, start:, None]).sum())
+    through_qatc = measured(pretrained=model, tokenizer=tokenizer)
+    assert through_qatc == pytest.approx(expected, abs=1e-4)
+    assert abs(measured(pretrained=str(outputs["4-8-4"]), dtype="float32") - expected) > 1e-3
 
 
 def test_a_recipe_without_an_integer_runtime_has_none_on_its_card(outputs: dict[str, Path]) -> None:

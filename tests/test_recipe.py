@@ -180,8 +180,3 @@ def test_unreadable_recipe_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as raised:
             Recipe.from_yaml(path)
         assert str(path) in str(raised.value)
-
-
-def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbf" + Recipe().to_yaml().encode())
-    assert Recipe.from_yaml(tmp_path / "r.yaml") == Recipe()
