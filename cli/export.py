@@ -16,6 +16,7 @@ def export(
     output: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
     format: Annotated[str, typer.Option(help="compressed-tensors.")] = "compressed-tensors",
     overwrite: options.Overwrite = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Write a quantized model in the format of another runtime, once it is verified.
@@ -34,11 +35,18 @@ def export(
 
         def check(directory: Path) -> None:
             try:
-                verify(directory).require(str(directory))
+                verify(directory, trust_remote_code=trust_remote_code).require(str(directory))
             except PassError as error:
                 terminal.err.print(f"not verified, as it does not run on integers: {error}")
 
-        written = run(source, output, format=format, overwrite=overwrite, verify=check)
+        written = run(
+            source,
+            output,
+            format=format,
+            overwrite=overwrite,
+            verify=check,
+            trust_remote_code=trust_remote_code,
+        )
     if json:
         terminal.print_json({"output": str(written), "format": format})
         return

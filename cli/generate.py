@@ -9,7 +9,7 @@ import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
-from qatc.errors import ConfigError
+from qatc.errors import ConfigError, QatcError
 
 
 def generate(
@@ -25,9 +25,14 @@ def generate(
         float, typer.Option(help="Of sampling; 0 takes the most likely token.")
     ] = 0.7,
     top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 1.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to stop at; may be repeated.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     device: options.Device = "auto",
     compile: options.Compile = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Write text with the integer model: packed weights, packed KV cache.
@@ -61,7 +66,12 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            stop=stop or (),
+            trust_remote_code=trust_remote_code,
         )
+        if writer.left_out:
+            settings = ", ".join(f"{name}={value!r}" for name, value in writer.left_out.items())
+            terminal.note(f"left out of the model's generation config: {settings}")
         if chat:
             _talk(writer)
             return
@@ -71,7 +81,7 @@ def generate(
         terminal.print_json(written.to_dict())
         return
     terminal.stream("\n")
-    terminal.err.print(str(written), style="dim", highlight=False)
+    terminal.note(str(written))
 
 
 def _talk(writer: object) -> None:
@@ -80,7 +90,7 @@ def _talk(writer: object) -> None:
 
     assert isinstance(writer, Writer)
     writer.require_chat_template()
-    terminal.err.print("an empty line ends the conversation", style="dim", highlight=False)
+    terminal.note("an empty line ends the conversation")
     turns: list[dict[str, str]] = []
     while True:
         try:
@@ -90,7 +100,12 @@ def _talk(writer: object) -> None:
         if not said:
             return
         turns.append({"role": "user", "content": said})
-        written = writer.answer(turns, terminal.stream)
+        try:
+            written = writer.answer(turns, terminal.stream)
+        except QatcError as error:  # of this turn alone: not UTF-8, or too long
+            terminal.print_error(str(error))
+            turns.pop()
+            continue
         terminal.stream("\n")
-        terminal.err.print(str(written), style="dim", highlight=False)
+        terminal.note(str(written))
         turns.append({"role": "assistant", "content": written.text})

@@ -51,7 +51,7 @@ def inspect(
             if output is None:
                 raise ConfigError("--kernels is about an output: qatc inspect OUTPUT --kernels")
             terminal.quiet_libraries()
-            _render_kernels(output, json)
+            _render_kernels(output, json, trust_remote_code)
             return
         if model is None:
             raise ConfigError("say what to inspect: --model MODEL, or OUTPUT --kernels")
@@ -66,14 +66,14 @@ def inspect(
     _render(plan)
 
 
-def _render_kernels(output: Path, json: bool) -> None:
+def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
     from dataclasses import asdict
 
     from qatc.cli import terminal
     from qatc.runtime import load
     from qatc.usage import kernel_report, memory
 
-    loaded = load(output, compile=False)
+    loaded = load(output, compile=False, trust_remote_code=trust_remote_code)
     uses, held = kernel_report(loaded), memory(loaded)
     if json:
         terminal.print_json({"kernels": [asdict(use) for use in uses], "memory": asdict(held)})

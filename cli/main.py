@@ -11,6 +11,7 @@ from qatc.cli.generate import generate
 from qatc.cli.generate_data import generate_data
 from qatc.cli.inspect import inspect
 from qatc.cli.quantize import quantize
+from qatc.cli.terminal import prepare_streams
 from qatc.cli.verify import verify
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command("export")(export)
 @app.callback(invoke_without_command=True)
 def top(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
     """Quantize language models to integers by data-free quantization-aware training."""
+    prepare_streams()
     if version:
         typer.echo(f"qatc {qatc.__version__}")
         raise typer.Exit
@@ -40,4 +42,5 @@ def top(version: bool = typer.Option(False, "--version", help="Print the version
 
 def main() -> None:
     """Entry point of the ``qatc`` script."""
+    prepare_streams()  # for --help, which runs no command
     app()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import logging
 import os
 import sys
@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from qatc.files import to_json
 from qatc.progress import Observer
 
 out = Console(soft_wrap=True)
@@ -36,9 +37,28 @@ _TALKATIVE = (
 )
 
 
+def prepare_streams() -> None:
+    """Let no character that comes in or goes out end a command.
+
+    What the terminal's encoding lacks is printed as its escape, as Python does on stderr; bytes
+    that are no text come in as surrogates, for whoever reads them to refuse.
+    """
+    for stream, errors in (
+        *((s, "backslashreplace") for s in (sys.stdout, sys.stderr)),
+        (sys.stdin, "surrogateescape"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def print_error(message: str) -> None:
     """One line on stderr."""
     err.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+
+
+def note(text: str) -> None:
+    """A remark on stderr, in one line."""
+    err.print(escape(text), style="dim", highlight=False)
 
 
 def stream(text: str) -> None:
@@ -49,7 +69,7 @@ def stream(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """A result for machines, on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(to_json(value) + "\n")
 
 
 def print_table(rows: Sequence[Sequence[str]], title: str | None = None) -> None:

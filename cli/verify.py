@@ -14,6 +14,7 @@ from qatc.cli.errors import readable_errors
 def verify(
     model: Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")],
     device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Compare the integer model with the graph that was trained; exit with 1 if they differ.
@@ -29,7 +30,7 @@ def verify(
         from qatc.device import pick_device
         from qatc.parity import verify as run
 
-        report = run(model, device=pick_device(device))
+        report = run(model, device=pick_device(device), trust_remote_code=trust_remote_code)
         if json:
             terminal.print_json(report.to_dict())
         else:

@@ -13,6 +13,7 @@ from qatc.data import (
     Rows,
     pack_rows,
     read_text,
+    require_known,
     text_rows,
     tokenizer_fingerprint,
 )
@@ -96,13 +97,17 @@ def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
     if config.is_output:
         directory = Path(config.model)
         recipe = read_recipe(directory)
-        model = load_reference(directory).to(device)  # type: ignore[arg-type]
+        model = load_reference(directory, trust_remote_code=trust).to(device)  # type: ignore[arg-type]
     else:
         model = load(config.model)
     check_length(config.model, model.config, config.length)
     if recipe is not None:
         prepare(model, recipe, compile=config.compile)
     teacher = None if config.teacher is None else load(config.teacher)
+    for name, judged in ((config.model, model), (config.teacher, teacher)):
+        if name is not None and judged is not None:
+            what = f"the text {config.text or config.data}"
+            require_known(rows.tokens, tokenizer, judged, what=what, name=name)
     observer.stage(f"Evaluating on {rows.tokens.size:,} tokens")
     return evaluate(
         model,

@@ -185,9 +185,9 @@ def text_rows(text: str, tokenizer: Any, length: int, max_tokens: int) -> Rows:
 
 
 def read_text(path: Path) -> str:
-    """A text file; one that cannot be read raises ``ConfigError``."""
+    """A text file without its byte-order mark; one that cannot be read raises ``ConfigError``."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read the text {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -199,6 +199,35 @@ def prefix_tokens(tokenizer: Any) -> list[int]:
     bos = tokenizer.bos_token_id
     encoded = tokenizer("x")["input_ids"]
     return [bos] if bos is not None and encoded[:1] == [bos] else []
+
+
+def require_known(
+    tokens: npt.NDArray[Any], tokenizer: Any, model: Any, *, what: str, name: str
+) -> None:
+    """Check that a model has an embedding for every token, before one is looked up.
+
+    Tokenizers know more tokens than the model where some were added, such as a ``[PAD]``, and its
+    embeddings were not resized. They may know them; they may not use them.
+
+    Args:
+        tokens: token ids, a NumPy array of any shape.
+        tokenizer: what made them.
+        model: a causal LM.
+        what, name: what to call the text and the model.
+
+    Raises:
+        DataError: the model has no embedding for one of them.
+    """
+    embedding = model.get_input_embeddings()
+    # Packed, an embedding has no weight to count the rows of.
+    known = int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
+    largest = int(tokens.max()) if tokens.size else 0
+    if largest >= known:
+        raise DataError(
+            f"{what} holds the token {tokenizer.convert_ids_to_tokens(largest)!r}, number"
+            f" {largest}, but {name} has embeddings for {known} tokens only (0 to {known - 1});"
+            " leave it out, or give the model an embedding for it (resize_token_embeddings)"
+        )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -245,7 +274,8 @@ def read_shard(path: Path, shard: dict[str, Any]) -> Iterator[Tokens]:
     import pyarrow.parquet as pq
 
     try:
-        column = pq.read_table(path / shard["file"], columns=["input_ids"]).column(0)
+        with (path / shard["file"]).open("rb") as file:  # pyarrow takes no path that is not UTF-8
+            column = pq.read_table(file, columns=["input_ids"]).column(0)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path / shard['file']}: {error}") from error
     for chunk in column.chunks:

@@ -35,5 +35,9 @@ class TrainingError(QatcError):
     """Training stopped because going on would be useless (NaN or a diverging loss)."""
 
 
+class EvaluationError(QatcError):
+    """A model cannot be evaluated, because its answers are not numbers."""
+
+
 class ParityError(QatcError):
     """What runs on integers is not what was trained."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qatc.data import Rows
+from qatc.errors import DataError, EvaluationError
 from qatc.losses import agreements, compiled, negative_log_likelihood, soft_cross_entropy
 
 
@@ -57,7 +58,16 @@ def evaluate(
         autocast: context of the model's forward pass.
         compile: compile what reads the logits with Inductor.
         on_progress: called with the rows done and all rows.
+
+    Raises:
+        DataError: no token of the rows can be scored.
+        EvaluationError: the model or the teacher answers NaN or infinity.
     """
+    if not rows.labelled.any():
+        raise DataError(
+            f"none of the {int(rows.real.sum())} tokens to evaluate on can be scored: a sequence"
+            " is scored behind its first tokens, which the model did not choose; give longer text"
+        )
     device = next(model.parameters()).device
     likelihood: Any = compiled(negative_log_likelihood, compile)
     divergence: Any = compiled(soft_cross_entropy, compile)
@@ -70,22 +80,37 @@ def evaluate(
         with autocast():
             logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
         labelled = torch.from_numpy(batch.labelled).to(device).flatten()
-        nll += float(likelihood(logits, ids.roll(-1, dims=1).flatten(), labelled))
+        loss = float(likelihood(logits, ids.roll(-1, dims=1).flatten(), labelled))
+        if math.isnan(loss):
+            raise _not_a_number("the model", start, len(batch))
+        nll += loss
         scored += int(labelled.sum())
         if teacher is not None:
             real = torch.from_numpy(batch.real).to(device).flatten()
             reference = logits
             if teacher is not model:
                 reference = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-            kl += float(divergence(logits, reference, real)[1])
+            distance = float(divergence(logits, reference, real)[1])
+            if math.isnan(distance):
+                unclear = bool(reference[real].isfinite().all())
+                raise _not_a_number("the model" if unclear else "the teacher", start, len(batch))
+            kl += distance
             agreeing += int(agreeing_in(logits, reference, real))
             real_tokens += int(real.sum())
         if on_progress is not None:
             on_progress(min(start + batch_size, len(rows)), len(rows))
-    perplexity = math.exp(min(nll / max(scored, 1), 700.0))
+    perplexity = math.exp(min(nll / scored, 700.0))
     if teacher is None:
         return Metrics(perplexity, None, None, scored)
     return Metrics(perplexity, kl / real_tokens, agreeing / real_tokens, scored)
+
+
+def _not_a_number(who: str, start: int, rows: int) -> EvaluationError:
+    return EvaluationError(
+        f"{who} answers NaN or infinity in rows {start} to {start + rows - 1} of the text, so that"
+        " no perplexity can be given. Weights are checked when they are loaded, so an activation"
+        " overflows: compute in float32 if this was bfloat16, or take another checkpoint"
+    )
 
 
 def recovery(full_precision: float, rounded: float, trained: float) -> float | None:

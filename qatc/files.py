@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,13 @@ _DISK_ERRORS = {
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise ``ConfigError`` if the output ``path`` is there already and may not be replaced."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # safetensors would find that out, at the very end
+        raise ConfigError(
+            f"the output {path} has a name that is not UTF-8; choose another, or set a UTF-8 locale"
+            " such as LC_ALL=C.UTF-8"
+        ) from error
     if path.name in ("", ".."):
         raise ConfigError(f"the output {path} is not a name for a new directory; choose another")
     if path.exists() and not overwrite:
@@ -108,15 +116,31 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
 
 
+def to_json(value: Any) -> str:
+    """``value`` as indented JSON that every parser reads: what is not a finite number is null.
+
+    JSON has neither NaN nor infinity, though Python writes both.
+    """
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write ``value`` as :func:`to_json` has it, atomically."""
+    write_atomically(path, (to_json(value) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or damaged one raises ``DataError``."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # editors may leave a BOM
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -113,6 +113,7 @@ def verify(
     trained: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     reload: bool = True,
+    trust_remote_code: bool = False,
 ) -> ParityReport:
     """Compare an output's integer model with the graph that was trained.
 
@@ -121,6 +122,7 @@ def verify(
         trained: the trained state dict, if it is at hand: the stored codes must be its codes.
         device: torch device.
         reload: load the output in a new process as well.
+        trust_remote_code: run the code that comes with the model.
 
     Returns:
         All checks, in order. Nothing is raised for one that fails; see
@@ -128,13 +130,15 @@ def verify(
 
     Raises:
         CheckpointError: the directory is no complete output.
+        ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
         PassError: the recipe has no integer runtime.
     """
     directory = Path(directory)
     recipe, metadata = read_recipe(directory), read_metadata(directory)
-    lowered = load(directory, device=device, dtype=torch.float32, compile=False)
+    trust = {"trust_remote_code": trust_remote_code}
+    lowered = load(directory, device=device, dtype=torch.float32, compile=False, **trust)
     checks = [_stored(lowered, directory, recipe, metadata, trained)]
-    reference = load_reference(directory).to(device)  # type: ignore[arg-type]
+    reference = load_reference(directory, **trust).to(device)  # type: ignore[arg-type]
     prepare(reference, recipe, compile=False, integer_forward=False)
     ids = _write_text(lowered, device)
     with torch.no_grad():
@@ -144,7 +148,7 @@ def verify(
         del reference
         checks += _cached(lowered, ids, _allowed_kl(metadata))
         if reload:
-            checks.append(_reloaded(directory, lowered, ids, device))
+            checks.append(_reloaded(directory, lowered, ids, device, trust_remote_code))
     return ParityReport(tuple(checks))
 
 
@@ -282,14 +286,18 @@ from pathlib import Path
 from qatc.parity import _score, fingerprint
 from qatc.runtime import load
 torch.set_num_threads(int(sys.argv[3]))
-model = load(Path(sys.argv[1]), device=sys.argv[4], dtype=torch.float32, compile=False)
+options = {"device": sys.argv[4], "trust_remote_code": sys.argv[5] == "trust"}
+model = load(Path(sys.argv[1]), dtype=torch.float32, compile=False, **options)
 with torch.no_grad():
     print(fingerprint(_score(model, torch.tensor(json.loads(sys.argv[2]), device=sys.argv[4]))))
 """
 
 
-def _reloaded(directory: Path, lowered: Any, ids: Tensor, device: str) -> Check:
+def _reloaded(
+    directory: Path, lowered: Any, ids: Tensor, device: str, trust_remote_code: bool
+) -> Check:
     arguments = [str(directory), json.dumps(ids.tolist()), str(torch.get_num_threads()), device]
+    arguments.append("trust" if trust_remote_code else "")
     done = subprocess.run(
         [sys.executable, "-c", _RELOAD, *arguments], capture_output=True, text=True, check=False
     )

@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from qatc import compilation
 from qatc.checkpoint import Checkpoints
-from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, text_rows
+from qatc.data import Corpus, Rows, is_complete, pack_rows, read_text, require_known, text_rows
 from qatc.device import (
     device_name,
     peak_memory,
@@ -43,6 +44,7 @@ from qatc.export.codes import QuantizedWeight
 from qatc.export.directory import write_model
 from qatc.files import complete_directory, read_json, refuse_existing, write_json
 from qatc.generate import generate_corpus
+from qatc.model_card import license_of, write_card
 from qatc.models import LoadedModel, load_config, load_model, load_tokenizer
 from qatc.models.load import check_length
 from qatc.parity import verify
@@ -106,6 +108,7 @@ class _Run:
         texts = self._texts()
         corpus = self._given_corpus()
         self._load()
+        self._require_known(texts, corpus)
         observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
         self._prepare()
         begin_run(config)
@@ -162,6 +165,15 @@ class _Run:
                 " evaluation; generate more (--samples), or lower --eval-samples"
             )
         return corpus
+
+    def _require_known(self, texts: dict[str, Rows], corpus: Corpus | None) -> None:
+        """Find tokens that the model has no embedding for before one is looked up."""
+        given = {f"the text {name}": rows.tokens for name, rows in texts.items()}
+        if corpus is not None:
+            given[f"the corpus {corpus.path}"] = np.concatenate(corpus.sequences())
+        for what, tokens in given.items():
+            name = self.config.model
+            require_known(tokens, self.tokenizer, self.teacher.model, what=what, name=name)
 
     def _load(self) -> None:
         def load(dtype: torch.dtype) -> LoadedModel:
@@ -328,6 +340,7 @@ class _Run:
             release_memory(self.device)  # two more models are about to be loaded
             metadata = metadata | self._verify(staging, masters)
             write_json(staging / "qatc.json", read_json(staging / "qatc.json") | metadata)
+            write_card(staging)
             write_report(staging, metadata, figures, history)
 
     def _write_student(self, staging: Path, metadata: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -351,6 +364,7 @@ class _Run:
             metadata=metadata,
             generation_config=model.generation_config,
             tokenizer=self.tokenizer,
+            trust_remote_code=self.config.trust_remote_code,
         )
         return masters
 
@@ -362,9 +376,10 @@ class _Run:
         """
         self.observer.stage("Verifying that the integer model computes what was trained")
         try:
-            report = verify(staging, trained=masters, device=self.device)
+            trust = self.config.trust_remote_code
+            report = verify(staging, trained=masters, device=self.device, trust_remote_code=trust)
             release_memory(self.device)
-            model = load(staging, device=self.device, compile=False)
+            model = load(staging, device=self.device, compile=False, trust_remote_code=trust)
         except PassError as error:
             self.observer.note(f"not verified, as it does not run on integers: {error}")
             return {"parity": {"passed": None, "reason": str(error)}}
@@ -400,6 +415,8 @@ def _provenance(config: QuantizeConfig, corpus: Corpus) -> dict[str, Any]:
     packages = ("qatc", "torch", "torchao", "transformers", "safetensors")
     return {
         "model": config.model,
+        "model_is_directory": Path(config.model).is_dir(),
+        "license": license_of(config.model),
         "run": config.to_dict(),
         "data": {
             "fingerprint": corpus.fingerprint,

@@ -86,7 +86,9 @@ def write_report(
             ]
         ),
     ]
-    (directory / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    text = "\n\n".join(sections) + "\n"
+    # A path in it may hold bytes that are no text.
+    (directory / "report.md").write_bytes(text.encode("utf-8", errors="backslashreplace"))
     _plot(directory / LOSS_PLOT, history)
 
 

@@ -13,12 +13,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from qatc import packing
@@ -30,11 +29,14 @@ from qatc.export.directory import read_config
 from qatc.graph import matches
 from qatc.kv_cache import first_slots
 from qatc.models import find_regions
+from qatc.models.load import read_generation_config
+from qatc.models.remote_code import build_model
 from qatc.packed_cache import PackedLayer, packed_layer, round_up
 from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.preparation import can_compile, inductor, recipe_allows_integers, training_pipeline
 from qatc.recipe import Recipe
+from qatc.saving import Origin, make_saveable
 from qatc.structure import Structure
 from qatc.templates import TemplateForward, TemplateStore
 
@@ -53,6 +55,7 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     compile: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load an output of ``qatc quantize`` as a model that runs on integers.
 
@@ -61,14 +64,17 @@ def load(
         device: torch device, or ``auto``.
         dtype: of everything that is not quantized; ``None`` for that in which it was trained.
         compile: compile the layers with Inductor; ``None``: if this machine can.
+        trust_remote_code: run the code that comes with the model.
 
     Returns:
         The transformers model, in eval mode, with packed weights; its KV cache is packed whoever
         makes it: ``generate`` and ``use_cache=True`` need nothing else. Several threads may call
-        it at once, each with a cache of its own. It cannot be moved or cast afterwards.
+        it at once, each with a cache of its own. It cannot be moved, cast or pickled afterwards;
+        its ``save_pretrained`` writes an output like the one that was loaded.
 
     Raises:
         CheckpointError: the directory is no complete output of qatc.
+        ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
         PassError: the recipe has no integer runtime, e.g. K and V quantized before the rotary
             embedding.
     """
@@ -77,20 +83,25 @@ def load(
     if dtype is None:
         named = str(read_metadata(directory).get("compute_dtype", "float32"))
         dtype = getattr(torch, named)
-    model = _build(directory, dtype)
+    model = _build(directory, dtype, trust_remote_code)
     runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
         prefix = f"{name}." if name else ""
         skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
         forwards.append(LoweredForward(region, name, runtime, skip, number))
-    _fill(model, directory, codes, device)
-    if (directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    stored = _fill(model, directory, codes, device)
+    if (own := read_generation_config(directory)) is not None:
+        own.cache_implementation = None  # the cache is a packed one, whatever the model asked for
+        model.generation_config = own
     for forward in forwards:
         forward.install()
     runtime.forwards = tuple(forwards)
     setattr(model, _RUNTIME, runtime)
+    packed = {name: (weight.spec, weight.codes.shape[1]) for name, weight in codes.items()}
+    metadata = read_metadata(directory)
+    origin = Origin(directory, metadata, recipe, packed, stored, trust_remote_code)
+    make_saveable(model, origin)
     model.eval().requires_grad_(False)
     with runtime.dry_run():
         ids = torch.zeros((2, 8), dtype=torch.long, device=device)
@@ -99,18 +110,13 @@ def load(
     return model
 
 
-def _build(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _build(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a directory's config, with its parameters on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(read_config(directory))
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = read_config(directory, trust_remote_code=trust_remote_code)
     with _parameters_on_meta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
+        return build_model(
+            config, dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
         )
-    return model
 
 
 _BUILDING = threading.local()
@@ -144,16 +150,20 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _fill(
     model: PreTrainedModel, directory: Path, codes: dict[str, QuantizedWeight], device: str
-) -> None:
-    """Give the model its packed and its float tensors, and nothing else."""
+) -> dict[str, torch.dtype]:
+    """Give the model its packed and its float tensors, and nothing else.
+
+    Returns:
+        The dtypes of the float tensors as they were stored.
+    """
     state, dtype = load_float_state(directory), model.dtype
     for name, weight in codes.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         del module._parameters[leaf]
         packed = packing.pack(weight.codes, weight.spec.bits).to(device)
-        module.register_buffer(leaf + PACKED, packed, persistent=False)
-        module.register_buffer(leaf + SCALE, weight.scale.to(device), persistent=False)
+        module.register_buffer(leaf + PACKED, packed)
+        module.register_buffer(leaf + SCALE, weight.scale.to(device))
     own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     floats = {
         name: value.to(device, dtype if value.is_floating_point() else None)
@@ -171,6 +181,7 @@ def _fill(
             f"{directory} does not hold the tensors of its config: {len(odd)} are missing or left"
             f" over, among them {odd[0]}; copy or write the model again"
         )
+    return {name: value.dtype for name, value in state.items()}
 
 
 def _on_meta(model: nn.Module) -> list[str]:
@@ -301,6 +312,12 @@ class LoweredForward(TemplateForward):
         assert isinstance(copied, LoweredForward)
         copied._owners = {}
         return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a model that runs on integers cannot be pickled, as its compiled graphs belong to this"
+            " process; write it with model.save_pretrained(DIRECTORY) and qatc.load that"
+        )
 
     def twin(self) -> nn.Module:
         twin = copy.deepcopy(self.prototype)

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from qatc.capture import Number, Template, capture, serves
 from qatc.constants import Constants, comparable
-from qatc.errors import CaptureError, PassError
+from qatc.errors import CaptureError, ConfigError, PassError
 from qatc.graph import aten, insert_between, is_fake_quantize, reads_master
 from qatc.probes import is_watched
 from qatc.structure import (
@@ -400,6 +400,17 @@ class TemplateForward:
         )
         copied._look()
         return copied
+
+    def __copy__(self) -> TemplateForward:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a prepared model cannot be pickled, as its compiled graphs belong to this process;"
+            " save its state_dict(), call its save_pretrained(DIRECTORY), or qatc.restore it first"
+        )
 
     def install(self) -> None:
         """Make this the module's forward."""

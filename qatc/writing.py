@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from qatc.data import require_known
 from qatc.device import peak_memory, pick_device
-from qatc.errors import ConfigError
+from qatc.errors import ConfigError, QatcError
+from qatc.files import read_json
 from qatc.models import load_tokenizer
 from qatc.models.load import check_length
 from qatc.preparation import can_compile
 from qatc.runtime import load
+from qatc.text_stream import Detokenizer, TextStream
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Written:
     """A text and what it took.
 
     Attributes:
-        text: what was written, without the prompt.
+        text: what was written, without the prompt and up to a stop string.
         prompt_tokens, new_tokens: how many there were of either.
         prefill_seconds: until the first token.
         decode_tokens_per_second: of the tokens after the first.
@@ -57,11 +62,15 @@ class Writer:
 
     Args:
         model: directory of a qatc output.
-        device, compile: see :func:`qatc.runtime.load`.
+        device, compile, trust_remote_code: see :func:`qatc.runtime.load`.
         max_new_tokens: tokens to write, at most.
         temperature: of sampling; 0 takes the most likely token.
         top_p: sample from this share of the probability.
         seed: of sampling.
+        stop: strings that end the text, besides those of the model's generation config.
+
+    Attributes:
+        left_out: settings of the model's generation config that are not supported here.
 
     Raises:
         QatcError: the directory is no complete output, or has no tokenizer.
@@ -73,22 +82,46 @@ class Writer:
         *,
         device: str = "auto",
         compile: bool | None = None,
+        trust_remote_code: bool = False,
         max_new_tokens: int = 200,
         temperature: float = 0.7,
         top_p: float = 1.0,
         seed: int = 0,
+        stop: Sequence[str] = (),
     ) -> None:
+        if not all(stop):
+            raise ConfigError("a stop string must not be empty")
         self.device = pick_device(device)
         self.name = str(model)
-        self.model: Any = load(model, device=self.device, compile=compile)
-        self.tokenizer = load_tokenizer(self.name)
-        self.seed = seed
-        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": 1}
+        trust = trust_remote_code
+        self.model: Any = load(model, device=self.device, compile=compile, trust_remote_code=trust)
+        self.tokenizer = load_tokenizer(self.name, trust_remote_code=trust)
+        self.seed, self.max_new_tokens = seed, max_new_tokens
+        file = model / "generation_config.json"
+        own: dict[str, Any] = read_json(file) if file.exists() else {}
+        self.left_out = {
+            name: value
+            for name, value in own.items()
+            if name not in _KNOWN and not _is_neutral(name, value)
+        }
+        self.ends = _ends(self.tokenizer, self.model.config, self.model.generation_config)
+        added, given = self.tokenizer.get_added_vocab(), own.get("stop_strings") or ()
+        self.stop = []
+        stop = [_as_text(text, "the stop string") for text in stop]
+        for text in (*stop, *([given] if isinstance(given, str) else given)):
+            if text in added:  # never part of the text, as special tokens are left out
+                self.ends.add(added[text])
+            self.stop.append(text)
+        self.settings = {k: own[k] for k in _SUPPORTED if own.get(k) is not None}
+        self.settings |= {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
-            self.options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
-            self.options |= {"top_k": 0}
+            self.settings |= {"temperature": temperature, "top_p": top_p}
+            self.settings.setdefault("top_k", 0)
         else:
-            self.options |= {"do_sample": False}
+            for name in _SAMPLING:
+                self.settings.pop(name, None)
+        # generate() adds what this one says to the settings that it is given.
+        self.model.generation_config = GenerationConfig()
         if can_compile() if compile is None else compile:
             self._warm_up()
 
@@ -103,12 +136,13 @@ class Writer:
         """Continue a prompt, handing over the prompt and then the text as it comes.
 
         Raises:
-            ConfigError: prompt and new tokens are more than the model takes.
+            ConfigError: the prompt is no text, or it and the new tokens are more than the model
+                takes.
+            DataError: the model has no embedding for one of its tokens.
         """
-        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        if ids.shape[1] == 0:
-            ids = torch.tensor([[self.tokenizer.bos_token_id or 0]])
-        return self._run(ids, show, prompt)
+        prompt = _as_text(prompt)
+        ids = self.tokenizer(prompt)["input_ids"] or [self.tokenizer.bos_token_id or 0]
+        return self._run(ids, self.ends, show, echo=prompt)
 
     def require_chat_template(self) -> None:
         """Raise ``ConfigError`` if the tokenizer has no chat template."""
@@ -121,51 +155,158 @@ class Writer:
         """Answer a conversation, by the tokenizer's chat template.
 
         Raises:
-            ConfigError: the tokenizer has none.
+            ConfigError: the tokenizer has none, or it refuses the conversation; or as
+                :meth:`write`.
+            DataError: as :meth:`write`.
         """
         self.require_chat_template()
-        ids = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
-        return self._run(ids, show)
+        turns = [turn | {"content": _as_text(turn["content"])} for turn in turns]
+        ids = self._render(turns)
+        return self._run(ids, self.ends | self._ends_of_turn(), show, strip=True)
 
-    def _run(self, ids: Tensor, show: Callable[[str], None] | None, echo: str = "") -> Written:
-        wanted = ids.shape[1] + self.options["max_new_tokens"]
-        check_length(self.name, self.model.config, wanted)
+    def _render(self, turns: list[dict[str, str]], answered: bool = False) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            found: list[int] = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=not answered, return_dict=True
+            )["input_ids"]
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template of {self.name} refuses the conversation: {error}; use --prompt"
+            ) from error
+        return found
+
+    def _ends_of_turn(self) -> set[int]:
+        """The special token that the chat template puts behind an answer.
+
+        Some models name another token as their end, with which they would answer themselves.
+        """
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids = self._render(turns, answered=True)
+        special = set(self.tokenizer.all_special_ids)
+        special |= {n for n, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        behind: set[int] = set()
+        for token in reversed(ids):
+            if token in special:
+                behind = {token}
+            elif self.tokenizer.decode([token]).strip():
+                break
+        return behind
+
+    def _run(
+        self,
+        tokens: list[int],
+        ends: set[int],
+        show: Callable[[str], None] | None,
+        *,
+        echo: str = "",
+        strip: bool = False,
+    ) -> Written:
+        check_length(self.name, self.model.config, len(tokens) + self.max_new_tokens)
+        require_known(
+            np.asarray(tokens), self.tokenizer, self.model, what="the prompt", name=self.name
+        )
         if show is not None:
             show(echo)
-        ids = ids.to(self.device)
-        clock = _Clock(self.tokenizer, show)
-        torch.manual_seed(self.seed)
-        if self.tokenizer.pad_token_id is None:
-            self.options["pad_token_id"] = self.tokenizer.eos_token_id
+        text = TextStream(Detokenizer(self.tokenizer, tokens), self.stop, show, strip=strip)
+        stream = _Stream(text)
+        settings: dict[str, Any] = {"eos_token_id": sorted(ends)} if ends else {}
+        settings["pad_token_id"] = min(ends, default=0)  # never read: there is one row
+        ids = torch.tensor([tokens], device=self.device)
+        torch.manual_seed(self.seed % 2**64)
         started = time.perf_counter()
-        found = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), streamer=clock, **self.options
-        )
-        new = found[0, ids.shape[1] :]
-        times = clock.times
+        try:
+            found = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=GenerationConfig(**self.settings, **settings),
+                stopping_criteria=[lambda seen, _: seen.new_full((1,), text.stopped).bool()],
+                streamer=stream,
+            )
+        except (ValueError, TypeError) as error:
+            own = {name: self.settings[name] for name in _SUPPORTED if name in self.settings}
+            if isinstance(error, QatcError) or not own:
+                raise
+            raise ConfigError(
+                f"cannot write with the settings {own} of {self.name}/generation_config.json:"
+                f" {error}; correct or remove them there"
+            ) from error
+        times = stream.times
         rate = None
         if len(times) > 1 and times[-1] > times[0]:
             rate = (len(times) - 1) / (times[-1] - times[0])
         return Written(
-            text=self.tokenizer.decode(new, skip_special_tokens=True),
-            prompt_tokens=ids.shape[1],
-            new_tokens=len(new),
+            text=text.text,
+            prompt_tokens=len(tokens),
+            new_tokens=found.shape[1] - len(tokens),
             prefill_seconds=times[0] - started,
             decode_tokens_per_second=rate,
             peak_memory_bytes=peak_memory(self.device),
         )
 
 
-class _Clock:
-    """A streamer of transformers that notes when tokens come, and shows whole characters."""
+_SAMPLING = ("top_k", "min_p", "typical_p")
+_SUPPORTED = (
+    *_SAMPLING,
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
+"""Settings of a model's generation config that are handed on."""
 
-    def __init__(self, tokenizer: Any, show: Callable[[str], None] | None) -> None:
-        self.tokenizer, self.show = tokenizer, show
+_KNOWN = (
+    *_SUPPORTED,
+    *("eos_token_id", "bos_token_id", "pad_token_id", "stop_strings"),
+    # What options of the command say.
+    *("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "use_cache"),
+    # No settings.
+    *("transformers_version", "_from_model_config"),
+)
+
+
+_ONE = (
+    *("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty"),
+    *("encoder_repetition_penalty", "guidance_scale", "top_h"),
+)
+"""Settings that do nothing at 1."""
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a setting does nothing at this value."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value is None or value is False or value in ([], {}, "")
+    return value == 0 or (value == 1 and name in _ONE)
+
+
+def _ends(*sources: Any) -> set[int]:
+    """The tokens that end a text, by any of a tokenizer, a config and a generation config."""
+    found: set[int] = set()
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return found
+
+
+def _as_text(given: str, what: str = "the prompt") -> str:
+    """What was typed, with bytes that Python could not decode in the terminal's encoding decoded.
+
+    Raises:
+        ConfigError: they are not UTF-8.
+    """
+    try:
+        return given.encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
+        raise ConfigError(
+            f"{what} {given[:40]!a} is not UTF-8; is it in another encoding?"
+        ) from error
+
+
+class _Stream:
+    """A streamer of transformers that notes when tokens come, and hands them over as text."""
+
+    def __init__(self, text: TextStream) -> None:
+        self.text = text
         self.times: list[float] = []
-        self._tokens: list[int] = []
-        self._shown = ""
         self._prompt = True
 
     def put(self, value: Tensor) -> None:
@@ -173,11 +314,7 @@ class _Clock:
             self._prompt = False
             return
         self.times.append(time.perf_counter())
-        self._tokens += value.flatten().tolist()
-        text = self.tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if self.show is not None and not text.endswith("\ufffd"):
-            self.show(text[len(self._shown) :])
-            self._shown = text
+        self.text.push(value.flatten().tolist())
 
     def end(self) -> None:
-        pass
+        self.text.end()

@@ -14,6 +14,7 @@ from qatc.evaluate import evaluate
 from qatc.models import load_model
 from qatc.preparation import prepare
 from qatc.recipe import Recipe
+from tests.conftest import make_tokenizer
 
 
 def config(model: Path, **changes: Any) -> AssessConfig:
@@ -78,3 +79,15 @@ def test_what_cannot_be_read(shared_model_path: Path, tmp_path: Path) -> None:
         assess(config(shared_model_path, text=tmp_path / "absent"))
     with pytest.raises(DataError, match="is not a corpus"):
         assess(config(shared_model_path, data=tmp_path))
+
+
+def test_a_text_with_a_token_that_the_model_lacks(model_path: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model_path)
+    text = tmp_path / "text"
+    text.write_text("The old fox sleeps. " * 30)
+    assess(config(model_path, text=text))
+    text.write_text("The old [PAD] fox sleeps. " * 30)
+    with pytest.raises(DataError, match=r"text holds the token '\[PAD\]', number 112"):
+        assess(config(model_path, text=text))

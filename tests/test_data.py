@@ -15,7 +15,7 @@ from qatc import data
 from qatc.data import Corpus, Tokens, pack_rows, text_rows
 from qatc.errors import ConfigError, DataError
 from qatc.files import write_json
-from tests.conftest import make_tokenizer
+from tests.conftest import make_llama, make_tokenizer
 
 sequences_of_any_length = st.lists(
     st.lists(st.integers(0, 99), max_size=20).map(lambda s: np.asarray(s, np.int32)), max_size=12
@@ -113,6 +113,27 @@ class TestTextRows:
             with pytest.raises(ConfigError, match=reason):
                 data.read_text(tmp_path / name)
 
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "plain").write_bytes("caf\u00e9 \ufeff".encode())
+        (tmp_path / "marked").write_bytes("caf\u00e9 \ufeff".encode("utf-8-sig"))
+        assert data.read_text(tmp_path / "marked") == data.read_text(tmp_path / "plain")
+        assert data.read_text(tmp_path / "plain") == "caf\u00e9 \ufeff"
+
+    def test_tokens_that_the_model_has_no_embedding_for(self) -> None:
+        tokenizer, model = make_tokenizer(), make_llama(112)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+
+        def check(*tokens: int) -> None:
+            ids = np.asarray([tokens], np.int32)
+            data.require_known(ids, tokenizer, model, what="the text a.txt", name="tiny")
+
+        check(0, 111)
+        check()
+        with pytest.raises(
+            DataError, match=r"a\.txt holds the token '\[PAD\]', number 112, but tiny"
+        ):
+            check(5, 112)
+
 
 class TestCorpus:
     def test_reads_what_was_written(self, corpus: Path) -> None:
@@ -125,6 +146,10 @@ class TestCorpus:
             "tokens": 7,
             "sha256": "",
         }
+
+    def test_in_a_directory_whose_name_is_no_text(self, corpus: Path) -> None:
+        odd = corpus.rename(corpus.with_name("corpus\udcff"))
+        assert len(Corpus.open(odd).sequences()) == 4
 
     def test_fingerprint_follows_the_content(self, corpus: Path, tokenizer: Any) -> None:
         same = write_corpus(corpus.with_name("same"), tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from qatc.data import Rows, pack_rows
+from qatc.errors import DataError, EvaluationError
 from qatc.evaluate import evaluate, recovery
 from tests.conftest import make_llama
 
@@ -131,6 +133,50 @@ def test_leaves_no_gradient_and_tells_its_progress(models: tuple[Any, Any], rows
     evaluate(models[0], rows, batch_size=2, on_progress=lambda *done: seen.append(done))
     assert seen == [(min(i + 2, len(rows)), len(rows)) for i in range(0, len(rows), 2)]
     assert all(parameter.grad is None for parameter in models[0].parameters())
+
+
+class Answers(torch.nn.Module):
+    """Random logits, but for one value in the answers to one row."""
+
+    def __init__(self, value: float, row: int, column: int = 0) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.value, self.row, self.column, self.seen = value, row, column, 0
+
+    def forward(self, input_ids: Any, use_cache: bool) -> Any:
+        logits = torch.randn((*input_ids.shape, VOCABULARY))
+        if self.seen <= self.row < self.seen + len(logits):
+            logits[self.row - self.seen, self.column, 3] = self.value
+        self.seen += len(logits)
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_answers_that_are_no_numbers(rows: Rows, value: float) -> None:
+    column = int(rows.labelled[2].nonzero()[0][0])
+    with pytest.raises(EvaluationError, match="the model answers NaN or infinity in rows 2 to 3"):
+        evaluate(Answers(value, 2, column), rows, batch_size=2)
+    with pytest.raises(EvaluationError, match="the model answers"):  # at a token without a label
+        evaluate(Answers(value, 2), rows, teacher=Answers(0.0, 0), batch_size=2)
+    with pytest.raises(EvaluationError, match="the teacher answers"):
+        evaluate(Answers(0.0, 0), rows, teacher=Answers(value, 2), batch_size=2)
+
+
+def test_a_token_of_no_probability_is_a_number(rows: Rows) -> None:
+    found = evaluate(Answers(-math.inf, 2), rows)
+    assert math.isfinite(found.perplexity)
+
+
+def test_padding_may_be_anything(rows: Rows) -> None:
+    row, column = (int(where[0]) for where in np.nonzero(~rows.real))
+    padded = evaluate(Answers(math.nan, row, column), rows, teacher=Answers(math.nan, row, column))
+    assert padded.kl is not None and math.isfinite(padded.kl)
+
+
+def test_nothing_to_score(models: tuple[Any, Any]) -> None:
+    rows = pack_rows([np.asarray([3, 4], np.int32)] * 3, 8, prompt_tokens=2)
+    with pytest.raises(DataError, match="none of the 6 tokens to evaluate on can be scored"):
+        evaluate(models[0], rows)
 
 
 def test_recovery() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,3 +200,24 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 8192
     path.write_bytes(content)
     assert files.sha256(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_json_is_what_every_parser_reads(tmp_path: Path) -> None:
+    def refuses(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    value = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "c": "NaN", "d": True, "e": None}
+    files.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    wanted = {"a": [1.5, None, [None, {"b": None}]], "c": "NaN", "d": True, "e": None}
+    assert json.loads(text, parse_constant=refuses) == wanted
+
+
+def test_json_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert files.read_json(tmp_path / "x.json") == {}
+
+
+def test_an_output_whose_name_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        files.refuse_existing(tmp_path / "out\udcff", False)

@@ -24,6 +24,7 @@ from qatc.parity import verify
 from qatc.quantize import _Run, quantize
 from qatc.recipe import Recipe
 from qatc.settings import QuantizeConfig
+from tests.conftest import make_tokenizer
 
 
 def make(model: Path, output: Path, **changes: Any) -> QuantizeConfig:
@@ -52,7 +53,7 @@ def weights(output: Path) -> bytes:
 def test_output(done: Any) -> None:
     names = {path.name for path in done.output.iterdir()}
     assert {"config.json", "model.safetensors", "qatc.json", "report.md", "loss.png"} <= names
-    assert {"tokenizer.json", "metrics.jsonl"} <= names
+    assert {"tokenizer.json", "metrics.jsonl", "README.md"} <= names
     assert not done.output.with_name("out.partial").exists()
     assert len((done.output / "metrics.jsonl").read_text().splitlines()) == 6
     metadata = json.loads((done.output / "qatc.json").read_text())
@@ -172,6 +173,16 @@ def test_corpus_of_another_tokenizer(done: Any, other_tokenizer_path: Path, tmp_
     with pytest.raises(DataError, match="tokenizer"):
         quantize(make(other_tokenizer_path, tmp_path / "out", data=done.data))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_with_a_token_that_the_model_lacks(model_path: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model_path)
+    (tmp_path / "text").write_text("The old [PAD] fox sleeps. " * 30)
+    with pytest.raises(DataError, match=r"text holds the token '\[PAD\]', number 112"):
+        quantize(make(model_path, tmp_path / "out", eval_text=tmp_path / "text"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "tiny"]
 
 
 def test_nan_stops_with_advice(

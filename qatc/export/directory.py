@@ -6,12 +6,13 @@
 tokenizer files             if a tokenizer was given
 ``model.safetensors``       codes, scales and the tensors that stay float; or shards and their index
 ``qatc.json``               the recipe, the quantized weights, and where they come from
+``README.md``               the model card
+``*.py``                    the model's own code, if it has some and is trusted
 ==========================  ====================================================================
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
@@ -28,6 +29,9 @@ from qatc.errors import CheckpointError, ConfigError, DataError
 from qatc.export import compressed_tensors
 from qatc.export.codes import QuantizedWeight
 from qatc.files import complete_directory, read_json, refuse_existing, write_json
+from qatc.model_card import write_card
+from qatc.models.load import require_finite
+from qatc.models.remote_code import build_model, copy_code, require_trust
 from qatc.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -53,6 +57,7 @@ def write_model(
     generation_config: GenerationConfig | None = None,
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a quantized model into an empty directory (see the module's table).
 
@@ -66,6 +71,7 @@ def write_model(
         metadata: further entries of ``qatc.json``, as plain data.
         generation_config, tokenizer: saved beside the model, if given.
         max_shard_bytes: larger models are split into files of this size.
+        trust_remote_code: the model runs its own code, which is copied into the directory.
 
     Raises:
         ConfigError: a quantized weight is tied, or its layer is no ``torch.nn.Linear``.
@@ -73,7 +79,7 @@ def write_model(
     """
     assert all(weight.spec == recipe.weights for weight in weights.values()), "another recipe's"
     # Without storage: tells the linear layers and the tied weights by their names.
-    skeleton = _build_model(config, "meta", torch.float32)
+    skeleton = _build_model(config, "meta", torch.float32, trust_remote_code)
     tensors = _drop_tied(state, weights, skeleton.all_tied_weights_keys)
     floats = [value for value in tensors.values() if value.is_floating_point()]
     dtype = max(floats, key=Tensor.numel).dtype if floats else torch.float32
@@ -85,6 +91,9 @@ def write_model(
     exact = compressed_tensors.loads_exactly_in(weights, dtype)
     plain_config["dtype"] = str(dtype if exact else torch.float32).removeprefix("torch.")
     plain_config["architectures"] = [type(skeleton).__name__]
+    plain_config.pop("auto_map", None)  # of code that did not run, and is not here
+    if auto_map := copy_code(skeleton, directory):
+        plain_config["auto_map"] = auto_map
     if weights:
         ignore = compressed_tensors.find_float_linears(skeleton, weights)
         plain_config["quantization_config"] = compressed_tensors.quantization_config(recipe, ignore)
@@ -104,6 +113,7 @@ def write_model(
         *(digests, floats_stored),
     )
     write_json(directory / "qatc.json", {**metadata, **dict(zip(_OWN_KEYS, own, strict=True))})
+    write_card(directory)
 
 
 def digest_of(*tensors: Tensor) -> str:
@@ -120,15 +130,11 @@ def _stored_names(name: str, recipe: Recipe) -> tuple[str, ...]:
     return compressed_tensors.tensor_names(name, recipe.weights)
 
 
-def _build_model(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+def _build_model(
+    config: PreTrainedConfig, device: str, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model
+        return build_model(config, dtype, trust_remote_code=trust_remote_code)
 
 
 def _drop_tied(
@@ -245,6 +251,7 @@ def _read_tensors(directory: Path, *, quantized: bool) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} is damaged or cut off ({error}); copy or write the model again"
             ) from error
+    require_finite(tensors, str(directory))
     missing = sorted(expected - tensors.keys()) if quantized else []
     if missing:
         raise CheckpointError(f"{directory} has no tensor {missing[0]}; write the model again")
@@ -258,14 +265,18 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error}); copy or write it again") from error
 
 
-def load_reference(directory: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_reference(
+    directory: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The plain Hugging Face model with the weights ``code * scale``; inputs are not quantized.
 
     Raises:
         CheckpointError: as :func:`load_codes`, or the tensors are not those of the config.
+        ConfigError: as :func:`read_config`.
     """
     codes, state = load_codes(directory), load_float_state(directory)
-    model = _build_model(read_config(directory), "cpu", dtype)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    model = _build_model(config, "cpu", dtype, trust_remote_code)
     own = model.state_dict()
     given = codes.keys() | state.keys()
     odd = sorted((own.keys() - given - model.all_tied_weights_keys.keys()) | (given - own.keys()))
@@ -280,13 +291,21 @@ def load_reference(directory: Path, *, dtype: torch.dtype = torch.float32) -> Pr
     return model
 
 
-def read_config(directory: Path) -> PreTrainedConfig:
-    """The model's config; raises :class:`CheckpointError` if it cannot be read."""
+def read_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
+    """
     from transformers import AutoConfig
 
+    require_trust(directory, trust_remote_code)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"cannot read the config in {directory}: {reason}") from error
     return config
@@ -303,6 +322,7 @@ def export(
     format: str = "compressed-tensors",
     overwrite: bool = False,
     verify: Callable[[Path], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the qatc output ``source`` in a format (a key of :data:`FORMATS`); return ``output``.
 
@@ -310,7 +330,8 @@ def export(
     source before anything is written, and raises if it is not to be exported.
 
     Raises:
-        ConfigError: the format is unknown, or ``output`` exists or would replace ``source``.
+        ConfigError: the format is unknown, ``output`` exists or would replace ``source``, or the
+            model has code of its own, and ``trust_remote_code`` is false.
         CheckpointError: ``source`` cannot be read or ``output`` cannot be written.
     """
     if format not in FORMATS:
@@ -319,16 +340,32 @@ def export(
         raise ConfigError(f"the output {output} would replace the source {source}; choose another")
     refuse_existing(output, overwrite)
     metadata, recipe = read_metadata(source), read_recipe(source)
+    config = read_config(source, trust_remote_code=trust_remote_code)
     if verify is not None:
         verify(source)
-    weights, state, config = load_codes(source), load_float_state(source), read_config(source)
-    extra = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
+    weights, state = load_codes(source), load_float_state(source)
     with complete_directory(output, overwrite=overwrite) as staging:
-        for path in source.iterdir():  # the generation config and the tokenizer
-            own = path.name in ("config.json", "qatc.json") or ".safetensors" in path.name
-            if path.is_file() and not own:
-                shutil.copyfile(path, staging / path.name)
+        copy_companions(source, staging)
         FORMATS[format](
-            staging, config=config, state=state, weights=weights, recipe=recipe, metadata=extra
+            staging,
+            config=config,
+            state=state,
+            weights=weights,
+            recipe=recipe,
+            metadata=own_metadata(metadata),
+            trust_remote_code=trust_remote_code,
         )
     return output
+
+
+def own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`write_model` takes as ``metadata`` to write ``qatc.json`` again."""
+    return {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copy what :func:`write_model` does not write: generation config, tokenizer, the report."""
+    for path in source.iterdir():
+        own = path.name in ("config.json", "qatc.json") or ".safetensors" in path.name
+        if path.is_file() and not own:
+            shutil.copyfile(path, directory / path.name)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from qatc.errors import CheckpointError, ConfigError
+from qatc.errors import CheckpointError, ConfigError, DataError
+from qatc.files import read_json
 from qatc.models.support import refuse_adapter, softcapping
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,14 @@ def load_model(
 
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
-        CheckpointError: its weights are damaged or incomplete.
+        CheckpointError: its weights are damaged, incomplete or not all finite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = load_config(name, trust_remote_code=trust_remote_code)
+    settings = read_generation_config(Path(name))
+    # Else transformers refuses models over settings that are only used by who generates.
+    aside = {} if settings is None else {"generation_config": GenerationConfig()}
     with _readable_errors(name, config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -60,8 +69,11 @@ def load_model(
             attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **aside,
         )
     model, report = loaded
+    if settings is not None:
+        model.generation_config = settings
     # transformers only warns, and fills what is missing with random numbers.
     missing = sorted(report["missing_keys"])
     if missing:
@@ -69,10 +81,60 @@ def load_model(
             f"the checkpoint {name} is incomplete: {len(missing)} tensors are missing, among them"
             f" {missing[0]}; copy or download it again"
         )
+    require_finite(dict(model.named_parameters()), name)
     own = getattr(config, "dtype", None)
     own = own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
     model.to(torch.device(device))
     return LoadedModel(model.eval(), name, own)
+
+
+def read_generation_config(directory: Path) -> GenerationConfig | None:
+    """The ``generation_config.json`` of a directory, whatever it says; None if there is none.
+
+    Settings that exclude each other are kept, for who generates to override.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        plain = read_json(file)
+    except DataError as error:
+        raise CheckpointError(f"{error}; correct or remove it") from error
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{file} must hold a mapping; correct or remove it")
+    try:
+        return GenerationConfig.from_dict(plain)
+    except (ValueError, TypeError):
+        found = GenerationConfig()
+        vars(found).update({k: v for k, v in plain.items() if hasattr(found, k)})
+        return found
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that weights are numbers: one NaN makes every figure of a model NaN.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity; the first one is named.
+    """
+    for name, tensor in tensors.items():
+        # Both ends are finite only if all values are; unlike isfinite this makes no copy.
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if all(bool(end.isfinite()) for end in tensor.detach().aminmax()):
+            continue
+        bad = ~tensor.isfinite()
+        place = bad.nonzero()[0].tolist()
+        first = tensor.detach()[tuple(place)].item()
+        raise CheckpointError(
+            f"the tensor {name} of {source} holds {int(bad.sum())} values that are NaN or infinite,"
+            f" the first at {place} ({first}); copy or download it again, or"
+            " take another checkpoint"
+        )
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:

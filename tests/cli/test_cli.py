@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from qatc import native
 from qatc.cli.main import app
+from qatc.parity import Check, ParityReport
 
 TINY = ["--samples", "24", "--max-length", "16", "--eval-samples", "8", "--steps", "4"]
 TINY += ["--batch-size", "4", "--generation-batch-size", "8", "--no-compile"]
@@ -178,6 +179,76 @@ def test_generate(output: Path, tmp_path: Path) -> None:
     refused(2, "takes at most 128", "generate", output, "--prompt", "x", "--max-new-tokens", "999")
     refused(2, "top-p", "generate", output, "--prompt", "x", "--top-p", "0")
     refused(1, "qatc quantize", "generate", tmp_path, "--prompt", "x")
+
+
+def test_what_the_terminal_cannot_encode(output: Path, tmp_path: Path) -> None:
+    """Neither a prompt, nor a path, nor the drawing of a table ends a command."""
+
+    def ascii_only(*arguments: Any) -> Any:
+        return CliRunner(charset="ascii").invoke(app, [str(a) for a in arguments])
+
+    command = ["generate", output, "--max-new-tokens", "3", "--no-compile", "--prompt"]
+    result = ascii_only(*command, "caf\u00e9 \u2192")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("caf\\xe9 \\u2192")
+    result = ascii_only("inspect", "--model", tmp_path / "caf\u00e9")
+    assert result.exit_code == 2 and "caf\\xe9" in result.stderr
+    odd = tmp_path / "caf\u00e9"
+    made = ascii_only("export", output, "--output", odd)
+    assert made.exit_code == 0 and made.stdout.splitlines() == [
+        f"{tmp_path}/caf\\xe9: compressed-tensors"
+    ]
+    refused(2, "is not UTF-8", *command, "caf\udce9")
+    refused(2, "caf\\udce9", "evaluate", output, "--text", "caf\udce9")
+
+
+def test_a_terminal_of_ascii(output: Path) -> None:
+    """As above in a process, whose streams and arguments are made by Python itself."""
+    command = [sys.executable, "-m", "qatc.cli", "generate", str(output), "--no-compile"]
+    command += ["--max-new-tokens", "3", "--prompt", "caf\u00e9"]
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=os.environ | locale)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"caf\\xe9")
+
+
+def test_json_has_no_nan(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Check("global", "something", float("nan"), 1.0)
+    monkeypatch.setattr("qatc.parity.verify", lambda *_, **__: ParityReport((found,)))
+    result = run("verify", output, "--json")
+    assert result.exit_code == 1
+
+    def refuses(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    (check,) = json.loads(result.stdout, parse_constant=refuses)["checks"]
+    assert check["figure"] is None and not check["passed"]
+
+
+def test_chat(output: Path, tmp_path: Path) -> None:
+    """A turn that cannot be answered does not end the conversation."""
+    talks = Path(shutil.copytree(output, tmp_path / "talks"))
+    (talks / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    said = b"The old fox\n" + b"caf\xe9\n" + b"fox " * 200 + b"\nThe\n\n"
+    command = ["generate", str(talks), "--chat", "--max-new-tokens", "3", "--no-compile"]
+    result = CliRunner().invoke(app, command, input=said)
+    assert result.exit_code == 0, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2 and "UTF-8" in errors[0] and "at most 128 tokens" in errors[1]
+    assert result.stderr.count("tokens/s") == 2
+
+
+def test_settings_that_are_left_out_are_told_once(output: Path, tmp_path: Path) -> None:
+    odd = Path(shutil.copytree(output, tmp_path / "odd"))
+    own = {"return_dict_in_generate": True, "num_return_sequences": 2, "temperature": 0.1}
+    (odd / "generation_config.json").write_text(json.dumps(own))
+    command = ["generate", odd, "--max-new-tokens", "3", "--no-compile", "--json", "--prompt"]
+    result = run(*command, "The fox", "--stop", "unheard of")
+    assert result.exit_code == 0 and json.loads(result.stdout)["new_tokens"] == 3
+    assert result.stderr.splitlines() == [
+        "left out of the model's generation config: return_dict_in_generate=True,"
+        " num_return_sequences=2"
+    ]
 
 
 def test_verify(output: Path, tmp_path: Path) -> None:

@@ -473,6 +473,19 @@ def test_weights_that_cannot_be_written_are_reported(
         write(tmp_path / "out", make_model(), W4A8)
 
 
+@pytest.mark.parametrize("suffix", ["_scale", ""])
+def test_a_stored_tensor_that_is_no_number_is_named(
+    tmp_path: Path, pristine: Path, suffix: str
+) -> None:
+    out = Path(shutil.copytree(pristine / "one", tmp_path / "out"))
+    name = "model.layers.0.mlp.up_proj.weight_scale" if suffix else "model.norm.weight"
+    tensors = load_file(out / "model.safetensors")
+    tensors[name][0] = float("nan")
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"the tensor {name} of .* holds 1 values"):
+        load_reference(out)
+
+
 # load_reference
 
 

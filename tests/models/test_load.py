@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,33 @@ def test_a_missing_tensor_is_no_random_one(model_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="1 tensors are missing, among them .*1.mlp.up_proj"):
         load_model(str(model_path))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_no_number_is_named(
+    model_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    file = model_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5:7] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"{name} of .* 2 values .* first at \[3, 5\] \(.*\)"
+    ):
+        load_model(str(model_path), dtype=dtype)
+
+
+def test_settings_for_generation_that_exclude_each_other(model_path: Path) -> None:
+    file = model_path / "generation_config.json"
+    file.write_text(json.dumps({"num_return_sequences": 3, "eos_token_id": 7}))
+    found = load_model(str(model_path)).model.generation_config
+    assert (found.num_return_sequences, found.eos_token_id) == (3, 7)
+    for damage in ("[]", '{"eos_token_id":'):
+        file.write_text(damage)
+        with pytest.raises(CheckpointError, match="generation_config.json .*correct or remove it"):
+            load_model(str(model_path))
 
 
 def test_missing_files(model_path: Path) -> None:
