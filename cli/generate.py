@@ -62,6 +62,7 @@ def generate(
             top_p=top_p,
             seed=seed,
         )
+        terminal.warn_unverified(model)
         if chat:
             _talk(writer)
             return

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qatc.data import derived_seed
 from qatc.device import pick_device
 from qatc.errors import ConfigError
 from qatc.models import load_tokenizer
@@ -137,7 +138,7 @@ class Writer:
             show(echo)
         ids = ids.to(self.device)
         clock = _Clock(self.tokenizer, show)
-        torch.manual_seed(self.seed)
+        torch.manual_seed(derived_seed(self.seed, 0))
         if self.tokenizer.pad_token_id is None:
             self.options["pad_token_id"] = self.tokenizer.eos_token_id
         started = time.perf_counter()

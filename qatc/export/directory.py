@@ -24,10 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qatc.directories import complete_directory, recover, refuse_existing, refuse_overlap
 from qatc.errors import CheckpointError, ConfigError, DataError
 from qatc.export import compressed_tensors
 from qatc.export.codes import QuantizedWeight
-from qatc.files import complete_directory, read_json, refuse_existing, write_json
+from qatc.files import read_json, write_json
+from qatc.locks import locked
 from qatc.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -182,6 +184,8 @@ def read_metadata(directory: Path) -> dict[str, Any]:
             qatc does not know.
     """
     path = directory / "qatc.json"
+    if not directory.exists():
+        recover(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give an output of qatc quantize")
     if not path.exists():
@@ -198,6 +202,16 @@ def read_metadata(directory: Path) -> dict[str, Any]:
     if not metadata.keys() >= set(_OWN_KEYS):
         raise CheckpointError(f"{path} is damaged: it must hold {', '.join(_OWN_KEYS)}")
     return metadata
+
+
+def why_unverified(directory: Path) -> str | None:
+    """Why an output was not compared with what was trained; None if it was.
+
+    Raises:
+        CheckpointError: as :func:`read_metadata`.
+    """
+    parity = read_metadata(directory).get("parity", {})
+    return str(parity["reason"]) if parity.get("passed", True) is None else None
 
 
 def read_recipe(directory: Path) -> Recipe:
@@ -313,9 +327,20 @@ def export(
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}; valid formats: {', '.join(FORMATS)}")
-    if source.resolve().is_relative_to(output.resolve()):
-        raise ConfigError(f"the output {output} would replace the source {source}; choose another")
-    refuse_existing(output, overwrite)
+    refuse_overlap({"the output": output}, {"the source": source})
+    with locked(output):
+        refuse_existing(output, overwrite)
+        _export(source, output, format, overwrite, verify)
+    return output
+
+
+def _export(
+    source: Path,
+    output: Path,
+    format: str,
+    overwrite: bool,
+    verify: Callable[[Path], None] | None,
+) -> None:
     metadata, recipe = read_metadata(source), read_recipe(source)
     if verify is not None:
         verify(source)
@@ -329,4 +354,3 @@ def export(
         FORMATS[format](
             staging, config=config, state=state, weights=weights, recipe=recipe, metadata=extra
         )
-    return output

@@ -40,6 +40,7 @@ from qatc.export.directory import (
 from qatc.recipe import Recipe
 
 W4A8 = Recipe.from_bits("4-8-4")
+OLD = '{"format_version": 2, "recipe": {}}'
 IDS = torch.randint(0, 97, (2, 19), generator=torch.Generator().manual_seed(1))
 
 
@@ -536,10 +537,10 @@ def test_export_refuses_to_replace_its_source(pristine: Path, output: str) -> No
 def test_export_replaces_an_existing_output_only_when_told(tmp_path: Path, pristine: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "qatc.json").write_text(OLD)
     with pytest.raises(ConfigError, match="--overwrite"):
         export(pristine / "one", out)
-    assert snapshot(out) == {"old": b"old"}
+    assert snapshot(out) == {"qatc.json": OLD.encode()}
     export(pristine / "one", out, overwrite=True)
     assert snapshot(out) == snapshot(pristine / "one")
 
@@ -549,7 +550,7 @@ def test_a_failed_export_leaves_the_output_as_it_was(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "qatc.json").write_text(OLD)
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise SafetensorError("No space left on device")
@@ -557,7 +558,7 @@ def test_a_failed_export_leaves_the_output_as_it_was(
     monkeypatch.setattr(directory_module, "save_file", fail)
     with pytest.raises(CheckpointError, match="No space"):
         export(pristine / "one", out, overwrite=True)
-    assert snapshot(out) == {"old": b"old"}
+    assert snapshot(out) == {"qatc.json": OLD.encode()}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
