@@ -166,7 +166,7 @@ def recover(path: Path) -> None:
         ConfigError: another process is replacing it right now.
     """
     path = path.resolve()
-    if markers.mark_of(path) is None and not any(map(markers.mark_of, _beside(path))):
+    if markers.mark_of(path) is None and not any(map(markers.is_ours, _beside(path))):
         return
     with locked(path), writing_to(path):
         _settle(path)

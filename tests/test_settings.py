@@ -10,8 +10,9 @@ import pytest
 
 from qatc.distill import TrainingConfig
 from qatc.errors import CheckpointError, ConfigError
+from qatc.markers import Mark
 from qatc.recipe import Recipe
-from qatc.settings import QuantizeConfig, begin_run, check_run
+from qatc.settings import QuantizeConfig, begin_run, check_places, check_run
 from tests.conftest import contents
 
 
@@ -75,18 +76,18 @@ def test_other_settings_are_named(
 
 
 def test_a_directory_without_settings_is_begun_anew(config: QuantizeConfig) -> None:
-    """Killed between making the directory and writing the settings."""
+    """Killed between making the directory and marking it."""
     config.partial.mkdir()
     check_run(config)
     begin_run(config)
-    assert list(contents(config.partial)) == ["run.json"]
+    assert set(contents(config.partial)) == {"run.json", Mark.UNFINISHED.value}
 
 
 @pytest.mark.parametrize("place", ["output", "data"])
 def test_a_place_under_a_file(config: QuantizeConfig, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="file is not a directory that can be written to"):
-        check_run(replace(config, **{place: tmp_path / "file" / "below"}))
+        check_places(replace(config, **{place: tmp_path / "file" / "below"}))
 
 
 def test_values() -> None:
