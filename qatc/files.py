@@ -24,6 +24,8 @@ _DISK_ERRORS = {
     errno.ENOTDIR,
     errno.EFBIG,
     errno.ENAMETOOLONG,
+    errno.EISDIR,
+    errno.EEXIST,
 }
 
 

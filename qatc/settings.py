@@ -153,7 +153,7 @@ def begin_run(config: QuantizeConfig, inputs: Mapping[str, str] | None = None) -
     """
     inputs = dict(inputs or {})
     with writing_to(config.partial):
-        if _run_file(config).exists() and not any(_changes(config, inputs)):
+        if _is_begun(config) and not any(_changes(config, inputs)):
             known = recorded_inputs(config)
             if inputs.keys() <= known.keys():
                 return
@@ -187,9 +187,14 @@ def _run_file(config: QuantizeConfig) -> Path:
     return config.partial / "run.json"
 
 
+def _is_begun(config: QuantizeConfig) -> bool:
+    """Whether there is an unfinished run that has not begun to be deleted."""
+    return markers.mark_of(config.partial) is Mark.UNFINISHED and _run_file(config).exists()
+
+
 def _changes(config: QuantizeConfig, inputs: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Settings and inputs that differ from the unfinished run, if there is one."""
-    if not _run_file(config).exists() or markers.mark_of(config.partial) is not Mark.UNFINISHED:
+    if not _is_begun(config):
         return [], []
     run = read_json(_run_file(config))
     known = run.pop("inputs", {})
