@@ -34,7 +34,8 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending."""
         if not self.directory.is_dir():
             return []
-        found = (re.fullmatch(r"step-(\d+)", p.name) for p in self.directory.iterdir())
+        whole = (path.name for path in self.directory.iterdir() if _is_checkpoint(path))
+        found = (re.fullmatch(r"step-(\d+)", name) for name in whole)
         return sorted(int(match.group(1)) for match in found if match)
 
     def latest(self) -> int | None:
@@ -140,6 +141,8 @@ class Checkpoints:
         """Delete what a killed run left of a checkpoint that it was writing or deleting."""
         for name in {path.name.partition(".")[0] for path in self.directory.glob("step-*")}:
             recover(self.directory / name)
+            if markers.is_empty(self.directory / name):
+                (self.directory / name).rmdir()
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"

@@ -82,7 +82,7 @@ class GenerationConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.seed < 0:
-            raise ConfigError(f"seed must not be negative; got {self.seed}")
+            raise ConfigError(f"seed must be at least 0; got {self.seed}")
         if self.max_length < 4:
             raise ConfigError(f"max_length must be at least 4; got {self.max_length}")
         if self.strategy not in get_args(Strategy):

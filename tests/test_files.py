@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,26 @@ class TestWriteAtomically:
         with pytest.raises(CheckpointError, match="No space left on device"):
             files.write_atomically(path, b"new")
         assert tree(tmp_path) == {"file": "old"}
+
+    def test_the_new_name_is_on_the_disk_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        events: list[str] = []
+        fsync, replace = os.fsync, os.replace
+
+        def syncing(descriptor: int) -> None:
+            kind = "directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+            events.append(f"sync {kind}")
+            fsync(descriptor)
+
+        def replacing(source: Any, target: Any) -> None:
+            events.append("rename")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "fsync", syncing)
+        monkeypatch.setattr(os, "replace", replacing)
+        files.write_atomically(tmp_path / "file", b"new")
+        assert events == ["sync file", "rename", "sync directory"]
 
     def test_missing_folder_is_named(self, tmp_path: Path) -> None:
         path = tmp_path / "absent" / "file"

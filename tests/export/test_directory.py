@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -532,6 +533,40 @@ def test_export_refuses_to_replace_its_source(pristine: Path, output: str) -> No
     with pytest.raises(ConfigError, match="would replace the source"):
         export(pristine / "one", path, overwrite=True)
     assert snapshot(pristine / "one") == before
+
+
+def test_export_writes_nothing_into_its_source(pristine: Path) -> None:
+    before = snapshot(pristine / "one")
+    with pytest.raises(ConfigError, match="lies in the source"):
+        export(pristine / "one", pristine / "one" / "exported")
+    assert snapshot(pristine / "one") == before
+
+
+def test_export_replaces_nothing_but_outputs(tmp_path: Path, pristine: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("mine")
+    with pytest.raises(ConfigError, match="is no output of qatc"):
+        export(pristine / "one", tmp_path / "model", overwrite=True)
+    assert snapshot(tmp_path / "model") == {"model.safetensors": b"mine"}
+
+
+def test_two_exports_at_once(tmp_path: Path, pristine: Path) -> None:
+    refused: list[str] = []
+
+    def second() -> None:
+        try:
+            export(pristine / "one", tmp_path / "out")
+        except ConfigError as error:
+            refused.append(str(error))
+
+    def start_another(source: Path) -> None:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    export(pristine / "one", tmp_path / "out", verify=start_another)
+    assert "is being written by process" in refused[0]
+    assert snapshot(tmp_path / "out") == snapshot(pristine / "one")
 
 
 def test_export_replaces_an_existing_output_only_when_told(tmp_path: Path, pristine: Path) -> None:
