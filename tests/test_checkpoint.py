@@ -86,6 +86,8 @@ def test_what_a_killed_run_left_is_no_checkpoint(run: Run) -> None:
     (run.checkpoints.directory / "step-000010.writing").mkdir()
     assert run.checkpoints.latest() == 5
     markers.put(run.checkpoints.directory / "step-000010.writing", Mark.WRITING)
+    (run.checkpoints.directory / "step-000007").mkdir()  # killed while it was deleted
+    assert run.checkpoints.steps() == [5] and Run(run.checkpoints.directory).restore() == 5
     run.save(10)
     assert sorted(p.name for p in run.checkpoints.directory.iterdir()) == [
         "step-000005",

@@ -261,7 +261,7 @@ class TestAfterTraining:
         assert {p.name for p in tmp_path.iterdir()} == {"out.data", "out.partial"}
         monkeypatch.setattr(Distiller, "_step", no_more)
         monkeypatch.setattr("qatc.quantize.evaluate", no_more)
-        monkeypatch.setattr("qatc.generate._ShardGenerator", no_more)
+        monkeypatch.setattr("qatc.generate.write_shard", no_more)
         result = quantize(config)
         assert weights(result.output) == weights(done.output)
         assert result.figures == done.figures

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from qatc.settings import (
     begin_run,
     check_places,
     check_run,
+    end_run,
     recorded_inputs,
     trained_file,
 )
-from tests.conftest import contents
+from tests.conftest import at_disk_call, contents, run_until_killed
 
 
 @pytest.fixture
@@ -172,6 +175,36 @@ def test_half_of_a_deleted_run_is_begun_anew(config: QuantizeConfig) -> None:
     check_run(replace(config, model="other/model"))
     begin_run(config, INPUTS)
     assert not (config.partial / "work").exists()
+
+
+def test_a_kill_while_a_run_is_deleted(config: QuantizeConfig) -> None:
+    """What is left of it is whole, or nothing that is gone on with."""
+    work = [config.partial / name for name in ("a", "b/c", "d")]
+
+    def make() -> None:
+        begin_run(config, INPUTS)
+        for path in work:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("done")
+
+    make()
+    with pytest.MonkeyPatch.context() as patch:
+        calls = at_disk_call(patch)
+        end_run(config)
+    assert not config.partial.exists()
+    left = set()
+    for number in range(1, len(calls) + 1):
+        make()
+
+        def killed(number: int = number) -> None:
+            at_disk_call(pytest.MonkeyPatch(), number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            end_run(config)
+
+        run_until_killed(killed)
+        begin_run(config, INPUTS)
+        left.add(tuple(path.exists() for path in work))
+        end_run(config)
+    assert left == {(True, True, True), (False, False, False)}
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from qatc import native
 from qatc.cli.main import app
+from qatc.decode import Decoder
 from qatc.distill import Distiller
-from qatc.generate import _ShardGenerator
 
 TINY = ["--samples", "24", "--max-length", "16", "--eval-samples", "8", "--steps", "4"]
 TINY += ["--batch-size", "4", "--generation-batch-size", "8", "--no-compile"]
@@ -148,20 +148,20 @@ def test_signals_end_a_command_without_a_traceback(
     target = tmp_path / "corpus"
     command = ["generate-data", "--model", shared_model_path, "--output", target, "--no-compile"]
     command += ["--samples", "6", "--max-length", "12", "--shard-size", "2", "--batch-size", "4"]
-    step = _ShardGenerator._step
+    step = Decoder.step
     for number, after in (signal.SIGTERM, 12), (signal.SIGINT, 12), (signal.SIGHUP, 5):
         code, calls = 128 + number, []
 
         def ends(
-            self: Any, calls: list[int] = calls, number: int = number, after: int = after
-        ) -> None:
+            *args: Any, calls: list[int] = calls, number: int = number, after: int = after
+        ) -> Any:
             calls.append(1)
             if len(calls) == after:
                 signal.raise_signal(number)
-            step(self)
+            return step(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(_ShardGenerator, "_step", ends)
+            patch.setattr(Decoder, "step", ends)
             refused(code, "the same command goes on from the last complete shard", *command)
     assert len(json.loads((target / "manifest.json").read_text())["shards"]) == 2
     result = run(*command, "--json")
