@@ -431,7 +431,7 @@ class TestPlaces:
                 refused.append(str(error))
 
         def starts_another(self: Distiller, number: int) -> Any:
-            if number == 3:
+            if number == 3 and threading.current_thread() is threading.main_thread():
                 thread = threading.Thread(target=second)
                 thread.start()
                 thread.join()
@@ -457,9 +457,10 @@ class TestPlaces:
                 except ConfigError as error:
                     refused.append(str(error))
 
-            thread = threading.Thread(target=second)
-            thread.start()
-            thread.join()
+            if threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
             return started(*args, **kwargs)
 
         with monkeypatch.context() as patch:
