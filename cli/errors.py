@@ -1,4 +1,7 @@
-"""How errors end a command: one line, and 2 for a wrong use, 1 for a failure, 130 for Ctrl-C."""
+"""How errors end a command: one line, and 2 for a wrong use, 1 for a failure.
+
+Signals end it as shells expect: 130 after Ctrl-C, 143 after SIGTERM, 128 and its number in general.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import typer
 
 from qatc.cli.terminal import print_error
 from qatc.errors import ConfigError, QatcError
+from qatc.signals import Terminated, raising
 
 
 @contextmanager
@@ -16,13 +20,17 @@ def readable_errors(interrupted: str = "interrupted") -> Iterator[None]:
     """Turn errors that a user can act on into a line and an exit code.
 
     Args:
-        interrupted: what to say after Ctrl-C.
+        interrupted: what to say after Ctrl-C or another signal to end.
     """
     try:
-        yield
+        with raising():
+            yield
     except QatcError as error:
         print_error(str(error))
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    except Terminated as signal:
+        print_error(f"{signal}: {interrupted}")
+        raise typer.Exit(128 + signal.number) from None
     except KeyboardInterrupt:
         print_error(interrupted)
         raise typer.Exit(130) from None

@@ -72,6 +72,7 @@ def generate(
         if writer.left_out:
             settings = ", ".join(f"{name}={value!r}" for name, value in writer.left_out.items())
             terminal.note(f"left out of the model's generation config: {settings}")
+        terminal.warn_unverified(model)
         if chat:
             _talk(writer)
             return

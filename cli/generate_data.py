@@ -44,7 +44,7 @@ def generate_data(
         greedy = options.parse_range(greedy_tokens)
         terminal.quiet_libraries()
         from qatc.device import load_teacher
-        from qatc.generate import GenerationConfig, generate_corpus
+        from qatc.generate import GenerationConfig, corpus_place, generate_corpus
         from qatc.models import load_tokenizer
         from qatc.preparation import can_compile
 
@@ -57,7 +57,7 @@ def generate_data(
             batch_size=batch_size,
             shard_size=shard_size,
         )
-        with terminal.RunDisplay().live() as display:
+        with corpus_place(output, model), terminal.RunDisplay().live() as display:
             display.stage(f"Loading {model}")
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             teacher = load_teacher(

@@ -74,6 +74,7 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
     from qatc.usage import kernel_report, memory
 
     loaded = load(output, compile=False, trust_remote_code=trust_remote_code)
+    terminal.warn_unverified(output)
     uses, held = kernel_report(loaded), memory(loaded)
     if json:
         terminal.print_json({"kernels": [asdict(use) for use in uses], "memory": asdict(held)})

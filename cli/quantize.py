@@ -9,6 +9,7 @@ import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
+from qatc.directories import refuse_overlap
 from qatc.errors import ConfigError
 
 
@@ -69,6 +70,13 @@ def quantize(
             help="Train on int8 codes. Default: where that is exact and fast.",
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the integer model with the trained one, or mark it unverified.",
+        ),
+    ] = True,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -90,6 +98,8 @@ def quantize(
         greedy = options.parse_range(greedy_tokens)
         if output is None:
             output = Path(f"{Path(model).resolve().name}-{chosen.bits}")
+        if recipe is not None:
+            refuse_overlap({"the output": output}, {"the recipe": recipe})
         if resume and not output.with_name(output.name + ".partial").exists():
             raise ConfigError(f"there is no unfinished run of {output} to resume; drop --resume")
         terminal.quiet_libraries()
@@ -131,6 +141,7 @@ def quantize(
             compile=compile,
             integer_forward=integer_forward,
             overwrite=overwrite,
+            verify=verify,
             trust_remote_code=trust_remote_code,
         )
         with terminal.RunDisplay().live() as display:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -59,6 +60,15 @@ def print_error(message: str) -> None:
 def note(text: str) -> None:
     """A remark on stderr, in one line."""
     err.print(escape(text), style="dim", highlight=False)
+
+
+def warn_unverified(output: Path) -> None:
+    """Say so on stderr if an output was not compared with what was trained."""
+    from qatc.export.directory import why_unverified
+
+    reason = why_unverified(output)
+    if reason is not None:
+        err.print(f"not verified: {escape(reason)}; see qatc verify", style="dim", highlight=False)
 
 
 def stream(text: str) -> None:

@@ -14,10 +14,9 @@ import math
 import os
 import platform
 import sysconfig
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from qatc.directories import complete_directory, refuse_existing
+from qatc.errors import QatcError
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "demo-model"
 BOS, EOS = "<s>", "</s>"
@@ -244,17 +246,10 @@ def model_card(facts: dict[str, Any], samples: list[str]) -> str:
     return card
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside the target that takes its place once everything in it is written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        fresh = Path(scratch, "new")
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            target.rename(Path(scratch, "old"))
-        fresh.rename(target)
+def is_demo_model(folder: Path) -> bool:
+    """Whether a folder was written by this script, so that it may replace it."""
+    card = folder / "README.md"
+    return card.is_file() and card.read_text(encoding="utf-8").startswith(CARD.partition("{")[0])
 
 
 def parse_args() -> argparse.Namespace:
@@ -274,8 +269,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, measure the saved checkpoint and write its model card."""
     args = parse_args()
-    if args.output.exists() and not args.overwrite:
-        raise SystemExit(f"{args.output} exists; pass --overwrite to replace it")
+    try:
+        refuse_existing(args.output, args.overwrite, is_demo_model)
+    except QatcError as error:
+        raise SystemExit(str(error)) from None
     torch.manual_seed(args.seed)
     texts, held_out = read_corpus(Path(sysconfig.get_path("stdlib")))
     tokenizer = train_tokenizer(texts)
@@ -285,7 +282,9 @@ def main() -> None:
     print(f"{model.num_parameters()} parameters, {len(stream)} training tokens", flush=True)
     seconds = train(model, stream, lambda: evaluate(model, tokenizer, held_out), args)
     model = plain_copy(model)
-    with new_folder(args.output) as folder:
+    with complete_directory(
+        args.output, overwrite=args.overwrite, replaceable=is_demo_model
+    ) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         saved: Any = AutoModelForCausalLM.from_pretrained(folder)

@@ -18,6 +18,7 @@ from qatc.data import (
     tokenizer_fingerprint,
 )
 from qatc.device import pick_device
+from qatc.directories import recover
 from qatc.errors import ConfigError
 from qatc.evaluate import Metrics, evaluate
 from qatc.export.directory import load_reference, read_recipe
@@ -59,6 +60,7 @@ class AssessConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        recover(Path(self.model))
         if (self.text is None) == (self.data is None):
             raise ConfigError("say what to evaluate on: either --text FILE or --data CORPUS")
         if self.is_output and self.recipe is not None:

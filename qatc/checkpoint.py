@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
-import signal
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qatc import markers
+from qatc.directories import complete_directory, recover
 from qatc.errors import CheckpointError
-from qatc.files import complete_directory
+from qatc.files import writing_to
+from qatc.markers import Mark
 
 _FILE = "state.safetensors"
 
@@ -36,7 +34,8 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending."""
         if not self.directory.is_dir():
             return []
-        found = (re.fullmatch(r"step-(\d+)", p.name) for p in self.directory.iterdir())
+        whole = (path.name for path in self.directory.iterdir() if _is_checkpoint(path))
+        found = (re.fullmatch(r"step-(\d+)", name) for name in whole)
         return sorted(int(match.group(1)) for match in found if match)
 
     def latest(self) -> int | None:
@@ -65,16 +64,19 @@ class Checkpoints:
         tensors["random.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        with complete_directory(self._path(step), overwrite=True) as staging:
+        place = self._path(step)
+        with complete_directory(place, overwrite=True, replaceable=_is_checkpoint) as staging:
             try:
                 save_file(tensors, staging / _FILE, metadata={"step": str(step)})
             except Exception as error:  # safetensors raises its own error for a full disk
                 raise CheckpointError(
-                    f"cannot write the checkpoint {self._path(step)}: {error}; free some space and"
+                    f"cannot write the checkpoint {place}: {error}; free some space and"
                     " run the same command again"
                 ) from error
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self._path(old), ignore_errors=True)
+            with writing_to(self._path(old)):
+                markers.put(self._path(old), Mark.REMOVING)  # a kill may leave half of it
+                markers.remove(self._path(old))
 
     def restore(
         self,
@@ -90,6 +92,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it is damaged or belongs to another model.
         """
+        self._clear()
         step = self.latest()
         if step is None:
             return 0
@@ -134,27 +137,16 @@ class Checkpoints:
                 f" {path.parent} and run the same command again to go on from {back}"
             ) from error
 
+    def _clear(self) -> None:
+        """Delete what a killed run left of a checkpoint that it was writing or deleting."""
+        for name in {path.name.partition(".")[0] for path in self.directory.glob("step-*")}:
+            recover(self.directory / name)
+            if markers.is_empty(self.directory / name):
+                (self.directory / name).rmdir()
+
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
 
 
-class StopRequest:
-    """Inside the block, the first Ctrl-C only sets :attr:`requested`; a second one interrupts."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+def _is_checkpoint(path: Path) -> bool:
+    return (path / _FILE).exists()

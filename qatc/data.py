@@ -230,6 +230,12 @@ def require_known(
         )
 
 
+def derived_seed(seed: int, number: int) -> int:
+    """A seed for part ``number`` of what ``seed``, an integer of any size, decides."""
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    return int.from_bytes(digest[:7])  # a torch generator takes 64 bits
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of the vocabulary."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)

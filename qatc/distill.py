@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatc.checkpoint import Checkpoints, StopRequest
-from qatc.data import Rows
-from qatc.errors import ConfigError, TrainingError
-from qatc.files import write_atomically, writing_to
+from qatc.checkpoint import Checkpoints
+from qatc.data import Rows, derived_seed
+from qatc.errors import CheckpointError, ConfigError, TrainingError
+from qatc.files import sync, write_atomically, writing_to
 from qatc.losses import compiled, soft_cross_entropy
+from qatc.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class TrainingConfig:
             :func:`default_learning_rate`.
         warmup_steps: steps of linear warm-up before the cosine decay.
         gradient_clip: greatest norm of the gradient.
-        seed: of the order of the data.
+        seed: of the order of the data, any number from 0.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the last checkpoints to keep.
 
@@ -67,8 +68,9 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps must not be negative; got {self.warmup_steps}")
+        for name in ("warmup_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -191,7 +193,7 @@ class Distiller:
 
         Raises:
             TrainingError: the loss is not a number or diverges; the last good checkpoint is kept.
-            KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+            KeyboardInterrupt: after Ctrl-C or another signal to end, once a checkpoint is written.
             CheckpointError: a checkpoint is damaged or cannot be written.
         """
         step = self._resume()
@@ -208,7 +210,9 @@ class Distiller:
                 if stop.requested or ended or step % self.config.checkpoint_every == 0:
                     self._save(step)
                 if stop.requested:
-                    raise KeyboardInterrupt
+                    break
+            if stop.requested:
+                stop.obey()
         return self.history
 
     def _step(self, step: int) -> StepMetrics:
@@ -244,7 +248,7 @@ class Distiller:
         per_epoch = len(self.rows) // size
         for number in range((step - 1) * count, step * count):
             epoch, position = divmod(number, per_epoch)
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(derived_seed(self.config.seed, epoch))
             order = torch.randperm(len(self.rows), generator=generator)
             yield order[position * size : (position + 1) * size].numpy()
 
@@ -267,12 +271,22 @@ class Distiller:
             )
 
     def _save(self, step: int) -> None:
+        with writing_to(self.metrics_file):
+            sync(self.metrics_file)  # a checkpoint must not outlive the record of its steps
         self.checkpoints.save(step, self.student, self.trained, self.optimizer)
 
     def _resume(self) -> int:
         step = self.checkpoints.restore(self.student, self.trained, self.optimizer)
+        lines: list[str] = []
         if self.metrics_file.exists():
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines()[:step]
+        if len(lines) < step:
+            raise CheckpointError(
+                f"{self.metrics_file} records {len(lines)} steps, but the last checkpoint is of"
+                f" step {step}; put the file back, or remove {self.metrics_file.parent} to start"
+                " over"
+            )
+        if self.metrics_file.exists():
             write_atomically(self.metrics_file, "".join(f"{x}\n" for x in lines).encode())
             self.history = [StepMetrics(**json.loads(line)) for line in lines]
         return step

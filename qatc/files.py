@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent: written beside, then renamed."""
+"""Files that are complete or absent, and on the disk: written beside, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qatc.errors import CheckpointError, ConfigError, DataError
+from qatc.errors import CheckpointError, DataError
 
 _DISK_ERRORS = {
     errno.ENOSPC,
@@ -26,65 +25,9 @@ _DISK_ERRORS = {
     errno.ENOTDIR,
     errno.EFBIG,
     errno.ENAMETOOLONG,
+    errno.EISDIR,
+    errno.EEXIST,
 }
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise ``ConfigError`` if the output ``path`` is there already and may not be replaced."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:  # safetensors would find that out, at the very end
-        raise ConfigError(
-            f"the output {path} has a name that is not UTF-8; choose another, or set a UTF-8 locale"
-            " such as LC_ALL=C.UTF-8"
-        ) from error
-    if path.name in ("", ".."):
-        raise ConfigError(f"the output {path} is not a name for a new directory; choose another")
-    if path.exists() and not overwrite:
-        raise ConfigError(
-            f"the output {path} exists; choose another --output, or pass --overwrite to replace it"
-        )
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"the output {path} exists and is not a directory")
-
-
-@contextlib.contextmanager
-def complete_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a fresh directory beside ``path`` that takes its place when the block succeeds.
-
-    An existing ``path`` is refused unless ``overwrite``; then it is replaced only at the very end.
-    When the block raises, nothing is left behind and an existing ``path`` is as it was.
-
-    Raises:
-        ConfigError: ``path`` exists and ``overwrite`` is false.
-        CheckpointError: the disk is full or not writable.
-    """
-    refuse_existing(path, overwrite)
-    path = path.resolve()
-    staging = path.with_name(path.name + ".writing")
-    try:
-        with writing_to(path):
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            yield staging
-            _replace_directory(staging, path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _replace_directory(new: Path, path: Path) -> None:
-    old = path.with_name(path.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -102,7 +45,10 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one."""
+    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one.
+
+    That holds after a crash of the machine as well.
+    """
     staging = path.with_name(path.name + ".writing")
     with writing_to(path):
         try:
@@ -111,6 +57,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             staging.replace(path)
+            sync(path.parent)
         except BaseException:
             staging.unlink(missing_ok=True)
             raise
@@ -130,6 +77,29 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a directory, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # it opens no directories, and orders their changes
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync no directories; what they do is done by then.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """:func:`sync` a directory and all that is in it."""
+    for path in directory.rglob("*"):
+        if not path.is_symlink():
+            sync(path)
+    sync(directory)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 import qatc
@@ -27,6 +31,7 @@ from qatc.data import (
     MANIFEST,
     Corpus,
     Tokens,
+    derived_seed,
     prefix_tokens,
     read_manifest,
     shard_is_whole,
@@ -34,8 +39,10 @@ from qatc.data import (
     write_shard,
 )
 from qatc.decode import Decoder, decoding
+from qatc.directories import refuse_overlap
 from qatc.errors import ConfigError, DataError
 from qatc.files import write_json, writing_to
+from qatc.locks import locked
 from qatc.models.load import LoadedModel, check_length
 
 Strategy = Literal["hybrid", "sample", "greedy"]
@@ -54,7 +61,7 @@ class GenerationConfig:
         strategy: ``hybrid`` (greedy start, then sampling), ``sample`` or ``greedy``.
         greedy_tokens: least and greatest number of greedy tokens of ``hybrid``, drawn for each
             sequence.
-        seed: of everything that is drawn.
+        seed: of everything that is drawn, any number from 0.
         batch_size: sequences decoded side by side.
         shard_size: sequences per shard, the unit of resuming.
 
@@ -74,6 +81,8 @@ class GenerationConfig:
         for name in ("sequences", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0; got {self.seed}")
         if self.max_length < 4:
             raise ConfigError(f"max_length must be at least 4; got {self.max_length}")
         if self.strategy not in get_args(Strategy):
@@ -115,11 +124,27 @@ def generate_corpus(
         on_progress: called now and then.
 
     Raises:
-        ConfigError: ``output`` holds something else, or the model cannot take ``max_length``.
+        ConfigError: ``output`` holds something else or is being written by another run, or the
+            model cannot take ``max_length``.
         CheckpointError: the disk cannot be written.
     """
     check_length(teacher.name, teacher.model.config, config.max_length)
-    manifest = _begin(output, _description(teacher, tokenizer, config, compile))
+    description = describe(teacher, tokenizer, config, compile)
+    with corpus_place(output, teacher.name):
+        return _generate(
+            teacher, tokenizer, output, config, _begin(output, description), compile, on_progress
+        )
+
+
+def _generate(
+    teacher: LoadedModel,
+    tokenizer: Any,
+    output: Path,
+    config: GenerationConfig,
+    manifest: dict[str, Any],
+    compile: bool,
+    on_progress: OnProgress | None,
+) -> Corpus:
     kept = {s["file"]: s for s in manifest["shards"] if shard_is_whole(output, s)}
     shards: list[dict[str, Any]] = []
     vocabulary = _Vocabulary.of(tokenizer, teacher.model)
@@ -141,9 +166,10 @@ def generate_corpus(
     return Corpus.open(output)
 
 
-def _description(
+def describe(
     teacher: LoadedModel, tokenizer: Any, config: GenerationConfig, compile: bool
 ) -> dict[str, Any]:
+    """What decides a corpus, as its manifest says it; :func:`check_corpus` compares it."""
     settings = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they come back
     return {
         "format_version": FORMAT_VERSION,
@@ -156,28 +182,62 @@ def _description(
         "compile": compile,
         "qatc_version": qatc.__version__,
         "torch_version": torch.__version__,
+        "transformers_version": transformers.__version__,
     }
 
 
-_INFORMATIVE = ("model", "qatc_version", "torch_version")
-_HOW_COMPUTED = ("dtype", "compile")
+_INFORMATIVE = ("model",)
+_HOW_COMPUTED = ("dtype", "compile", "qatc_version", "torch_version", "transformers_version")
 """They decide the last bits, and so the bytes of an unfinished corpus; of a whole one no more."""
+
+
+@contextmanager
+def corpus_place(output: Path, model: str) -> Iterator[None]:
+    """Hold ``output`` for a corpus of ``model``, a name or directory; it may be held already.
+
+    Raises:
+        ConfigError: ``output`` overlaps the model, holds something else than a corpus, or is being
+            written by another run.
+        CheckpointError: it cannot be written.
+    """
+    refuse_overlap({"the corpus": output}, {"the model": model})
+    with locked(output):
+        _found(output)
+        yield
 
 
 def _begin(output: Path, description: dict[str, Any]) -> dict[str, Any]:
     """The manifest to go on with: a new one, or that of the same run."""
-    if not output.exists() or (output.is_dir() and _is_empty(output)):
+    found = check_corpus(output, description)
+    if found is None:
         with writing_to(output):
             output.mkdir(parents=True, exist_ok=True)
-        manifest = {**description, "shards": [], "complete": False}
-        write_json(output / MANIFEST, manifest)
-        return manifest
+        found = {**description, "shards": [], "complete": False}
+        write_json(output / MANIFEST, found)
+    return found
+
+
+def _found(output: Path) -> dict[str, Any] | None:
+    """The manifest that is there, if any."""
+    if not output.exists() or (output.is_dir() and _is_empty(output)):
+        return None
     try:
-        found = read_manifest(output)
+        return read_manifest(output)
     except DataError as error:
         raise ConfigError(
             f"the output {output} exists and is not a corpus to go on with; choose another place"
         ) from error
+
+
+def check_corpus(output: Path, description: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest at ``output``, or None if there is nothing yet.
+
+    Raises:
+        ConfigError: it does not fit ``description``, see :func:`describe`.
+    """
+    found = _found(output)
+    if found is None:
+        return None
     for key, value in description.items():
         if key in _INFORMATIVE or found.get(key) == value:
             continue
@@ -199,13 +259,34 @@ def _is_empty(directory: Path) -> bool:
 
 
 def model_fingerprint(model: Any) -> str:
-    """A hash of a model's configuration and of a sample of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 256)]
-        digest.update(sample.float().cpu().numpy().tobytes())
+    """A hash of a model's configuration and of every value of its parameters and buffers.
+
+    The values are read as fp32, so that a bf16 checkpoint has one fingerprint in whatever dtype it
+    was loaded. Every byte counts: a sample would miss a change in place. That takes a second per
+    4 GB on each core (with SHA instructions), beside which loading the model takes longer.
+    """
+    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    stored = model.state_dict()
+    tensors = dict(model.named_parameters()) | {
+        name: buffer for name, buffer in model.named_buffers() if name in stored
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
+        for name, found in zip(tensors, pool.map(_tensor_digest, tensors.values()), strict=True):
+            digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + found)
     return digest.hexdigest()
+
+
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+"""Entries of a config that say how it was loaded, and not what the model computes."""
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    """Hash of a tensor's values, some at a time, so that no second copy of it is made."""
+    digest = hashlib.sha256()
+    for part in tensor.detach().reshape(-1).split(1 << 22):
+        digest.update((part.float() if part.is_floating_point() else part).cpu().numpy())
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -247,7 +328,7 @@ class _ShardGenerator:
         self.decoder, self.config, self.ends = decoder, config, vocabulary.ends
         self.count = config.shard_sequences(shard)
         device = vocabulary.ordinary.device
-        seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{shard}".encode()).digest()[:7])
+        seed = derived_seed(config.seed, shard)
         self.random = torch.Generator(device).manual_seed(seed)
         draw = torch.Generator().manual_seed(seed + 1)
         first = torch.randint(len(vocabulary.ordinary), (self.count,), generator=draw)

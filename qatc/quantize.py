@@ -7,9 +7,11 @@ figures measured so far and the checkpoints. The corpus is in ``OUTPUT.data`` (o
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,9 @@ from qatc.device import (
     release_memory,
     total_memory,
 )
+from qatc.directories import complete_directory, refuse_existing
 from qatc.distill import Distiller, StepMetrics, distillation_losses
-from qatc.errors import ConfigError, PassError
+from qatc.errors import ConfigError, ParityError, PassError, QatcError
 from qatc.estimate import (
     Phase,
     measure_step,
@@ -42,8 +45,9 @@ from qatc.estimate import (
 from qatc.evaluate import Metrics, evaluate
 from qatc.export.codes import QuantizedWeight
 from qatc.export.directory import write_model
-from qatc.files import complete_directory, read_json, refuse_existing, write_json
-from qatc.generate import generate_corpus
+from qatc.files import read_json, write_json
+from qatc.generate import check_corpus, corpus_place, describe, generate_corpus, model_fingerprint
+from qatc.locks import locked
 from qatc.model_card import license_of, write_card
 from qatc.models import LoadedModel, load_config, load_model, load_tokenizer
 from qatc.models.load import check_length
@@ -58,7 +62,16 @@ from qatc.preparation import (
 from qatc.progress import Observer
 from qatc.report import write_report
 from qatc.runtime import load
-from qatc.settings import QuantizeConfig, begin_run, check_run
+from qatc.settings import (
+    VERSION_OF,
+    QuantizeConfig,
+    begin_run,
+    check_places,
+    check_run,
+    end_run,
+    recorded_inputs,
+    trained_file,
+)
 from qatc.usage import kernel_report, memory
 
 _LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
@@ -89,16 +102,21 @@ def quantize(config: QuantizeConfig, observer: Observer | None = None) -> Quanti
         QatcError: with the way out; an interrupted or failed run goes on when it is started again
             with the same settings.
     """
-    refuse_existing(config.output, config.overwrite)
-    check_run(config)
-    return _Run(config, observer or Observer()).run()
+    check_places(config)
+    with locked(config.output), ExitStack() as corpus_lock:
+        refuse_existing(config.output, config.overwrite)
+        check_run(config, _versions())
+        if not is_complete(config.data_directory):
+            corpus_lock.enter_context(corpus_place(config.data_directory, config.model))
+        return _Run(config, observer or Observer(), corpus_lock).run()
 
 
 class _Run:
     """One run: each stage reads what the ones before it left."""
 
-    def __init__(self, config: QuantizeConfig, observer: Observer) -> None:
-        self.config, self.observer = config, observer
+    def __init__(self, config: QuantizeConfig, observer: Observer, corpus_lock: ExitStack) -> None:
+        self.config, self.observer, self.corpus_lock = config, observer, corpus_lock
+        self.inputs = _versions()
         self.device = pick_device(config.device)
         self.compile = can_compile() if config.compile is None else config.compile
 
@@ -107,24 +125,39 @@ class _Run:
         observer.stage(f"Loading {config.model}")
         texts = self._texts()
         corpus = self._given_corpus()
+        check_run(config, self.inputs)
         self._load()
         self._require_known(texts, corpus)
         observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
         self._prepare()
-        begin_run(config)
+        self._begin(corpus)
         self._estimate(corpus, texts)
         corpus = corpus or self._generate()
+        self._begin(corpus)
         train, held_out = _split(corpus, config)
         texts = {GENERATED: held_out, **texts}
         figures = self._baselines(texts)
         rate, history = self._train(train, figures[GENERATED]["RTN"].kl or 0.0)
+        with self._kept():
+            return self._finish(texts, figures, corpus, train, rate, history)
+
+    def _finish(
+        self,
+        texts: dict[str, Rows],
+        figures: dict[str, dict[str, Metrics]],
+        corpus: Corpus,
+        train: Rows,
+        rate: float,
+        history: list[StepMetrics],
+    ) -> QuantizeResult:
+        """Evaluate, write and verify the trained student."""
+        config, observer = self.config, self.observer
         self._round_unquantized()
-        observer.stage("Evaluating the trained model")
-        for name, rows in texts.items():
-            figures[name]["QAT"] = self._evaluate(self.student, rows)
+        for name, trained in self._trained(texts).items():
+            figures[name]["QAT"] = trained
         observer.stage(f"Writing {config.output}")
         metadata = {
-            **_provenance(config, corpus),
+            **_provenance(config, corpus, recorded_inputs(config)),
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "integer_forward": self.integer_forward,
             "device": device_name(self.device),
@@ -134,7 +167,7 @@ class _Run:
             "figures": {t: {m: v.to_dict() for m, v in r.items()} for t, r in figures.items()},
         }
         self._write(figures, metadata, history)
-        shutil.rmtree(config.partial, ignore_errors=True)
+        end_run(config)
         return QuantizeResult(config.output, config.data_directory, figures)
 
     def _texts(self) -> dict[str, Rows]:
@@ -148,7 +181,10 @@ class _Run:
         if config.eval_text is None:
             return {}
         text = read_text(config.eval_text)
-        return {str(config.eval_text): text_rows(text, self.tokenizer, length, config.eval_tokens)}
+        rows = text_rows(text, self.tokenizer, length, config.eval_tokens)
+        digest = hashlib.sha256(text.encode() + rows.tokens.tobytes())  # of the tokenizer as well
+        self.inputs[f"the evaluation text {config.eval_text}"] = digest.hexdigest()
+        return {str(config.eval_text): rows}
 
     def _given_corpus(self) -> Corpus | None:
         """The corpus that the user has, or None if the teacher is to write or complete one."""
@@ -157,6 +193,7 @@ class _Run:
         if config.data is not None and is_complete(config.data):
             corpus = Corpus.open(config.data)
             corpus.require_tokenizer(self.tokenizer)
+            self.inputs[f"the corpus {config.data}"] = corpus.fingerprint
             sequences = int(corpus.manifest["sequences"])
             self.observer.note(f"training on the corpus {config.data}, {sequences:,} sequences")
         if sequences < 2 * config.eval_sequences:
@@ -185,6 +222,8 @@ class _Run:
         student = load(torch.float32)
         self.student, self.stored = student.model, student.dtype
         self.teacher = load(self.compute)
+        self.inputs[f"the model {self.config.model}"] = model_fingerprint(self.student)
+        check_run(self.config, self.inputs)
         if not self.compile:
             asked = self.config.compile is False
             reason = "as --no-compile asks" if asked else f"as {compilation.obstacle()}: slower"
@@ -254,12 +293,25 @@ class _Run:
         if total is not None and floor > total:
             self.observer.note(memory_text(floor, self.device, _LESS_MEMORY))
 
+    def _begin(self, corpus: Corpus | None) -> None:
+        """Begin or go on, once everything known of what goes into the run is what it was."""
+        config = self.config
+        if corpus is None:
+            place, settings = config.data_directory, config.generation
+            check_corpus(place, describe(self.teacher, self.tokenizer, settings, self.compile))
+        else:
+            self.inputs[f"the corpus {corpus.path}"] = corpus.fingerprint
+        changes = check_run(config, self.inputs)
+        if changes:
+            self.observer.note(f"starting over: {'; '.join(changes)}")
+        begin_run(config, self.inputs)
+
     def _generate(self) -> Corpus:
         """The corpus that the teacher writes, or completes."""
         config, observer = self.config, self.observer
         total = config.generation.sequences
         observer.stage(f"The teacher writes {total} sequences to {config.data_directory}")
-        return generate_corpus(
+        corpus = generate_corpus(
             self.teacher,
             self.tokenizer,
             config.data_directory,
@@ -267,6 +319,8 @@ class _Run:
             compile=self.compile,
             on_progress=lambda sequences, tokens: observer.generated(sequences, total, tokens),
         )
+        self.corpus_lock.close()
+        return corpus
 
     def _baselines(self, texts: dict[str, Rows]) -> dict[str, dict[str, Metrics]]:
         """Full precision and round-to-nearest, measured once and kept with the run."""
@@ -301,6 +355,35 @@ class _Run:
         history = distiller.run(on_step=lambda metrics: self.observer.trained(metrics, steps))
         self.student.zero_grad(set_to_none=True)
         return distiller.rate, history
+
+    def _trained(self, texts: dict[str, Rows]) -> dict[str, Metrics]:
+        """The trained model's figures by text, measured once and kept with the run."""
+        file = trained_file(self.config)
+        if file.exists():
+            return {text: Metrics(**plain) for text, plain in read_json(file).items()}
+        self.observer.stage("Evaluating the trained model")
+        figures = {name: self._evaluate(self.student, rows) for name, rows in texts.items()}
+        write_json(file, {name: metrics.to_dict() for name, metrics in figures.items()})
+        return figures
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Whatever fails in the block says that the training is not lost."""
+        kept = (
+            f"the trained model is kept in {self.config.partial}: the same command goes on from"
+            " there, without training again"
+        )
+        try:
+            yield
+        except ParityError as error:
+            raise ParityError(
+                f"{error}; {kept}, and with --no-verify it writes it as it is"
+            ) from error
+        except QatcError as error:
+            raise type(error)(f"{error}; {kept}") from error
+        except BaseException:
+            self.observer.note(kept)
+            raise
 
     def _evaluate(self, model: nn.Module, rows: Rows) -> Metrics:
         return evaluate(
@@ -374,6 +457,10 @@ class _Run:
         Raises:
             ParityError: it does not compute what was trained.
         """
+        if not self.config.verify:
+            reason = "--no-verify asked for it"
+            self.observer.note(f"not verified, as {reason}")
+            return {"parity": {"passed": None, "reason": reason}}
         self.observer.stage("Verifying that the integer model computes what was trained")
         try:
             trust = self.config.trust_remote_code
@@ -411,9 +498,19 @@ def _split(corpus: Corpus, config: QuantizeConfig) -> tuple[Rows, Rows]:
     return pack_rows(train, length, prompt), pack_rows(held_out, length, prompt)
 
 
-def _provenance(config: QuantizeConfig, corpus: Corpus) -> dict[str, Any]:
+def _versions() -> dict[str, str]:
+    """Versions that decide what is computed, as inputs of a run."""
+    return {VERSION_OF + name: package_version(name) for name in ("qatc", "torch", "transformers")}
+
+
+def _provenance(config: QuantizeConfig, corpus: Corpus, inputs: dict[str, str]) -> dict[str, Any]:
+    """Where an output comes from; the versions are those that trained it."""
     packages = ("qatc", "torch", "torchao", "transformers", "safetensors")
+    written = {name: package_version(name) for name in packages}
+    trained = {name: inputs.get(VERSION_OF + name, found) for name, found in written.items()}
     return {
+        **({} if written == trained else {"written_with": written}),
+        "inputs": {k: v for k, v in inputs.items() if not k.startswith(VERSION_OF)},
         "model": config.model,
         "model_is_directory": Path(config.model).is_dir(),
         "license": license_of(config.model),
@@ -425,7 +522,7 @@ def _provenance(config: QuantizeConfig, corpus: Corpus) -> dict[str, Any]:
                 for key in ("model", "strategy", "seed", "sequences", "max_length", "greedy_tokens")
             },
         },
-        "versions": {name: package_version(name) for name in packages},
+        "versions": trained,
     }
 
 

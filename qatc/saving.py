@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qatc import packing
+from qatc.directories import complete_directory
 from qatc.errors import ConfigError
 from qatc.export import QuantizedWeight
 from qatc.export.directory import copy_companions, digest_of, own_metadata, write_model
-from qatc.files import complete_directory
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.recipe import Recipe
 from qatc.spec import QuantSpec

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qatc import markers
+from qatc.data import is_complete
 from qatc.device import DType, check_dtype
+from qatc.directories import refuse_foreign, refuse_overlap
 from qatc.distill import TrainingConfig
 from qatc.errors import CheckpointError, ConfigError
-from qatc.files import read_json, write_json, writing_to
+from qatc.files import read_json, sync, write_json, writing_to
 from qatc.generate import GenerationConfig
+from qatc.markers import Mark
 from qatc.recipe import Recipe
 
 
@@ -41,6 +44,8 @@ class QuantizeConfig:
         integer_forward: compute quantized linears on int8 codes in training and evaluation;
             ``None``: where the recipe allows it and this machine is fast at it.
         overwrite: replace an existing ``output`` (only when the new one is complete).
+        verify: compare the integer model with the trained one before it is called complete;
+            without, the output is marked as not verified.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -62,6 +67,7 @@ class QuantizeConfig:
     compile: bool | None = None
     integer_forward: bool | None = None
     overwrite: bool = False
+    verify: bool = True
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -84,7 +90,7 @@ class QuantizeConfig:
     def to_dict(self) -> dict[str, Any]:
         """What decides the result, as plain data."""
         plain = dataclasses.asdict(self)
-        for name in ("output", "overwrite", "trust_remote_code", "recipe"):
+        for name in ("output", "overwrite", "verify", "trust_remote_code", "recipe"):
             del plain[name]
         for name in ("checkpoint_every", "keep_checkpoints"):
             del plain["training"][name]
@@ -93,49 +99,129 @@ class QuantizeConfig:
         return result
 
 
-def check_run(config: QuantizeConfig) -> None:
-    """Raise if ``config`` cannot be begun or gone on with; nothing is written.
+def check_places(config: QuantizeConfig) -> None:
+    """Raise if the run would write where something else is, or cannot; nothing is written.
 
     Raises:
-        ConfigError: there is an unfinished run with other settings, and no ``overwrite``.
+        ConfigError: a place to be written is, holds or lies in something that is to be read.
         CheckpointError: the place of the output cannot be written.
     """
+    places = {"the output": config.output, "the place of the unfinished run": config.partial}
+    sources = {"the model": config.model, "the evaluation text": config.eval_text}
+    refuse_overlap(places, {**sources, "the corpus": config.data_directory})
+    if not is_complete(config.data_directory):
+        refuse_overlap({"the corpus": config.data_directory}, sources)
     for place in (config.partial, config.data_directory):
         _check_place(place)
-    changes = _changes(config)
-    if changes and not config.overwrite:
+
+
+def check_run(config: QuantizeConfig, inputs: Mapping[str, str] | None = None) -> list[str]:
+    """Raise if ``config`` cannot be begun or gone on with; nothing is written.
+
+    Args:
+        config: the run.
+        inputs: fingerprints and versions of what goes into it, as far as they are known yet, by
+            what they are called in a message.
+
+    Returns:
+        What differs from the unfinished run that is there, which ``overwrite`` starts over.
+
+    Raises:
+        ConfigError: there is an unfinished run with other settings or of other inputs, and no
+            ``overwrite``; or there is something that is no unfinished run.
+    """
+    refuse_foreign(config.partial)
+    settings, changed = _changes(config, inputs or {})
+    if config.overwrite or not settings + changed:
+        return settings + changed
+    if settings:
         raise ConfigError(
-            f"{config.partial} holds an unfinished run with other settings ({', '.join(changes)});"
+            f"{config.partial} holds an unfinished run with other settings ({', '.join(settings)});"
             " repeat its command to finish it, or pass --overwrite to start over"
         )
+    raise ConfigError(
+        f"{config.partial} holds an unfinished run, and since it began {'; '.join(changed)}: one"
+        " result of both would be of neither; bring back what was to finish it, or pass --overwrite"
+        " to start over"
+    )
 
 
-def begin_run(config: QuantizeConfig) -> None:
-    """Create the directory of the unfinished run, unless the one there is of the same run."""
-    if config.partial.exists():
-        if _run_file(config).exists() and not _changes(config):
-            return
-        shutil.rmtree(config.partial)
+def begin_run(config: QuantizeConfig, inputs: Mapping[str, str] | None = None) -> None:
+    """Create the directory of the unfinished run, or record further inputs of the one there.
+
+    An unfinished run with other settings or of other inputs is deleted.
+    """
+    inputs = dict(inputs or {})
     with writing_to(config.partial):
-        config.partial.mkdir(parents=True)
-    write_json(_run_file(config), config.to_dict())
+        if _is_begun(config) and not any(_changes(config, inputs)):
+            known = recorded_inputs(config)
+            if inputs.keys() <= known.keys():
+                return
+            inputs = {**inputs, **known}
+        else:
+            markers.remove(config.partial)
+            config.partial.mkdir(parents=True)
+            markers.put(config.partial, Mark.UNFINISHED)
+            sync(config.partial)
+            sync(config.partial.parent)
+        write_json(_run_file(config), {**config.to_dict(), "inputs": inputs})
+
+
+def end_run(config: QuantizeConfig) -> None:
+    """Delete the directory of the unfinished run."""
+    with writing_to(config.partial):
+        markers.remove(config.partial)
+
+
+def recorded_inputs(config: QuantizeConfig) -> dict[str, str]:
+    """The fingerprints and versions that the unfinished run began with."""
+    return dict(read_json(_run_file(config)).get("inputs", {}))
+
+
+def trained_file(config: QuantizeConfig) -> Path:
+    """Where the trained model's figures are kept: it is there once nothing is left to compute."""
+    return config.partial / "trained.json"
 
 
 def _run_file(config: QuantizeConfig) -> Path:
     return config.partial / "run.json"
 
 
-def _changes(config: QuantizeConfig) -> list[str]:
-    """What differs from the unfinished run, if there is one."""
-    if not _run_file(config).exists():
-        return []
-    found = dict(_flat(read_json(_run_file(config))))
-    wanted = dict(_flat(config.to_dict()))
-    return [
+def _is_begun(config: QuantizeConfig) -> bool:
+    """Whether there is an unfinished run that has not begun to be deleted."""
+    return markers.mark_of(config.partial) is Mark.UNFINISHED and _run_file(config).exists()
+
+
+def _changes(config: QuantizeConfig, inputs: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Settings and inputs that differ from the unfinished run, if there is one."""
+    if not _is_begun(config):
+        return [], []
+    run = read_json(_run_file(config))
+    known = run.pop("inputs", {})
+    found, wanted = dict(_flat(run)), dict(_flat(config.to_dict()))
+    settings = [
         f"{key} was {found.get(key)!r} and is {wanted.get(key)!r} now"
         for key in {**wanted, **found}
         if found.get(key) != wanted.get(key)
     ]
+    changed = [
+        _change(name, known[name], value)
+        for name, value in inputs.items()
+        if known.get(name, value) != value
+        # Once all is computed, another version only writes it, and may be the one that can.
+        and not (name.startswith(VERSION_OF) and trained_file(config).exists())
+    ]
+    return settings, changed
+
+
+VERSION_OF = "the version of "
+"""How the name of an input begins that is no fingerprint."""
+
+
+def _change(name: str, found: str, wanted: str) -> str:
+    if name.startswith(VERSION_OF):
+        return f"{name} changed from {found} to {wanted}"
+    return f"{name} changed (fingerprint {found[:8]}, now {wanted[:8]})"
 
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

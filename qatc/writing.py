@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from qatc.data import require_known
+from qatc.data import derived_seed, require_known
 from qatc.device import peak_memory, pick_device
 from qatc.errors import ConfigError, QatcError
 from qatc.files import read_json
@@ -214,7 +214,7 @@ class Writer:
         settings: dict[str, Any] = {"eos_token_id": sorted(ends)} if ends else {}
         settings["pad_token_id"] = min(ends, default=0)  # never read: there is one row
         ids = torch.tensor([tokens], device=self.device)
-        torch.manual_seed(self.seed % 2**64)
+        torch.manual_seed(derived_seed(self.seed, 0))
         started = time.perf_counter()
         try:
             found = self.model.generate(

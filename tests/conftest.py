@@ -172,8 +172,8 @@ def _no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qatc.quantize.verify", partial(verify, reload=False))
 
 
-def run_until_killed(function: Callable[[], object]) -> None:
-    """Run ``function`` in a copy of this process, where it has to end by SIGKILL."""
+def run_until_killed(function: Callable[[], object], by: int = signal.SIGKILL) -> None:
+    """Run ``function`` in a copy of this process, where it has to end by the signal ``by``."""
     child = os.fork()
     if child == 0:
         try:
@@ -182,7 +182,7 @@ def run_until_killed(function: Callable[[], object]) -> None:
             traceback.print_exc()
         os._exit(1)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "it was not killed"
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == by, "it was not killed"
 
 
 def kill_at_call(function: Callable[..., Any], number: int = 1) -> Callable[..., Any]:
@@ -195,6 +195,30 @@ def kill_at_call(function: Callable[..., Any], number: int = 1) -> Callable[...,
         return function(*args, **kwargs)
 
     return killing
+
+
+_DISK_CALLS = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
+"""Functions of :mod:`os` that change what is on the disk, or wait for it."""
+
+
+def at_disk_call(
+    patch: pytest.MonkeyPatch, number: int = 0, act: Callable[[], object] = lambda: None
+) -> list[str]:
+    """Do ``act`` just before the ``number``-th call that changes the disk; returns the calls."""
+    calls: list[str] = []
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(real.__name__)
+            if len(calls) == number:
+                act()
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in _DISK_CALLS:
+        patch.setattr(os, name, counted(getattr(os, name)))
+    return calls
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from qatc import markers
 from qatc.checkpoint import Checkpoints
 from qatc.errors import CheckpointError
-from tests.conftest import contents
+from qatc.markers import Mark
+from tests.conftest import at_disk_call, contents, run_until_killed
 
 
 class Run:
@@ -80,11 +85,44 @@ def test_what_a_killed_run_left_is_no_checkpoint(run: Run) -> None:
     run.save(5)
     (run.checkpoints.directory / "step-000010.writing").mkdir()
     assert run.checkpoints.latest() == 5
+    markers.put(run.checkpoints.directory / "step-000010.writing", Mark.WRITING)
+    (run.checkpoints.directory / "step-000007").mkdir()  # killed while it was deleted
+    assert run.checkpoints.steps() == [5] and Run(run.checkpoints.directory).restore() == 5
     run.save(10)
     assert sorted(p.name for p in run.checkpoints.directory.iterdir()) == [
         "step-000005",
         "step-000010",
     ]
+
+
+def test_a_kill_while_one_is_written_or_deleted_costs_none(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one that is listed is whole, whatever call the kill came before."""
+    run.train(1)
+    for step in (5, 10):
+        run.save(step)
+    backup = run.checkpoints.directory.with_name("backup")
+    shutil.copytree(run.checkpoints.directory, backup)
+    with monkeypatch.context() as patch:
+        calls = at_disk_call(patch)
+        run.save(15)
+    latest = set()
+    for number in range(1, len(calls) + 1):
+        shutil.rmtree(run.checkpoints.directory)
+        shutil.copytree(backup, run.checkpoints.directory)
+
+        def killed(number: int = number) -> None:
+            at_disk_call(pytest.MonkeyPatch(), number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            run.save(15)
+
+        run_until_killed(killed)
+        latest.add(Run(run.checkpoints.directory).restore())
+        names = {path.name for path in run.checkpoints.directory.iterdir()}
+        assert names <= {"step-000005", "step-000010", "step-000015"}, number
+        whole = {path.parent.name for path in run.checkpoints.directory.glob("*/*.safetensors")}
+        assert whole == names, "what is half deleted is gone"
+    assert latest == {10, 15}
 
 
 @pytest.mark.parametrize("error", [SafetensorError("disk full"), OSError(28, "No space left")])

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qatc.data import Rows, pack_rows
+from qatc.checkpoint import Checkpoints
+from qatc.data import Rows, derived_seed, pack_rows
 from qatc.distill import (
     Distiller,
     StepMetrics,
@@ -24,6 +25,7 @@ from qatc.distill import (
     default_learning_rate,
 )
 from qatc.errors import CheckpointError, ConfigError, TrainingError
+from qatc.signals import Terminated, raising
 from tests.conftest import kill_at_call, make_llama, run_until_killed
 
 CONFIG = TrainingConfig(steps=12, batch_size=4, learning_rate=1e-2, checkpoint_every=4)
@@ -122,6 +124,36 @@ class TestStep:
         cosine = [0.5 * (1 + math.cos(math.pi * i / 7)) for i in range(7)]
         assert rates == pytest.approx([0.01 * f for f in (0.25, 0.5, 0.75, *cosine)])
 
+    @pytest.mark.parametrize("seed", [2**43, 2**63, 2**64, 10**40])
+    def test_a_seed_of_any_size(self, tmp_path: Path, seed: int) -> None:
+        def order(seed: int) -> Any:
+            run = distiller(tmp_path, replace(CONFIG, seed=seed))
+            return np.concatenate(list(run._batches(1)) + list(run._batches(5))).tolist()
+
+        assert order(seed) == order(seed)
+        assert order(seed) != order(0) and order(seed) != order(seed - 2**43), "every bit counts"
+
+    @pytest.mark.parametrize("where", ["loss", "gradient"])
+    def test_a_step_of_nan_is_not_taken(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        """Neither the parameters nor the moments of AdamW, which would keep it for good."""
+        run = distiller(tmp_path)
+        run._step(1)
+        before, moments = weights(run.student), copy.deepcopy(run.optimizer.state_dict()["state"])
+        if where == "loss":
+            losses = run._losses
+            monkeypatch.setattr(run, "_losses", lambda batch: (losses(batch)[0] * math.nan, 0.0))
+        else:
+            run.student.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+        record = run._step(2)
+        assert math.isfinite(record.loss) == (where == "gradient")
+        assert not math.isfinite(record.gradient_norm)
+        assert_equal(weights(run.student), before)
+        after = run.optimizer.state_dict()["state"]
+        for number, slots in moments.items():
+            assert all(torch.equal(after[number][key], value) for key, value in slots.items())
+
     def test_learns(self, tmp_path: Path) -> None:
         history = distiller(tmp_path, replace(CONFIG, steps=40)).run()
         assert history[-1].kl < 0.5 * history[0].kl
@@ -137,7 +169,7 @@ class TestStep:
 
 
 def _first_batch(config: TrainingConfig) -> Any:
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003)
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, 0))
     return torch.randperm(16, generator=generator)[: config.batch_size].numpy()
 
 
@@ -183,6 +215,53 @@ class TestResume:
         assert signal.getsignal(signal.SIGINT) is handler
         assert run.checkpoints.latest() == len(run.history) == 6
         self.finish(tmp_path, whole)
+
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+    def test_a_signal_to_end_is_like_ctrl_c(self, tmp_path: Path, whole: Any, name: str) -> None:
+        run, number = distiller(tmp_path), getattr(signal, name)
+        with raising(), pytest.raises(Terminated, match=name) as raised:
+            run.run(lambda record: record.step == 6 and os.kill(os.getpid(), number))
+        assert raised.value.number == number
+        assert signal.getsignal(number) is signal.SIG_DFL
+        assert run.checkpoints.latest() == len(run.history) == 6
+        self.finish(tmp_path, whole)
+
+    def test_a_library_user_without_a_handler_ends_by_the_signal(
+        self, tmp_path: Path, whole: Any
+    ) -> None:
+        def end(record: StepMetrics) -> None:
+            if record.step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run_until_killed(lambda: distiller(tmp_path).run(end), by=signal.SIGTERM)
+        assert distiller(tmp_path).checkpoints.latest() == 6
+        self.finish(tmp_path, whole)
+
+    def test_a_signal_after_the_last_checkpoint_is_not_lost(self, tmp_path: Path) -> None:
+        run = distiller(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(lambda record: record.step == 12 and os.kill(os.getpid(), signal.SIGINT))
+        assert run.checkpoints.latest() == 12
+
+    def test_steps_without_their_record(self, tmp_path: Path) -> None:
+        """The report would be written from what is left of it."""
+        distiller(tmp_path).run()
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "metrics.jsonl").write_text("".join(lines[:9]))
+        with pytest.raises(CheckpointError, match="records 9 steps, .* is of step 12"):
+            distiller(tmp_path).run()
+
+    def test_the_record_is_on_the_disk_before_the_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        order: list[str] = []
+        save = Checkpoints.save
+        monkeypatch.setattr("qatc.distill.sync", lambda path: order.append(path.name))
+        monkeypatch.setattr(
+            Checkpoints, "save", lambda *args: (order.append("checkpoint"), save(*args))
+        )
+        distiller(tmp_path, replace(CONFIG, steps=4)).run()
+        assert order == ["metrics.jsonl", "checkpoint"]
 
     def test_second_ctrl_c_stops_at_once(self, tmp_path: Path, whole: Any) -> None:
         def twice(record: StepMetrics) -> None:
@@ -262,6 +341,7 @@ class TestFailure:
             {"checkpoint_every": 0},
             {"keep_checkpoints": 0},
             {"warmup_steps": -1},
+            {"seed": -1},
             {"learning_rate": 0.0},
             {"learning_rate": math.nan},
             {"gradient_clip": math.inf},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from torch import Tensor
 from qatc import data, files, generate
 from qatc.data import Corpus
 from qatc.errors import ConfigError
-from qatc.generate import GenerationConfig, generate_corpus
+from qatc.generate import GenerationConfig, generate_corpus, model_fingerprint
 from qatc.models.load import LoadedModel
 from qatc.preparation import can_compile
 from tests.conftest import contents, kill_at_call, make_llama, make_tokenizer, run_until_killed
@@ -233,6 +236,80 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="was made by another tokenizer, that of tiny"):
             write(whole.path, tokenizer=make_tokenizer(90))
 
+    @pytest.mark.parametrize("name", ["config", "weight", "buffer"])
+    def test_a_model_that_changed_in_any_value_is_another(
+        self, tmp_path: Path, write: Callable[..., Corpus], name: str
+    ) -> None:
+        model = make_llama()
+        model.register_buffer("bias", torch.zeros(5))
+        teacher = LoadedModel(model, "tiny", torch.float32)
+        before = write(tmp_path / "corpus", replace(CONFIG, sequences=8), teacher=teacher)
+        if name == "config":
+            model.config.rope_parameters["rope_theta"] *= 2
+        else:
+            values = model.bias if name == "buffer" else model.model.embed_tokens.weight
+            with torch.no_grad():
+                values.flatten()[3] += 1e-4
+        with pytest.raises(ConfigError, match="was made by another model"):
+            write(before.path, replace(CONFIG, sequences=8), teacher=teacher)
+
+    def test_a_model_is_the_same_in_another_dtype(self) -> None:
+        stored = make_llama().to(torch.bfloat16)
+        again = copy.deepcopy(stored).float()
+        again.config.dtype, again.config._name_or_path = torch.float32, "elsewhere"
+        assert model_fingerprint(again) == model_fingerprint(stored)
+
+    @pytest.mark.parametrize("package", ["qatc", "torch", "transformers"])
+    def test_shards_of_two_versions_are_no_corpus(
+        self, tmp_path: Path, write: Callable[..., Corpus], package: str
+    ) -> None:
+        config = replace(CONFIG, sequences=8)
+        manifest = write(tmp_path / "corpus", config).path / data.MANIFEST
+        plain = json.loads(manifest.read_text()) | {f"{package}_version": "0.0"}
+        files.write_json(manifest, plain)
+        write(tmp_path / "corpus", config)
+        files.write_json(manifest, plain | {"complete": False})
+        with pytest.raises(ConfigError, match=f"was made with {package}_version '0.0', not"):
+            write(tmp_path / "corpus", config)
+
+    @pytest.mark.parametrize("output", ["model", "model/corpus", "."])
+    def test_a_corpus_over_or_in_its_model(
+        self, tmp_path: Path, write: Callable[..., Corpus], output: str
+    ) -> None:
+        (tmp_path / "model").mkdir()
+        teacher = LoadedModel(make_llama(), str(tmp_path / "model"), torch.float32)
+        with pytest.raises(ConfigError, match=r"the corpus .* the model"):
+            write(tmp_path / output, teacher=teacher)
+        assert [path.name for path in tmp_path.rglob("*")] == ["model"]
+
+    def test_a_corpus_that_is_being_written(
+        self, tmp_path: Path, write: Callable[..., Corpus]
+    ) -> None:
+        refused: list[str] = []
+
+        def second() -> None:
+            try:
+                write(tmp_path / "corpus")
+            except ConfigError as error:
+                refused.append(str(error))
+
+        def start_another(*_: int) -> None:
+            if not refused:
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+
+        write(tmp_path / "corpus", on_progress=start_another)
+        assert f"is being written by process {os.getpid()}" in refused[0]
+
+    @pytest.mark.parametrize("seed", [2**43, 2**64, 10**30])
+    def test_a_seed_of_any_size(
+        self, tmp_path: Path, write: Callable[..., Corpus], seed: int
+    ) -> None:
+        config = replace(CONFIG, sequences=4, seed=seed)
+        assert write(tmp_path / "corpus", config).manifest["seed"] == seed
+        assert write(tmp_path / "corpus", config).manifest["complete"]
+
     def test_how_it_is_computed_matters_until_it_is_complete(
         self, tmp_path: Path, write: Callable[..., Corpus]
     ) -> None:
@@ -268,6 +345,7 @@ class TestRefusals:
             {"max_length": 3},
             {"strategy": "beam"},
             {"greedy_tokens": (5, 3)},
+            {"seed": -1},
         ],
     )
     def test_config(self, change: dict[str, Any]) -> None:

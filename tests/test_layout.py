@@ -23,8 +23,12 @@ PACKAGE = ROOT / "qatc"
 # it; "qatc" alone is qatc/__init__.py, which offers the API of layer 5.
 LAYERS = {
     "qatc.cpu": 1,
+    "qatc.directories": 1,
     "qatc.errors": 1,
     "qatc.files": 1,
+    "qatc.locks": 1,
+    "qatc.markers": 1,
+    "qatc.signals": 1,
     "qatc.spec": 1,
     "qatc.compilation": 2,
     "qatc.graph": 2,

@@ -5,26 +5,43 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
+import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qatc import markers
 from qatc.distill import Distiller, TrainingConfig
-from qatc.errors import ConfigError, DataError, TrainingError
+from qatc.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ParityError,
+    QatcError,
+    TrainingError,
+)
 from qatc.evaluate import Metrics, recovery
 from qatc.export import load_codes, read_recipe
-from qatc.generate import GenerationConfig
+from qatc.export.directory import why_unverified
+from qatc.generate import GenerationConfig, generate_corpus
+from qatc.locks import locked
+from qatc.markers import Mark
+from qatc.models import load_model, load_tokenizer
 from qatc.ops import quantize as to_codes
-from qatc.parity import verify
-from qatc.quantize import _Run, quantize
+from qatc.parity import Check, ParityReport, verify
+from qatc.progress import Observer
+from qatc.quantize import _Run, package_version, quantize
 from qatc.recipe import Recipe
 from qatc.settings import QuantizeConfig
-from tests.conftest import make_tokenizer
+from tests.conftest import contents, make_tokenizer
 
 
 def make(model: Path, output: Path, **changes: Any) -> QuantizeConfig:
@@ -167,6 +184,304 @@ def test_ctrl_c_leaves_a_checkpoint(
         quantize(config)
     assert (tmp_path / "out.partial" / "checkpoints" / "step-000003").is_dir()
     assert weights(quantize(config).output) == weights(done.output)
+
+
+def interrupted(config: QuantizeConfig, step: int = 5) -> None:
+    """Run until before this step."""
+    take = Distiller._step
+
+    def stops(self: Distiller, number: int) -> Any:
+        if number == step:
+            raise Stopped
+        return take(self, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Distiller, "_step", stops)
+        quantize(config)
+
+
+def no_more(*args: Any, **kwargs: Any) -> None:
+    pytest.fail("computed again")
+
+
+class Notes(Observer):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def failing_gate(*args: Any, **kwargs: Any) -> ParityReport:
+    return ParityReport((Check("global", "the logits", 0.5, 0.1),))
+
+
+def full_disk(*args: Any, **kwargs: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def pressed_ctrl_c(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def bug(*args: Any, **kwargs: Any) -> None:
+    raise ZeroDivisionError
+
+
+class TestAfterTraining:
+    """Whatever fails then, nothing is computed twice."""
+
+    @pytest.mark.parametrize(
+        ("place", "fails", "error"),
+        [
+            ("verify", failing_gate, ParityError),
+            ("write_model", full_disk, CheckpointError),
+            ("write_report", pressed_ctrl_c, KeyboardInterrupt),
+            ("load", bug, ZeroDivisionError),
+        ],
+    )
+    def test_the_same_command_goes_on(
+        self,
+        done: Any,
+        shared_model_path: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        place: str,
+        fails: Any,
+        error: type[BaseException],
+    ) -> None:
+        config, notes = make(shared_model_path, tmp_path / "out"), Notes()
+        with monkeypatch.context() as patch, pytest.raises(error) as raised:
+            patch.setattr(f"qatc.quantize.{place}", fails)
+            quantize(config, notes)
+        said = str(raised.value) if issubclass(error, QatcError) else notes.notes[-1]
+        kept = f"the trained model is kept in {config.partial}: the same command goes on"
+        assert kept in said
+        assert ("--no-verify" in said) == (error is ParityError)
+        assert {p.name for p in tmp_path.iterdir()} == {"out.data", "out.partial"}
+        monkeypatch.setattr(Distiller, "_step", no_more)
+        monkeypatch.setattr("qatc.quantize.evaluate", no_more)
+        monkeypatch.setattr("qatc.generate.write_shard", no_more)
+        result = quantize(config)
+        assert weights(result.output) == weights(done.output)
+        assert result.figures == done.figures
+        assert {p.name for p in tmp_path.iterdir()} == {"out.data", "out"}
+        metadata = json.loads((result.output / "qatc.json").read_text())
+        assert metadata["parity"]["passed"] is True and why_unverified(result.output) is None
+
+    def test_a_failing_evaluation_keeps_the_training_too(
+        self, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config, notes = make(shared_model_path, tmp_path / "out"), Notes()
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(_Run, "_trained", bug)
+            quantize(config, notes)
+        assert "the trained model is kept" in notes.notes[-1]
+        monkeypatch.setattr(Distiller, "_step", no_more)
+        assert quantize(dataclasses.replace(config, verify=False)).output.exists()
+
+    def test_without_the_gate_the_output_is_marked(
+        self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = make(shared_model_path, tmp_path / "out")
+        with monkeypatch.context() as patch, pytest.raises(ParityError):
+            patch.setattr("qatc.quantize.verify", failing_gate)
+            quantize(config)
+        monkeypatch.setattr(Distiller, "_step", no_more)
+        monkeypatch.setattr("qatc.quantize.verify", no_more)
+        result = quantize(dataclasses.replace(config, verify=False))
+        assert weights(result.output) == weights(done.output)
+        parity = json.loads((result.output / "qatc.json").read_text())["parity"]
+        assert parity == {"passed": None, "reason": "--no-verify asked for it"}
+        assert "Not verified: --no-verify" in (result.output / "report.md").read_text()
+        assert why_unverified(result.output) == parity["reason"]
+
+    def test_a_failing_gate_leaves_the_output_that_was_there(
+        self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copytree(done.output, tmp_path / "out")
+        before = contents(tmp_path / "out")
+        config = make(shared_model_path, tmp_path / "out", overwrite=True, data=done.data)
+        monkeypatch.setattr("qatc.quantize.verify", failing_gate)
+        with pytest.raises(ParityError):
+            quantize(config)
+        assert contents(tmp_path / "out") == before
+
+    def test_a_newer_version_may_write_what_an_older_one_trained(
+        self, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = make(shared_model_path, tmp_path / "out")
+        with monkeypatch.context() as patch, pytest.raises(ParityError):
+            patch.setattr("qatc.quantize.verify", failing_gate)
+            patch.setattr("qatc.quantize.package_version", lambda package: f"{package} of old")
+            quantize(config)
+        output = quantize(dataclasses.replace(config, verify=False)).output
+        metadata = json.loads((output / "qatc.json").read_text())
+        assert metadata["versions"]["torch"] == "torch of old"
+        assert metadata["written_with"]["torch"] == torch.__version__
+
+
+class TestInputs:
+    """A run is one run of one model, on one corpus, by one version."""
+
+    def change(self, name: str, config: QuantizeConfig) -> None:
+        """Change an input in place, keeping its size and its times."""
+        path = {
+            "model": Path(config.model) / "model.safetensors",
+            "config": Path(config.model) / "config.json",
+            "corpus": config.data_directory / "manifest.json",
+            "text": config.eval_text,
+        }[name]
+        assert path is not None
+        times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+        if name == "model":
+            state = load_file(path)
+            state["model.layers.0.mlp.up_proj.weight"][3, 5] += 1
+            save_file(state, path, metadata={"format": "pt"})
+        elif name == "config":
+            plain = json.loads(path.read_text())
+            path.write_text(json.dumps(plain | {"rms_norm_eps": 1e-3}))
+        elif name == "text":
+            path.write_text(path.read_text().replace("The old", "The odd", 1))
+        else:
+            shutil.rmtree(config.data_directory)
+            generation = dataclasses.replace(config.generation, seed=1)
+            teacher = load_model(config.model, dtype=torch.float32)
+            tokenizer = load_tokenizer(config.model)
+            generate_corpus(teacher, tokenizer, path.parent, generation, compile=False)
+        os.utime(path, ns=times)
+
+    @pytest.mark.parametrize("name", ["model", "config", "corpus", "text"])
+    def test_changed_in_place(
+        self, model_path: Path, text_file: Path, tmp_path: Path, name: str
+    ) -> None:
+        text = Path(shutil.copy(text_file, tmp_path / "text.txt"))
+        data = tmp_path / "data"
+        config = make(model_path, tmp_path / "out", eval_text=text, data=data, verify=False)
+        interrupted(config)
+        before = contents(config.partial)
+        self.change(name, config)
+        called = {"text": "the evaluation text", "config": "the model"}.get(name, f"the {name}")
+        with pytest.raises(ConfigError, match=f"since it began {called} .* changed .*--overwrite"):
+            quantize(config)
+        assert contents(config.partial) == before
+        notes = Notes()
+        result = quantize(dataclasses.replace(config, overwrite=True), notes)
+        assert any(note.startswith(f"starting over: {called}") for note in notes.notes)
+        inputs = json.loads((result.output / "qatc.json").read_text())["inputs"]
+        assert len(inputs) == 3 and any(key.startswith(called) for key in inputs)
+        steps = (result.output / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in steps] == list(range(1, 7))
+
+    @pytest.mark.parametrize("package", ["qatc", "torch", "transformers"])
+    def test_another_version(
+        self,
+        shared_model_path: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        package: str,
+    ) -> None:
+        config = make(shared_model_path, tmp_path / "out")
+        interrupted(config)
+        real = package_version
+        monkeypatch.setattr(
+            "qatc.quantize.package_version", lambda name: "9.9" if name == package else real(name)
+        )
+        monkeypatch.setattr(_Run, "run", no_more)
+        with pytest.raises(ConfigError, match=f"the version of {package} changed from .* to 9.9"):
+            quantize(config)
+
+    def test_a_corpus_that_does_not_fit_is_found_before_the_old_run_is_deleted(
+        self, shared_model_path: Path, tmp_path: Path
+    ) -> None:
+        config = make(shared_model_path, tmp_path / "out")
+        interrupted(config)
+        before = contents(config.partial)
+        generation = dataclasses.replace(config.generation, seed=1)
+        other = dataclasses.replace(config, generation=generation, overwrite=True)
+        with pytest.raises(ConfigError, match="was made with seed 0, not 1"):
+            quantize(other)
+        assert contents(config.partial) == before
+
+
+class TestPlaces:
+    @pytest.mark.parametrize("output", ["tiny", "tiny/out", ".", "tiny/../tiny", "link"])
+    def test_the_model_is_never_touched(
+        self, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+    ) -> None:
+        (tmp_path / "link").symlink_to(model_path)
+        before = contents(tmp_path)
+        monkeypatch.setattr(_Run, "run", no_more)
+        with pytest.raises(ConfigError, match="the model"):
+            quantize(make(model_path, tmp_path / output, overwrite=True))
+        assert contents(tmp_path) == before
+
+    def test_an_output_is_not_written_twice_at_once(
+        self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Refused before anything is loaded, and the first one ends as if nothing had happened."""
+        config = make(shared_model_path, tmp_path / "out", verify=False)
+        take = Distiller._step
+        refused: list[str] = []
+
+        def second() -> None:
+            try:
+                quantize(config)
+            except ConfigError as error:
+                refused.append(str(error))
+
+        def starts_another(self: Distiller, number: int) -> Any:
+            if number == 3 and threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+            return take(self, number)
+
+        monkeypatch.setattr(Distiller, "_step", starts_another)
+        result = quantize(config)
+        assert len(refused) == 1
+        assert f"{config.output} is being written by process {os.getpid()} " in refused[0]
+        assert weights(result.output) == weights(done.output)
+
+    def test_a_corpus_is_not_written_twice_at_once(
+        self, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = make(shared_model_path, tmp_path / "one", data=tmp_path / "data", verify=False)
+        other = dataclasses.replace(config, output=tmp_path / "two")
+        started, refused = generate_corpus, []
+
+        def starts_another(*args: Any, **kwargs: Any) -> Any:
+            def second() -> None:
+                try:
+                    quantize(other)
+                except ConfigError as error:
+                    refused.append(str(error))
+
+            if threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+            return started(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("qatc.quantize.generate_corpus", starts_another)
+            quantize(config)
+        assert f"{config.data} is being written by process {os.getpid()} " in refused[0]
+
+    def test_a_finished_corpus_serves_two_runs_at_once(
+        self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = make(shared_model_path, tmp_path / "out", data=done.data, verify=False)
+        with locked(done.data):
+            assert weights(quantize(config).output) == weights(done.output)
+
+    def test_an_interrupted_replacement_is_settled_by_whoever_reads(
+        self, done: Any, tmp_path: Path
+    ) -> None:
+        shutil.copytree(done.output, tmp_path / "out.replaced")
+        markers.put(tmp_path / "out.replaced", Mark.REPLACED)
+        assert read_recipe(tmp_path / "out") == Recipe.from_bits("4-8-4")
+        assert contents(tmp_path) == {f"out/{k}": v for k, v in contents(done.output).items()}
 
 
 def test_corpus_of_another_tokenizer(done: Any, other_tokenizer_path: Path, tmp_path: Path) -> None:

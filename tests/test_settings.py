@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import re
+import signal
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qatc import markers
 from qatc.distill import TrainingConfig
 from qatc.errors import CheckpointError, ConfigError
+from qatc.generate import GenerationConfig
+from qatc.markers import Mark
 from qatc.recipe import Recipe
-from qatc.settings import QuantizeConfig, begin_run, check_run
-from tests.conftest import contents
+from qatc.settings import (
+    VERSION_OF,
+    QuantizeConfig,
+    begin_run,
+    check_places,
+    check_run,
+    end_run,
+    recorded_inputs,
+    trained_file,
+)
+from tests.conftest import at_disk_call, contents, run_until_killed
 
 
 @pytest.fixture
@@ -37,6 +52,7 @@ def test_checking_writes_nothing(config: QuantizeConfig, tmp_path: Path) -> None
     [
         {},
         {"overwrite": True},
+        {"verify": False},
         {"trust_remote_code": True},
         {"training": TrainingConfig(checkpoint_every=7, keep_checkpoints=9)},
     ],
@@ -56,6 +72,8 @@ def test_the_same_run_goes_on(config: QuantizeConfig, change: dict[str, Any]) ->
         ({"training": TrainingConfig(steps=7)}, "training.steps was 1500 and is 7 now"),
         ({"recipe": Recipe.from_bits("4-8-8")}, "recipe.kv.bits was 4 and is 8 now"),
         ({"model": "other/model"}, "model was 'some/model' and is 'other/model' now"),
+        ({"data": Path("corpus")}, "data was None and is 'corpus' now"),
+        ({"eval_text": Path("a.txt")}, "eval_text was None and is 'a.txt' now"),
     ],
 )
 def test_other_settings_are_named(
@@ -75,18 +93,151 @@ def test_other_settings_are_named(
 
 
 def test_a_directory_without_settings_is_begun_anew(config: QuantizeConfig) -> None:
-    """Killed between making the directory and writing the settings."""
+    """Killed between making the directory and marking it."""
     config.partial.mkdir()
     check_run(config)
     begin_run(config)
-    assert list(contents(config.partial)) == ["run.json"]
+    assert set(contents(config.partial)) == {"run.json", Mark.UNFINISHED.value}
+
+
+def test_every_setting_decides_but_for_a_few(config: QuantizeConfig) -> None:
+    """What is added later decides the result, unless somebody says that it does not."""
+    names = {field.name for field in fields(QuantizeConfig)}
+    assert names - config.to_dict().keys() == {"output", "overwrite", "verify", "trust_remote_code"}
+    training = {field.name for field in fields(TrainingConfig)}
+    left_out = training - config.to_dict()["training"].keys()
+    assert left_out == {"checkpoint_every", "keep_checkpoints"}
+    generation = {field.name for field in fields(GenerationConfig)}
+    assert config.to_dict()["generation"].keys() == generation
+
+
+INPUTS = {"the model some/model": "1" * 64, f"{VERSION_OF}torch": "2.13.0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("the model some/model", "2" * 64, r"\(fingerprint 11111111, now 22222222\)"),
+        (f"{VERSION_OF}torch", "2.14.0", "the version of torch changed from 2.13.0 to 2.14.0"),
+    ],
+)
+def test_inputs_that_changed_are_named(
+    config: QuantizeConfig, name: str, value: str, says: str
+) -> None:
+    begin_run(config, INPUTS)
+    (config.partial / "work").write_text("done")
+    assert check_run(config, INPUTS) == []
+    with pytest.raises(ConfigError, match=f"since it began {name} changed.*--overwrite") as raised:
+        check_run(config, INPUTS | {name: value})
+    assert re.search(says, str(raised.value))
+    over = replace(config, overwrite=True)
+    assert len(check_run(over, INPUTS | {name: value})) == 1
+    assert (config.partial / "work").exists()
+    begin_run(over, INPUTS | {name: value})
+    assert not (config.partial / "work").exists()
+    assert recorded_inputs(config) == INPUTS | {name: value}
+
+
+def test_inputs_become_known_one_after_the_other(config: QuantizeConfig) -> None:
+    begin_run(config, INPUTS)
+    (config.partial / "work").write_text("done")
+    begin_run(config, {"the corpus c": "3" * 64})
+    assert recorded_inputs(config) == INPUTS | {"the corpus c": "3" * 64}
+    assert (config.partial / "work").exists()
+    with pytest.raises(ConfigError, match="the corpus c changed"):
+        check_run(config, {"the corpus c": "4" * 64})
+
+
+def test_another_version_may_write_what_is_trained(config: QuantizeConfig) -> None:
+    begin_run(config, INPUTS)
+    trained_file(config).write_text("{}")
+    check_run(config, INPUTS | {f"{VERSION_OF}torch": "2.14.0"})
+    with pytest.raises(ConfigError, match="the model some/model changed"):
+        check_run(config, INPUTS | {"the model some/model": "2" * 64})
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "run.json"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_directory_that_is_no_unfinished_run(
+    config: QuantizeConfig, content: str, overwrite: bool
+) -> None:
+    config.partial.mkdir()
+    (config.partial / content).write_text("{}")
+    with pytest.raises(ConfigError, match=r"out\.partial, but that is there already"):
+        check_run(replace(config, overwrite=overwrite))
+    assert set(contents(config.partial)) == {content}
+
+
+def test_half_of_a_deleted_run_is_begun_anew(config: QuantizeConfig) -> None:
+    begin_run(config, INPUTS)
+    (config.partial / "work").write_text("done")
+    markers.change(config.partial, Mark.REMOVING)
+    check_run(replace(config, model="other/model"))
+    begin_run(config, INPUTS)
+    assert not (config.partial / "work").exists()
+
+
+def test_a_kill_while_a_run_is_deleted(config: QuantizeConfig) -> None:
+    """What is left of it is whole, or nothing that is gone on with."""
+    work = [config.partial / name for name in ("a", "b/c", "d")]
+
+    def make() -> None:
+        begin_run(config, INPUTS)
+        for path in work:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("done")
+
+    make()
+    with pytest.MonkeyPatch.context() as patch:
+        calls = at_disk_call(patch)
+        end_run(config)
+    assert not config.partial.exists()
+    left = set()
+    for number in range(1, len(calls) + 1):
+        make()
+
+        def killed(number: int = number) -> None:
+            at_disk_call(pytest.MonkeyPatch(), number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            end_run(config)
+
+        run_until_killed(killed)
+        begin_run(config, INPUTS)
+        left.add(tuple(path.exists() for path in work))
+        end_run(config)
+    assert left == {(True, True, True), (False, False, False)}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"output": "m"}, "the output .* would replace the model"),
+        ({"output": "m/deep/out"}, "the output .* lies in the model"),
+        ({"output": "."}, "the output .* would replace the model"),
+        ({"model": "{}/out.partial"}, "the place of the unfinished run .* would replace the model"),
+        ({"data": "out/data"}, "the output .* would replace the corpus"),
+        ({"data": "out"}, "the output .* would replace the corpus"),
+        ({"data": "out.partial"}, "the place of the unfinished run .* would replace the corpus"),
+        ({"output": "corpus/out", "data": "corpus"}, "the output .* lies in the corpus"),
+        ({"data": "m/data"}, "the corpus .* lies in the model"),
+        ({"data": "."}, "the output .* lies in the corpus"),
+        ({"eval_text": "out/a.txt"}, "the output .* would replace the evaluation text"),
+    ],
+)
+def test_overlapping_places(tmp_path: Path, change: dict[str, str], says: str) -> None:
+    for name in ("m", "out.partial"):
+        (tmp_path / name).mkdir()
+    paths = {"output": "out", "model": "{}/m"} | change
+    settings: dict[str, Any] = {k: tmp_path / v for k, v in paths.items() if k != "model"}
+    config = QuantizeConfig(model=paths["model"].format(tmp_path), overwrite=True, **settings)
+    with pytest.raises(ConfigError, match=says):
+        check_places(config)
 
 
 @pytest.mark.parametrize("place", ["output", "data"])
 def test_a_place_under_a_file(config: QuantizeConfig, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="file is not a directory that can be written to"):
-        check_run(replace(config, **{place: tmp_path / "file" / "below"}))
+        check_places(replace(config, **{place: tmp_path / "file" / "below"}))
 
 
 def test_values() -> None:

@@ -25,10 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qatc.directories import complete_directory, recover, refuse_existing, refuse_overlap
 from qatc.errors import CheckpointError, ConfigError, DataError
 from qatc.export import compressed_tensors
 from qatc.export.codes import QuantizedWeight
-from qatc.files import complete_directory, read_json, refuse_existing, write_json
+from qatc.files import read_json, write_json
+from qatc.locks import locked
 from qatc.model_card import write_card
 from qatc.models.load import require_finite
 from qatc.models.remote_code import build_model, copy_code, require_trust
@@ -190,6 +192,8 @@ def read_metadata(directory: Path) -> dict[str, Any]:
             qatc does not know.
     """
     path = directory / "qatc.json"
+    if not directory.exists():
+        recover(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give an output of qatc quantize")
     if not path.exists():
@@ -206,6 +210,16 @@ def read_metadata(directory: Path) -> dict[str, Any]:
     if not metadata.keys() >= set(_OWN_KEYS):
         raise CheckpointError(f"{path} is damaged: it must hold {', '.join(_OWN_KEYS)}")
     return metadata
+
+
+def why_unverified(directory: Path) -> str | None:
+    """Why an output was not compared with what was trained; None if it was.
+
+    Raises:
+        CheckpointError: as :func:`read_metadata`.
+    """
+    parity = read_metadata(directory).get("parity", {})
+    return str(parity["reason"]) if parity.get("passed", True) is None else None
 
 
 def read_recipe(directory: Path) -> Recipe:
@@ -336,9 +350,21 @@ def export(
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}; valid formats: {', '.join(FORMATS)}")
-    if source.resolve().is_relative_to(output.resolve()):
-        raise ConfigError(f"the output {output} would replace the source {source}; choose another")
-    refuse_existing(output, overwrite)
+    refuse_overlap({"the output": output}, {"the source": source})
+    with locked(output):
+        refuse_existing(output, overwrite)
+        _export(source, output, format, overwrite, verify, trust_remote_code)
+    return output
+
+
+def _export(
+    source: Path,
+    output: Path,
+    format: str,
+    overwrite: bool,
+    verify: Callable[[Path], None] | None,
+    trust_remote_code: bool,
+) -> None:
     metadata, recipe = read_metadata(source), read_recipe(source)
     config = read_config(source, trust_remote_code=trust_remote_code)
     if verify is not None:
@@ -355,7 +381,6 @@ def export(
             metadata=own_metadata(metadata),
             trust_remote_code=trust_remote_code,
         )
-    return output
 
 
 def own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

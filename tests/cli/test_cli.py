@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 
 from qatc import native
 from qatc.cli.main import app
+from qatc.decode import Decoder
+from qatc.distill import Distiller
 from qatc.parity import Check, ParityReport
 
 TINY = ["--samples", "24", "--max-length", "16", "--eval-samples", "8", "--steps", "4"]
@@ -140,6 +143,72 @@ def test_generate_data(shared_model_path: Path, tmp_path: Path) -> None:
     refused(2, "seed", *command, "--seed", "1")
 
 
+def test_signals_end_a_command_without_a_traceback(
+    shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "corpus"
+    command = ["generate-data", "--model", shared_model_path, "--output", target, "--no-compile"]
+    command += ["--samples", "6", "--max-length", "12", "--shard-size", "2", "--batch-size", "4"]
+    step = Decoder.step
+    for number, after in (signal.SIGTERM, 12), (signal.SIGINT, 12), (signal.SIGHUP, 5):
+        code, calls = 128 + number, []
+
+        def ends(
+            *args: Any, calls: list[int] = calls, number: int = number, after: int = after
+        ) -> Any:
+            calls.append(1)
+            if len(calls) == after:
+                signal.raise_signal(number)
+            return step(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "step", ends)
+            refused(code, "the same command goes on from the last complete shard", *command)
+    assert len(json.loads((target / "manifest.json").read_text())["shards"]) == 2
+    result = run(*command, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["complete"]
+    assert not (tmp_path / "corpus.lock").exists()
+
+
+def test_sigterm_in_training_leaves_a_checkpoint(
+    shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, step = tmp_path / "out", Distiller._step
+    command = ["quantize", "--model", shared_model_path, "--output", target, *TINY, "--no-verify"]
+
+    def ends(self: Distiller, number: int) -> Any:
+        if number == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "_step", ends)
+        refused(143, "SIGTERM: interrupted; the same command goes on", *command)
+    assert (tmp_path / "out.partial" / "checkpoints" / "step-000002").is_dir()
+    assert run(*command).exit_code == 0
+    shown = run("generate", target, "--prompt", "The", "--max-new-tokens", "2", "--no-compile")
+    assert "not verified: --no-verify" in shown.stderr
+
+
+def test_places_that_are_not_its_own(shared_model_path: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(shared_model_path, tmp_path / "model")
+    command = ["--model", model, "--output", model]
+    refused(2, "would replace the model", "quantize", *command, *TINY, "--overwrite")
+    refused(2, "would replace the model", "generate-data", *command)
+    recipe = tmp_path / "out" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("weights: {bits: 4}")
+    command = ["quantize", "--model", model, "--output", recipe.parent, "--recipe", recipe]
+    refused(2, "would replace the recipe", *command, "--overwrite")
+    assert recipe.exists() and (model / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("seed", [str(2**43), str(2**64), "1" + "0" * 30])
+def test_a_seed_of_any_size(output: Path, seed: str) -> None:
+    command = ["generate", output, "--prompt", "The", "--max-new-tokens", "2", "--no-compile"]
+    assert run(*command, "--seed", seed).exit_code == 0
+
+
 def test_evaluate(output: Path, shared_model_path: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The old fox sleeps by the bridge. " * 20)
@@ -159,7 +228,8 @@ def test_export(output: Path, tmp_path: Path) -> None:
         assert (target / name).read_bytes() == (output / name).read_bytes()
     refused(2, "--overwrite", "export", output, "--output", target)
     refused(2, "compressed-tensors", "export", output, "--output", tmp_path / "x", "--format", "y")
-    refused(1, "qatc quantize", "export", tmp_path, "--output", tmp_path / "x")
+    (tmp_path / "none").mkdir()
+    refused(1, "qatc quantize", "export", tmp_path / "none", "--output", tmp_path / "x")
 
 
 def test_generate(output: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from qatc.export.directory import (
 from qatc.recipe import Recipe
 
 W4A8 = Recipe.from_bits("4-8-4")
+OLD = '{"format_version": 2, "recipe": {}}'
 IDS = torch.randint(0, 97, (2, 19), generator=torch.Generator().manual_seed(1))
 
 
@@ -546,13 +548,47 @@ def test_export_refuses_to_replace_its_source(pristine: Path, output: str) -> No
     assert snapshot(pristine / "one") == before
 
 
+def test_export_writes_nothing_into_its_source(pristine: Path) -> None:
+    before = snapshot(pristine / "one")
+    with pytest.raises(ConfigError, match="lies in the source"):
+        export(pristine / "one", pristine / "one" / "exported")
+    assert snapshot(pristine / "one") == before
+
+
+def test_export_replaces_nothing_but_outputs(tmp_path: Path, pristine: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("mine")
+    with pytest.raises(ConfigError, match="is no output of qatc"):
+        export(pristine / "one", tmp_path / "model", overwrite=True)
+    assert snapshot(tmp_path / "model") == {"model.safetensors": b"mine"}
+
+
+def test_two_exports_at_once(tmp_path: Path, pristine: Path) -> None:
+    refused: list[str] = []
+
+    def second() -> None:
+        try:
+            export(pristine / "one", tmp_path / "out")
+        except ConfigError as error:
+            refused.append(str(error))
+
+    def start_another(source: Path) -> None:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    export(pristine / "one", tmp_path / "out", verify=start_another)
+    assert "is being written by process" in refused[0]
+    assert snapshot(tmp_path / "out") == snapshot(pristine / "one")
+
+
 def test_export_replaces_an_existing_output_only_when_told(tmp_path: Path, pristine: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "qatc.json").write_text(OLD)
     with pytest.raises(ConfigError, match="--overwrite"):
         export(pristine / "one", out)
-    assert snapshot(out) == {"old": b"old"}
+    assert snapshot(out) == {"qatc.json": OLD.encode()}
     export(pristine / "one", out, overwrite=True)
     assert snapshot(out) == snapshot(pristine / "one")
 
@@ -562,7 +598,7 @@ def test_a_failed_export_leaves_the_output_as_it_was(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "qatc.json").write_text(OLD)
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise SafetensorError("No space left on device")
@@ -570,7 +606,7 @@ def test_a_failed_export_leaves_the_output_as_it_was(
     monkeypatch.setattr(directory_module, "save_file", fail)
     with pytest.raises(CheckpointError, match="No space"):
         export(pristine / "one", out, overwrite=True)
-    assert snapshot(out) == {"old": b"old"}
+    assert snapshot(out) == {"qatc.json": OLD.encode()}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
