@@ -66,10 +66,12 @@ def compare_in_float(reference: Any, lowered: Any, recipe: Recipe, ids: Tensor) 
     run(trace, {"no cache, with padding": None, "decode with padding": singly})
     with _short_window(reference, lowered) as window:
         # One row that outgrows the first slots of its cache, and after that its window, if any.
-        row = ids.flatten()[: min(window + SLOTS + 8, _longest(reference))].unsqueeze(0)
-        late = max(0, row.shape[1] - SLOTS - 12)
-        trace = record(reference, row)
-        run(trace, {"decode of a long row": [SLOTS - 2, 1, 1, 1, 1, late, *[1] * 6]})
+        tokens = min(window + SLOTS + 8, _longest(reference), ids.numel())
+        row = ids.flatten()[:tokens].unsqueeze(0)
+        first = max(1, min(SLOTS - 2, tokens - 10))
+        late = tokens - first - 10
+        sizes = [first, 1, 1, 1, 1, late, *[1] * 6] if late >= 0 else [1] * tokens
+        run(record(reference, row), {"decode of a long row": sizes})
     return _as_checks(found, LIMITS)
 
 
@@ -102,12 +104,11 @@ def _longest(model: Any) -> int:
 def _short_window(*models: Any) -> Iterator[int]:
     """Give models with a sliding window one that a short text outgrows; its length, or 0."""
     window = getattr(models[0].config, "sliding_window", None) or 0
-    for model in models:
-        if window:
-            model.config.sliding_window = min(window, SHORT_WINDOW)
+    changed = models if window > SHORT_WINDOW else ()
+    for model in changed:
+        model.config.sliding_window = SHORT_WINDOW
     try:
         yield min(window, SHORT_WINDOW)
     finally:
-        for model in models:
-            if window:
-                model.config.sliding_window = window
+        for model in changed:
+            model.config.sliding_window = window
