@@ -68,9 +68,9 @@ def compare_in_float(reference: Any, lowered: Any, recipe: Recipe, ids: Tensor) 
         # One row that outgrows the first slots of its cache, and after that its window, if any.
         tokens = min(window + SLOTS + 8, _longest(reference), ids.numel())
         row = ids.flatten()[:tokens].unsqueeze(0)
-        first = max(1, min(SLOTS - 2, tokens - 10))
-        late = tokens - first - 10
-        sizes = [first, 1, 1, 1, 1, late, *[1] * 6] if late >= 0 else [1] * tokens
+        first = max(1, min(SLOTS - 2, tokens - 6))
+        late = tokens - first - 6
+        sizes = [first, 1, 1, 1, late, 1, 1, 1] if late >= 0 else [1] * tokens
         run(record(reference, row), {"decode of a long row": sizes})
     return _as_checks(found, LIMITS)
 
