@@ -29,6 +29,7 @@ from qatc.traces import (
     entered,
     interpret,
     interpreted,
+    is_attention,
     rows,
     sites_by_node,
 )
@@ -153,8 +154,7 @@ class _Comparison:
                 self._note(kind, place, got, wanted)
                 if got.shape == wanted.shape:
                     forced = _like(got, wanted)
-                    at_attention = site[0].startswith("attention")
-                    value = forced.transpose(1, 2) if at_attention else forced.view_as(value)
+                    value = forced.transpose(1, 2) if is_attention(site) else forced.view_as(value)
             return value
 
         cache = _cache_of(graph, tensors, self._recipe)
@@ -171,7 +171,7 @@ class _Comparison:
         self, layer: LayerTrace, site: Site, node: Node, value: Tensor
     ) -> tuple[Kind, str]:
         name, part = site
-        if part == "output" and not name.startswith("attention"):
+        if part == "output" and not is_attention(site):
             how = "float"
             if node.target is kernels.PACKED_LINEAR:
                 phase = "decode" if value.shape[-2] == 1 else "prefill"

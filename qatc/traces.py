@@ -223,6 +223,11 @@ def sites_by_node(graph: Graph) -> dict[Node, list[Site]]:
     return found
 
 
+def is_attention(site: Site) -> bool:
+    """Whether a site belongs to attention, and not to a linear, whose name may begin likewise."""
+    return site[0].split("#")[0] == "attention"
+
+
 def rows(value: Tensor, site: Site, batch: int) -> Tensor:
     """A site's tensor as ``[B, T, ...]``, whatever the order of its dimensions.
 
@@ -231,6 +236,6 @@ def rows(value: Tensor, site: Site, batch: int) -> Tensor:
         site: where it is from.
         batch: B.
     """
-    if site[0].split("#")[0] == "attention":
+    if is_attention(site):
         return value.transpose(1, 2)
     return value.unflatten(0, (batch, -1)) if value.dim() == 2 else value

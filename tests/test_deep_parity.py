@@ -63,7 +63,7 @@ class Gate:
 
     @property
     def layers(self) -> Any:
-        return self.lowered.model.layers
+        return self.lowered.base_model.layers
 
     @property
     def faulty(self) -> int:
@@ -280,6 +280,12 @@ def test_windows(outputs: dict[str, Path], depth: int, monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(PackedLayer, attribute, planted)
             assert f"differs at model.layers.0, {where}" in gate.message()
+
+
+def test_a_linear_whose_name_begins_like_attention(tmp_path: Path) -> None:
+    gate = Gate(make_output(tmp_path / "o", RECIPE, tiny("gpt_neox", 2)))
+    assert "attention.dense.weight_packed" in dict(gate.layers[0].named_buffers())
+    assert gate.message() == ""
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
