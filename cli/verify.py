@@ -37,7 +37,7 @@ def verify(
             rows = [["", "compared", "found", "limit"]]
             rows += [
                 ["ok" if c.passed else "differs", f"{c.point}: {c.what}", f"{c.figure:.2g}"]
-                + [f"{c.limit:.2g}"]
+                + ["reported" if c.limit is None else f"{c.limit:.2g}"]
                 for c in report.checks
             ]
             terminal.print_table(rows)

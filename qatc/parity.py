@@ -4,17 +4,15 @@
 integers, and compares them on text that the model writes itself, in fp32 and uncompiled:
 
 1. *stored*: codes, scales and float tensors are those of the trained model, bit for bit;
-2. *local*: every quantized linear and every K/V site, given the same input in both graphs, gives
-   the same codes and the same output;
-3. *global*: the logits of the trained graph with its integer forward and of the lowered graph are
-   the same; those of its float form have a KL divergence that is small beside that to the teacher;
-4. *cached*: token by token, in chunks and in one go the lowered graph says the same, and it says
-   the same bits after a reload in a new process.
+2. *local*: the lowered model, run without a cache, in one piece, in chunks, token by token and with
+   padding, computes at every linear, every K/V site and every attention what the trained graph
+   computed there, when it is given what the trained graph was given (:mod:`qatc.local_parity`);
+3. *global*: left to itself it is no further from the trained graph than that is from its own forms
+   which sum in another order (:mod:`qatc.global_parity`);
+4. *cached*: the same in pieces; and it says the same bits after a reload in a new process.
 
-A code that lies on a rounding tie falls either way with the last bit of a float sum, and moves
-everything behind it. Where two graphs do not see the very same numbers, it is therefore their
-distributions that are compared, and the median of several texts counts: one code that fell the
-other way early can move a text as far as training itself did, and a bug moves them all.
+The verdict rests on the first two and the last, which hold exactly at any depth. What is compared
+from end to end is mostly a measure of the model: how much its own rounding ties move it.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from qatc import packing
+from qatc.checks import Check, ParityReport
 from qatc.errors import ParityError
 from qatc.export import load_float_state, load_reference, read_metadata, read_recipe
 from qatc.export.directory import digest_of
-from qatc.local_parity import compare_layers, distance
+from qatc.global_parity import Texts, exact_sums, score
+from qatc.local_parity import compare_in_float, compare_on_integers
 from qatc.ops import quantize
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.preparation import prepare, recipe_allows_integers, restore
@@ -43,68 +42,7 @@ from qatc.recipe import Recipe
 from qatc.runtime import load, runtime_of
 
 ROWS, LENGTH = 9, 40
-LOCAL_ROWS = 3
-LOCAL_LIMIT = 1e-5
-LOGITS_LIMIT = 1e-4
 KL_SHARE = 0.02
-WIRING_LIMIT = 0.05
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison.
-
-    Attributes:
-        point: stored, local, global or cached.
-        what: what was compared.
-        figure: the largest difference found, in the unit that ``what`` names.
-        limit: what it may be.
-        where: the first place that differs by more than the limit, if one does.
-    """
-
-    point: str
-    what: str
-    figure: float
-    limit: float
-    where: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the figure is within its limit."""
-        return self.figure <= self.limit
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """What :func:`verify` found."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        checks = [asdict(check) | {"passed": check.passed} for check in self.checks]
-        return {"passed": self.passed, "checks": checks}
-
-    def require(self, what: str) -> ParityReport:
-        """Return the report itself.
-
-        Raises:
-            ParityError: a check failed; the message names the first place that differs.
-        """
-        for check in self.checks:
-            if not check.passed:
-                place = f" at {check.where}" if check.where else ""
-                raise ParityError(
-                    f"{what} does not compute what was trained: {check.what} differs{place}"
-                    f" ({check.figure:.3g}, at most {check.limit:.3g}); please report this with the"
-                    " model and the recipe, and do not use the output"
-                )
-        return self
 
 
 def verify(
@@ -142,17 +80,32 @@ def verify(
     prepare(reference, recipe, compile=False, integer_forward=False)
     ids = _write_text(lowered, device)
     with torch.no_grad():
-        checks += _local(reference, lowered, recipe, ids[:LOCAL_ROWS])
-        checks += _global(reference, lowered, recipe, ids, _allowed_kl(metadata))
+        texts = Texts(ids, _least_kl(metadata))
+        checks += compare_in_float(reference, lowered, recipe, ids)
+        in_float, on_integers = score(reference, ids), score(lowered, ids)
+        with exact_sums(reference):
+            exact = score(reference, ids)
+        texts.neighbour("the trained graph from itself with exact sums", in_float, exact)
+        if recipe_allows_integers(recipe):
+            prepare(restore(reference), recipe, compile=False, integer_forward=True)
+            checks += compare_on_integers(reference, lowered, recipe, ids)
+            trained_so = score(reference, ids)
+            what = "the trained graph from itself on integers"
+            texts.neighbour(what, in_float, trained_so)
+            what = "the lowered graph from the trained one on integers"
+            texts.judge("global", what, trained_so, on_integers)
+        what = "the lowered graph from the trained one in float"
+        texts.judge("global", what, in_float, on_integers)
         restore(reference)  # a prepared model is a cycle, which would live on
-        del reference
-        checks += _cached(lowered, ids, _allowed_kl(metadata))
+        del reference, in_float, exact
+        _cached(lowered, texts, on_integers)
+        checks += texts.checks
         if reload:
-            checks.append(_reloaded(directory, lowered, ids, device, trust_remote_code))
+            checks.append(_reloaded(directory, on_integers, ids, device, trust_remote_code))
     return ParityReport(tuple(checks))
 
 
-def _allowed_kl(metadata: Mapping[str, Any]) -> float:
+def _least_kl(metadata: Mapping[str, Any]) -> float:
     """2 % of the KL divergence to the teacher, where it was measured."""
     figures = metadata.get("figures", {})
     measured = [models["QAT"]["kl"] for models in figures.values() if "QAT" in models]
@@ -213,88 +166,41 @@ def _write_text(model: Any, device: str) -> Tensor:
     return ids
 
 
-_LOCAL = {
-    "linear": ("the output of a quantized linear, relative to its largest", LOCAL_LIMIT),
-    "codes": ("the share of K and V codes that are not the trained ones", 0.0),
-    "attention": ("the output of attention over the cache, relative to its largest", LOCAL_LIMIT),
-    "wiring": ("what a node of the lowered layer reads, relative to its norm", WIRING_LIMIT),
-}
-
-
-def _local(reference: Any, lowered: Any, recipe: Recipe, ids: Tensor) -> list[Check]:
-    found = list(compare_layers(reference, lowered, recipe, ids))
-    checks = []
-    for kind, (what, limit) in _LOCAL.items():
-        mine = [difference for difference in found if difference.kind == kind]
-        if mine:
-            wrong = [d.place for d in mine if not d.figure <= limit]
-            worst = max(d.figure for d in mine)
-            checks.append(Check("local", what, worst, limit, wrong[0] if wrong else None))
-    return checks
-
-
-def _kl(one: Tensor, other: Tensor) -> float:
-    """KL(one || other) of logits ``[B, T, V]``, in nats: mean over tokens, median over rows."""
-    p, q = (x.double().log_softmax(-1) for x in (one, other))
-    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean(-1).median()))
-
-
-def _score(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
-
-
-def _global(
-    reference: Any, lowered: Any, recipe: Recipe, ids: Tensor, allowed: float
-) -> list[Check]:
-    """Compare logits; the reference ends up with its integer forward, where it has one."""
-    lowered_logits, in_float = _score(lowered, ids), _score(reference, ids)
-    checks = []
-    if recipe_allows_integers(recipe):
-        prepare(restore(reference), recipe, compile=False, integer_forward=True)
-        figure = distance(lowered_logits, _score(reference, ids))
-        what = "the logits of the lowered graph, relative to the largest"
-        checks.append(Check("global", what, figure, LOGITS_LIMIT))
-    figure = _kl(in_float, lowered_logits)
-    what = "the KL divergence of the lowered graph from the trained one in float"
-    return [*checks, Check("global", what, figure, allowed)]
-
-
-def _cached(lowered: Any, ids: Tensor, allowed: float) -> list[Check]:
-    wanted, checks = _score(lowered, ids), []
-    half = ids.shape[1] // 2
+def _cached(lowered: Any, texts: Texts, wanted: Tensor) -> None:
+    """Feed the texts in pieces."""
+    length = texts.ids.shape[1]
+    half = length // 2
     for title, chunks in (
-        ("a chunked prefill", [half, ids.shape[1] - half]),
-        ("token by token", [1] * ids.shape[1]),
+        ("a chunked prefill", [half, length - half]),
+        ("token by token", [1] * length),
     ):
         cache, outs, start = None, [], 0
         for size in chunks:
-            new = ids[:, start : start + size]
+            new = texts.ids[:, start : start + size]
             out = lowered(input_ids=new, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             outs.append(out.logits)
             start += size
-        figure = _kl(wanted, torch.cat(outs, 1))
-        what = f"the KL divergence of {title} from one forward without a cache"
-        checks.append(Check("cached", what, figure, allowed))
-    return checks
+        what = f"{title} from one forward without a cache"
+        texts.judge("cached", what, wanted, torch.cat(outs, 1))
 
 
 _RELOAD = """
 import json, sys, torch
 from pathlib import Path
-from qatc.parity import _score, fingerprint
+from qatc.global_parity import score
+from qatc.parity import fingerprint
 from qatc.runtime import load
 torch.set_num_threads(int(sys.argv[3]))
 options = {"device": sys.argv[4], "trust_remote_code": sys.argv[5] == "trust"}
 model = load(Path(sys.argv[1]), dtype=torch.float32, compile=False, **options)
 with torch.no_grad():
-    print(fingerprint(_score(model, torch.tensor(json.loads(sys.argv[2]), device=sys.argv[4]))))
+    print(fingerprint(score(model, torch.tensor(json.loads(sys.argv[2]), device=sys.argv[4]))))
 """
 
 
 def _reloaded(
-    directory: Path, lowered: Any, ids: Tensor, device: str, trust_remote_code: bool
+    directory: Path, logits: Tensor, ids: Tensor, device: str, trust_remote_code: bool
 ) -> Check:
     arguments = [str(directory), json.dumps(ids.tolist()), str(torch.get_num_threads()), device]
     arguments.append("trust" if trust_remote_code else "")
@@ -305,7 +211,7 @@ def _reloaded(
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise ParityError(f"{directory} cannot be loaded in a new process: {last[0]}")
     printed = done.stdout.split()
-    same = bool(printed) and printed[-1] == fingerprint(_score(lowered, ids))
+    same = bool(printed) and printed[-1] == fingerprint(logits)
     what = "the bits of the logits after a reload in a new process"
     return Check("cached", what, 0 if same else 1, 0)
 
