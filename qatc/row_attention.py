@@ -21,9 +21,7 @@ MAX_VALUES = 2**17
 
 _CHUNK = 64  # CHUNK of csrc/attention.c
 
-ATTENTION = toolchain.Library(
-    ("attention.c",), {"qatc_row_attention": "ppppppp nnnnn nnnn f ii"}
-)
+ATTENTION = toolchain.Library(("attention.c",), {"qatc_row_attention": "ppppppp nnnnn nnnn f ii"})
 """The functions of ``csrc/attention.c``."""
 
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
