@@ -117,7 +117,7 @@ class _Clock(StoppingCriteria):
 
 
 def steps_of(model: Any, batch: int, held: int, steps: int) -> list[float]:
-    """Seconds of single steps of transformers' ``generate``, behind ``held`` tokens in the cache."""
+    """Seconds of single steps of ``generate`` of transformers, behind ``held`` cached tokens."""
     config, clock = model.config, _Clock()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

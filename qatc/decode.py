@@ -93,7 +93,8 @@ class _CachedForward(TemplateForward):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         leaves, _ = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
-        if self._found is None:  # one way of being called, and parameters that stay where they are
+        # It is always called in one way, and its parameters stay where they are: one of a few sizes.
+        if self._found is None or not self._found[0].fits(leaves):
             template, _ = self.find(args, kwargs, self.store)
             self._found = template, self.parameters(template)
         template, parameters = self._found

@@ -83,6 +83,9 @@ def _on_a_cpu(
         return _anywhere(*tensors, positions, scale)
     rows, heads, _, width = query.shape
     groups, slots, deep = key.shape[1], key_cache.shape[2], value.shape[3]
+    expected = [(rows, heads, 1, width), (rows, groups, 1, width), (rows, groups, 1, deep)]
+    expected += [(rows, groups, slots, width), (rows, groups, slots, deep)]
+    assert [tuple(t.shape) for t in tensors] == expected and positions.shape == (rows, 1)
     positions = positions.contiguous()
     if rows and not 0 <= int(positions.min()) <= int(positions.max()) < slots:
         raise IndexError(f"positions {positions.flatten().tolist()} of a cache of {slots} slots")
