@@ -93,7 +93,7 @@ class _CachedForward(TemplateForward):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         leaves, _ = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
-        # It is always called in one way, and its parameters stay where they are: one of a few sizes.
+        # Always called in one way, with parameters that stay where they are; sizes may differ.
         if self._found is None or not self._found[0].fits(leaves):
             template, _ = self.find(args, kwargs, self.store)
             self._found = template, self.parameters(template)
