@@ -77,20 +77,28 @@ static inline vec exponential(vec x) {
     return p * (vec)power;
 }
 
+static void widen_values(const void *from, float *restrict to, int64_t count, int bf16) {
+    if (!bf16) {
+        memcpy(to, from, 4 * (size_t)count);
+        return;
+    }
+    const uint16_t *restrict source = from;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)source[i] << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
 /* `count` rows of `width` values as fp32, padded with zeros to `padded` values a row. */
 static void widen(const void *from, float *restrict to, int64_t count, int64_t width,
                   int64_t padded, int bf16) {
+    if (width == padded) {
+        widen_values(from, to, count * width, bf16);
+        return;
+    }
     for (int64_t s = 0; s < count; s++) {
-        float *restrict row = to + s * padded;
-        if (bf16) {
-            const uint16_t *restrict source = (const uint16_t *)from + s * width;
-            for (int64_t d = 0; d < width; d++) {
-                uint32_t bits = (uint32_t)source[d] << 16;
-                memcpy(row + d, &bits, 4);
-            }
-        } else {
-            memcpy(row, (const float *)from + s * width, 4 * (size_t)width);
-        }
+        float *row = to + s * padded;
+        widen_values((const char *)from + (bf16 ? 2 : 4) * s * width, row, width, bf16);
         for (int64_t d = width; d < padded; d++) row[d] = 0;
     }
 }
