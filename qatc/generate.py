@@ -1,4 +1,4 @@
-"""The teacher writes its corpus: batched, resumable, byte-identical for one seed.
+"""The teacher writes its corpus: batched, resumable, byte-identical for a seed and slots.
 
 Sequences decode side by side in *slots*, see :mod:`qatc.slots`. Every sequence is drawn from random
 numbers of its own, derived from the seed and its number, and every shard begins with empty slots.
