@@ -44,6 +44,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     model = load_teacher(options.model, dtype=options.dtype, device="cpu").model
     plain = load_teacher(options.model, dtype=options.dtype, device="cpu").model
+    plain.config.eos_token_id = plain.generation_config.eos_token_id = None  # nothing ends early
     found = race(model, plain, load_tokenizer(options.model), options)
     common.save(
         f"{options.name}-{options.length}",
@@ -132,7 +133,6 @@ def steps_of(model: Any, batch: int, held: int, steps: int) -> list[float]:
         do_sample=True,
         top_k=0,
         max_new_tokens=steps + 2,
-        min_new_tokens=steps + 2,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([clock]),
     )

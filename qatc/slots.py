@@ -25,7 +25,7 @@ from qatc.sampling import sample
 FIRST_SLOTS = 16
 """Slots that :func:`choose_slots` tries first; it then doubles them."""
 
-WORTH_DOUBLING = 1.08
+WORTH_DOUBLING = 1.1
 """Times as many tokens per second for which twice the slots, and their memory, are taken."""
 
 _LEAST_ROWS = 2
