@@ -18,7 +18,7 @@ def generate_data(
     max_length: Annotated[int, typer.Option(help="Tokens per sequence at most.")] = 256,
     strategy: Annotated[str, typer.Option(help="hybrid, sample or greedy.")] = "hybrid",
     greedy_tokens: Annotated[str, typer.Option(help="Greedy tokens of hybrid.")] = "3-5",
-    batch_size: Annotated[int, typer.Option(help="Sequences side by side.")] = 256,
+    batch_size: options.Slots = "auto",
     shard_size: Annotated[int, typer.Option(help="Sequences per file.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     preview: Annotated[int, typer.Option(help="Print this many samples at the end.")] = 0,
@@ -54,7 +54,7 @@ def generate_data(
             strategy=strategy,  # type: ignore[arg-type]  # checked by the config
             greedy_tokens=greedy,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=options.parse_slots(batch_size),
             shard_size=shard_size,
         )
         with corpus_place(output, model), terminal.RunDisplay().live() as display:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -70,6 +70,9 @@ Compile = Annotated[
         "--compile/--no-compile", help="Compile the graphs. Default: if this machine can."
     ),
 ]
+Slots = Annotated[
+    str, typer.Option(help="Sequences side by side; auto: as many as are fast and fit into memory.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is done.")
@@ -112,3 +115,15 @@ def parse_range(text: str) -> tuple[int, int]:
         raise ConfigError(f"--greedy-tokens takes a number or a range such as 3-5; got {text!r}")
     low = int(match.group(1))
     return low, int(match.group(2) or low)
+
+
+def parse_slots(text: str) -> int | Literal["auto"]:
+    """``"auto"`` or a number of sequences that decode side by side."""
+    if text.strip() == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"the number of sequences side by side is a whole number, or auto; got {text!r}"
+        ) from None

@@ -36,7 +36,7 @@ def quantize(
     max_length: Annotated[int, typer.Option(help="Tokens per training row and sequence.")] = 256,
     strategy: Annotated[str, typer.Option(help="hybrid, sample or greedy.")] = "hybrid",
     greedy_tokens: Annotated[str, typer.Option(help="Greedy tokens of hybrid.")] = "3-5",
-    generation_batch_size: Annotated[int, typer.Option(help="Sequences side by side.")] = 256,
+    generation_batch_size: options.Slots = "auto",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1500,
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
@@ -119,7 +119,7 @@ def quantize(
                 strategy=strategy,  # type: ignore[arg-type]  # checked by the config
                 greedy_tokens=greedy,
                 seed=seed,
-                batch_size=generation_batch_size,
+                batch_size=options.parse_slots(generation_batch_size),
             ),
             training=TrainingConfig(
                 steps=steps,

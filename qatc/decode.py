@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from qatc.capture import Template
 from qatc.errors import CaptureError
 from qatc.kv_cache import cached_attention, first_slots
 from qatc.models import find_regions
@@ -21,7 +23,7 @@ from qatc.preparation import inductor
 from qatc.templates import TemplateForward, TemplateStore
 
 WINDOW = 64
-"""The cache is read up to the longest row, rounded up to this many slots."""
+"""Attention is given the slots up to the longest row, rounded up to this many."""
 
 
 class Decoder:
@@ -30,59 +32,84 @@ class Decoder:
     Args:
         model: a transformers causal LM.
         forwards: the forwards of its layers.
-        rows: rows of the batch.
-        length: slots of the cache.
     """
 
-    def __init__(
-        self, model: nn.Module, forwards: list[_CachedForward], rows: int, length: int
-    ) -> None:
+    def __init__(self, model: nn.Module, forwards: list[_CachedForward]) -> None:
         self._model = model
         self._forwards = forwards
-        self._rows = rows
-        self._length = length
 
     def step(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Logits of the next token.
 
         Args:
-            tokens: int64 ``[B]``.
+            tokens: int64 ``[B]``, for the first B rows of the cache.
             positions: int64 ``[B]``: the slot of each token in its row.
             longest: an upper bound of ``positions``, known without asking the device.
 
         Returns:
             ``[B, V]``, in the model's dtype.
         """
-        window = min((longest // WINDOW + 1) * WINDOW, self._length)
         column = positions.unsqueeze(1)
         for forward in self._forwards:
-            forward.window, forward.positions = window, column
+            forward.longest, forward.positions = longest, column
         out = self._model(
             input_ids=tokens.unsqueeze(1), position_ids=column, use_cache=False, logits_to_keep=1
         )
         logits: Tensor = out.logits[:, -1]
         return logits
 
+    def move(self, source: int, target: int, length: int) -> None:
+        """Let row ``target`` hold what the first ``length`` slots of row ``source`` hold."""
+        for cache in self._caches():
+            cache[target, :, :length] = cache[source, :, :length]
+
+    def resize(self, rows: int) -> None:
+        """Have caches of this many rows, empty ones."""
+        for forward in self._forwards:
+            forward.resize(rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row of all caches takes; known after the first step."""
+        return sum(cache[0].nbytes for cache in self._caches())
+
+    def _caches(self) -> Iterator[Tensor]:
+        return (cache for forward in self._forwards for cache in forward.caches)
+
 
 class _CachedForward(TemplateForward):
-    """A layer's forward with a cache of its own, allocated when the layer is first captured."""
+    """A layer's forward with a cache of its own, allocated in the first call."""
 
     def __init__(self, *args: Any, rows: int, length: int) -> None:
         super().__init__(*args)
-        self.window = 0
+        self.longest = 0
         self.positions = torch.empty(0)
-        self._shape = (rows, length)
-        self._caches: list[Tensor] | None = None
+        self.caches: list[Tensor] = []
+        self._rows, self._length = rows, length
+        self._found: tuple[Template, list[Tensor]] | None = None
+
+    def resize(self, rows: int) -> None:
+        self.caches, self._rows = [], rows
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        return self.serve(self.store, args, kwargs, self._cache_inputs)
+        leaves, _ = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+        # Always called in one way, with parameters that stay where they are; sizes may differ.
+        if self._found is None or not self._found[0].fits(leaves):
+            template, _ = self.find(args, kwargs, self.store)
+            self._found = template, self.parameters(template)
+        template, parameters = self._found
+        rows = len(self.positions)
+        for leaf in (*leaves, self.positions):
+            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == rows:
+                torch._dynamo.maybe_mark_dynamic(leaf, 0)
+        return template(parameters, leaves, [*self._views(template, rows), self.positions])
 
-    def _cache_inputs(self, template: Any) -> list[Tensor]:
-        if self._caches is None:
-            self._caches = _allocate(template.graph_module, *self._shape, self.positions.device)
-        views = first_slots(self._caches, self.window)
-        torch._dynamo.maybe_mark_dynamic(self.positions, 0)
-        return [*views, self.positions]
+    def _views(self, template: Template, rows: int) -> list[Tensor]:
+        if not self.caches:
+            shape = (self._rows, self._length)
+            self.caches = _allocate(template.graph_module, *shape, self.positions.device)
+        window = min((self.longest // WINDOW + 1) * WINDOW, self._length)
+        return first_slots([cache[:rows] for cache in self.caches], window)
 
 
 def _allocate(gm: Any, rows: int, length: int, device: torch.device) -> list[Tensor]:
@@ -126,7 +153,7 @@ def decoding(model: nn.Module, rows: int, length: int, *, compile: bool) -> Iter
         forward.install()
     try:
         with torch.inference_mode():
-            yield Decoder(model, forwards, rows, length)
+            yield Decoder(model, forwards)
     finally:
         for forward in forwards:
             forward.remove()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -99,3 +101,25 @@ def load_teacher(
     config = load_config(name, trust_remote_code=trust_remote_code)
     compute = pick_dtype(dtype, device, config)  # type: ignore[arg-type]  # checked
     return load_model(name, dtype=compute, device=device, trust_remote_code=trust_remote_code)
+
+
+def available_memory(device: str | torch.device) -> int | None:
+    """Bytes that are free on a device; None where the system does not say.
+
+    Of the machine's memory, what a container may have of it.
+    """
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        return torch.cuda.mem_get_info(kind)[0]
+    info = Path("/proc/meminfo")
+    if kind.type != "cpu" or not info.exists():
+        return None
+    fields = dict(line.split(":") for line in info.read_text(encoding="ascii").splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # no limit reads "max"; version 1 has other files
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return max(free, 0)

@@ -1,11 +1,9 @@
-"""The teacher writes its corpus: batched, resumable, byte-identical for one seed.
+"""The teacher writes its corpus: batched, resumable, byte-identical for a seed and slots.
 
-A fixed number of *slots* decode side by side, each at its own position. A sequence that ends makes
-room for the next one in the same step, so that one long sequence does not hold up the others.
-
-Every shard is generated from a random state of its own, derived from the seed and the shard's
-number. An interrupted run therefore continues with the first missing shard and ends with the same
-bytes as an uninterrupted one.
+Sequences decode side by side in *slots*, see :mod:`qatc.slots`. Every sequence is drawn from random
+numbers of its own, derived from the seed and its number, and every shard begins with empty slots.
+An interrupted run therefore continues with the first missing shard and ends with the same bytes as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -31,7 +28,6 @@ from qatc.data import (
     MANIFEST,
     Corpus,
     Tokens,
-    derived_seed,
     prefix_tokens,
     read_manifest,
     shard_is_whole,
@@ -44,6 +40,8 @@ from qatc.errors import ConfigError, DataError
 from qatc.files import write_json, writing_to
 from qatc.locks import locked
 from qatc.models.load import LoadedModel, check_length
+from qatc.sampling import sequence_random
+from qatc.slots import Plan, Slots, Vocabulary, choose_slots
 
 Strategy = Literal["hybrid", "sample", "greedy"]
 
@@ -62,7 +60,8 @@ class GenerationConfig:
         greedy_tokens: least and greatest number of greedy tokens of ``hybrid``, drawn for each
             sequence.
         seed: of everything that is drawn, any number from 0.
-        batch_size: sequences decoded side by side.
+        batch_size: sequences decoded side by side; ``"auto"`` for as many as are fast here and fit
+            into half of the free memory. The manifest says how many they were (``slots``).
         shard_size: sequences per shard, the unit of resuming.
 
     Raises:
@@ -74,15 +73,17 @@ class GenerationConfig:
     strategy: Strategy = "hybrid"
     greedy_tokens: tuple[int, int] = (3, 5)
     seed: int = 0
-    batch_size: int = 256
+    batch_size: int | Literal["auto"] = "auto"
     shard_size: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("sequences", "batch_size", "shard_size"):
+        for name in ("sequences", "shard_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0; got {self.seed}")
+        if self.batch_size != "auto" and self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, or auto; got {self.batch_size}")
         if self.max_length < 4:
             raise ConfigError(f"max_length must be at least 4; got {self.max_length}")
         if self.strategy not in get_args(Strategy):
@@ -147,16 +148,18 @@ def _generate(
 ) -> Corpus:
     kept = {s["file"]: s for s in manifest["shards"] if shard_is_whole(output, s)}
     shards: list[dict[str, Any]] = []
-    vocabulary = _Vocabulary.of(tokenizer, teacher.model)
-    slots = min(config.batch_size, config.shard_size, config.sequences)
-    with decoding(teacher.model, slots, config.max_length, compile=compile) as decoder:
+    vocabulary = Vocabulary.of(tokenizer, teacher.model)
+    slots: Slots | None = None
+    with decoding(teacher.model, 1, config.max_length, compile=compile) as decoder:
         for number in range(config.shards):
             entry = kept.get(f"shard-{number:05d}.parquet")
             if entry is None:
                 done = sum(s["sequences"] for s in shards), sum(s["tokens"] for s in shards)
-                generator = _ShardGenerator(decoder, vocabulary, config, number, slots)
-                entry = write_shard(output, number, generator.run(on_progress, *done))
-                entry["slot_utilization"] = round(generator.utilization, 4)
+                if slots is None:
+                    slots = _slots(decoder, vocabulary, config, manifest, output, teacher.model)
+                shard, before = _Shard(config, vocabulary, number), slots.steps
+                entry = write_shard(output, number, shard.run(slots, on_progress, *done))
+                entry["steps"] = slots.steps - before
             shards.append(entry)
             manifest["shards"] = shards
             manifest["complete"] = number + 1 == config.shards
@@ -164,6 +167,30 @@ def _generate(
             if on_progress is not None:
                 on_progress(sum(s["sequences"] for s in shards), sum(s["tokens"] for s in shards))
     return Corpus.open(output)
+
+
+def _slots(
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    config: GenerationConfig,
+    manifest: dict[str, Any],
+    output: Path,
+    model: Any,
+) -> Slots:
+    """Slots, as many as the manifest says or, for a new corpus, as are asked for or measured.
+
+    A product of matrices may round otherwise with another number of rows, which decides a token now
+    and then. So the number is on disk before the first shard is, and is never measured again.
+    """
+    if "slots" not in manifest:
+        most = min(config.shard_size, config.sequences)
+        if config.batch_size == "auto":
+            count = choose_slots(decoder, most, config.max_length, model.device)
+        else:
+            count = min(config.batch_size, most)
+        manifest["slots"] = count
+        write_json(output / MANIFEST, manifest)
+    return Slots(decoder, vocabulary, manifest["slots"], config.max_length, model.device)
 
 
 def describe(
@@ -289,122 +316,39 @@ def _tensor_digest(tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The tokens that generation needs to know."""
+class _Shard:
+    """One shard: what is drawn for its sequences, and those that have ended.
 
-    prefix: list[int]
-    ends: Tensor
-    ordinary: Tensor
+    Every sequence is drawn from random numbers of its own, so that it is the same in whatever shard
+    and beside whatever others it stands, as far as the model's logits are.
+    """
 
-    @classmethod
-    def of(cls, tokenizer: Any, model: Any) -> _Vocabulary:
-        ends: set[int] = set()
-        for source in (tokenizer, model.config, model.generation_config):
-            found = getattr(source, "eos_token_id", None)
-            ends.update([found] if isinstance(found, int) else found or [])
-        special = ends | set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
-        ordinary = [i for i in range(size) if i not in special]
-        device = model.device
-        return cls(
-            prefix_tokens(tokenizer),
-            torch.tensor(sorted(ends), dtype=torch.long, device=device),
-            torch.tensor(ordinary, dtype=torch.long, device=device),
-        )
-
-
-class _ShardGenerator:
-    """Generates one shard; its state is that of the slots."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        vocabulary: _Vocabulary,
-        config: GenerationConfig,
-        shard: int,
-        slots: int,
-    ) -> None:
-        self.decoder, self.config, self.ends = decoder, config, vocabulary.ends
-        self.count = config.shard_sequences(shard)
-        device = vocabulary.ordinary.device
-        seed = derived_seed(config.seed, shard)
-        self.random = torch.Generator(device).manual_seed(seed)
-        draw = torch.Generator().manual_seed(seed + 1)
-        first = torch.randint(len(vocabulary.ordinary), (self.count,), generator=draw)
-        low, high = config.greedy_tokens if config.strategy == "hybrid" else (0, 0)
-        greedy = torch.randint(low, high + 1, (self.count,), generator=draw)
-        if config.strategy == "greedy":
-            greedy.fill_(config.max_length)
-        prefix = len(vocabulary.prefix)
-        self.prompts = torch.empty((self.count, prefix + 1), dtype=torch.long, device=device)
-        self.prompts[:, :prefix] = torch.tensor(vocabulary.prefix, device=device)
-        self.prompts[:, prefix] = vocabulary.ordinary[first.to(device)]
-        self.sample_from = prefix + 1 + greedy.to(device)
-        self.slots, self.device = slots, device
-        self.tokens = torch.zeros((slots, config.max_length), dtype=torch.long, device=device)
-        self.positions = torch.zeros(slots, dtype=torch.long, device=device)
-        self.owner = torch.full((slots,), -1, dtype=torch.long, device=device)
-        self.next_sequence = 0
-        self.steps = 0
+    def __init__(self, config: GenerationConfig, vocabulary: Vocabulary, number: int) -> None:
+        self.config, self.vocabulary = config, vocabulary
+        self.first, self.count = number * config.shard_size, config.shard_sequences(number)
         self.finished: dict[int, Tokens] = {}
 
-    @property
-    def utilization(self) -> float:
-        """The share of slot-steps whose token was kept."""
-        kept = sum(len(s) - 1 for s in self.finished.values())
-        return kept / max(1, self.steps * self.slots)
+    def run(self, slots: Slots, on_progress: OnProgress | None, *done: int) -> list[Tokens]:
+        """All sequences of the shard; ``done``, what is before it, is for ``on_progress``."""
 
-    def run(self, on_progress: OnProgress | None, sequences: int, tokens: int) -> list[Tokens]:
-        """Generate all sequences of the shard; the counts before it are for ``on_progress``."""
-        self._refill(torch.arange(self.slots, device=self.device))
-        while len(self.finished) < self.count:
-            self._step()
-            if on_progress is not None and self.steps % 16 == 0:
-                live = int(self.positions[self.owner >= 0].sum())
+        def report() -> None:
+            if on_progress is not None and slots.steps % 16 == 0:
                 ended = sum(len(s) for s in self.finished.values())
-                on_progress(sequences + len(self.finished), tokens + ended + live)
+                on_progress(done[0] + len(self.finished), done[1] + ended + slots.tokens)
+
+        plans = (self._plan(self.first + i) for i in range(self.count))
+        slots.run(plans, self.finished.__setitem__, report)
         return [self.finished[i] for i in range(self.count)]
 
-    def _step(self) -> None:
-        """Decode one token in every slot, and hand over the slots whose sequence ended."""
-        rows = torch.arange(self.slots, device=self.device)
-        current = self.tokens[rows, self.positions]
-        logits = self.decoder.step(current, self.positions, int(self.positions.max()))
-        following = self.positions + 1
-        last = following == self.config.max_length - 1
-        chosen = self._choose(logits.float(), following)
-        self.tokens[rows, following] = chosen
-        given = following < self.prompts.shape[1]
-        ended = (torch.isin(chosen, self.ends) & ~given) | last
-        self.positions = following
-        self.steps += 1
-        done = ended & (self.owner >= 0)
-        if bool(done.any()):
-            self._collect(done.nonzero().flatten())
-        if bool(ended.any()):
-            self._refill(ended.nonzero().flatten())
-
-    def _choose(self, logits: Tensor, following: Tensor) -> Tensor:
-        sampled = torch.multinomial(logits.softmax(-1), 1, generator=self.random).squeeze(1)
-        owner = self.owner.clamp(min=0)
-        chosen = torch.where(following < self.sample_from[owner], logits.argmax(-1), sampled)
-        prompt = self.prompts[owner, following.clamp(max=self.prompts.shape[1] - 1)]
-        return torch.where(following < self.prompts.shape[1], prompt, chosen)
-
-    def _collect(self, slots: Tensor) -> None:
-        for slot in slots.tolist():
-            length = int(self.positions[slot]) + 1
-            sequence = self.tokens[slot, :length].to("cpu", torch.int32).numpy()
-            self.finished[int(self.owner[slot])] = np.array(sequence)
-
-    def _refill(self, slots: Tensor) -> None:
-        """Start the next sequences in these slots; slots without one idle at position 0."""
-        for slot in slots.tolist():
-            self.positions[slot] = 0
-            if self.next_sequence < self.count:
-                self.owner[slot] = self.next_sequence
-                self.tokens[slot, : self.prompts.shape[1]] = self.prompts[self.next_sequence]
-                self.next_sequence += 1
-            else:
-                self.owner[slot] = -1
+    def _plan(self, number: int) -> Plan:
+        config, ordinary = self.config, self.vocabulary.ordinary
+        random = sequence_random(config.seed, number)
+        first = ordinary[int(random.random() * len(ordinary))]
+        prompt = [*self.vocabulary.prefix, first]
+        low, high = config.greedy_tokens
+        greedy = low + int(random.random() * (high - low + 1))
+        sample_from = (
+            len(prompt)
+            + {"hybrid": greedy, "sample": 0, "greedy": config.max_length}[config.strategy]
+        )
+        return Plan(prompt, sample_from, random.random(config.max_length))

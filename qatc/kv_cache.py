@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qatc import ops, packing
+from qatc import ops, packing, row_attention
 from qatc.spec import QuantSpec, Range
 
 
@@ -24,7 +24,8 @@ def cached_attention(
     """Write new keys and values into the cache, then attend to everything up to each query.
 
     Every row of the batch has its own positions, so rows may be at different lengths. Slots beyond
-    a query's position are masked, whatever they hold: a row is reused by starting at 0 again.
+    a query's position are masked, whatever they hold: a row is reused by starting at 0 again. A
+    single query without a mask goes to :mod:`qatc.row_attention`.
 
     Args:
         query: ``[B, Hq, T, D]``.
@@ -40,10 +41,15 @@ def cached_attention(
     Returns:
         ``[B, Hq, T, D]``.
     """
-    rows = torch.arange(query.shape[0], device=query.device).unsqueeze(1)
-    key_cache[rows, :, positions] = key.transpose(1, 2)
-    value_cache[rows, :, positions] = value.transpose(1, 2)
-    visible = _visible(positions, key_cache.shape[2], mask)
+    if query.shape[2] == 1 and mask is None:
+        out: Tensor = torch.ops.qatc.row_attention(
+            *(query, key, value, key_cache, value_cache, positions),
+            query.shape[-1] ** -0.5 if scale is None else scale,
+        )
+        return out
+    row_attention.write(key_cache, key, positions)
+    row_attention.write(value_cache, value, positions)
+    visible = row_attention.visible(positions, key_cache.shape[2], mask)
     return F.scaled_dot_product_attention(
         query, key_cache, value_cache, attn_mask=visible, scale=scale, enable_gqa=True
     )
@@ -88,7 +94,7 @@ def quantized_attention(
         new_codes, new_scale = ops.quantize(new, spec)
         codes[rows, :, positions] = packing.pack(new_codes, bits).transpose(1, 2)
         scales[rows, :, positions] = new_scale.transpose(1, 2)
-    visible = _visible(positions, key_codes.shape[2], mask)
+    visible = row_attention.visible(positions, key_codes.shape[2], mask)
     if query.shape[2] == 1:
         return _attend_to_codes(
             *(query, key_codes, key_scale, value_codes, value_scale, visible),
@@ -154,13 +160,6 @@ def _signed_parts(codes: Tensor, bits: int, width: int) -> list[Tensor]:
     if unsigned is None:
         return [packing.unpack(codes, bits, width).float()]
     return [(part - (1 << (bits - 1))).float() for part in unsigned]
-
-
-def _visible(positions: Tensor, slots: int, mask: Tensor | None) -> Tensor:
-    """Which slots each query sees: bool ``[B, 1, T, S]``."""
-    own = positions[:, None, :, None]
-    every = torch.arange(slots, device=positions.device)
-    return every <= own if mask is None else ((every <= own) & mask) | (every == own)
 
 
 def first_slots(tensors: list[Tensor], slots: int) -> list[Tensor]:

@@ -75,16 +75,17 @@ def test_other_architectures(kind: str, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
-def test_compiled_once_for_all_layers_and_windows() -> None:
+def test_compiled_once_for_all_layers_windows_and_rows() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = make("llama")
-    text = torch.randint(3, 40, (2, 80), generator=torch.Generator().manual_seed(1))
+    text = torch.randint(3, 40, (4, 80), generator=torch.Generator().manual_seed(1))
     wanted = [full(model, row) for row in text]
-    with decoding(model, 2, 96, compile=True) as decoder:
+    with decoding(model, 4, 96, compile=True) as decoder:
         for step in range(80):
-            logits = decoder.step(text[:, step], torch.tensor([step, step]), step)
-            for row in range(2):
+            rows = 4 - step // 30
+            logits = decoder.step(text[:rows, step], torch.full((rows,), step), step)
+            for row in range(rows):
                 torch.testing.assert_close(logits[row], wanted[row][step], atol=2e-5, rtol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -99,6 +100,36 @@ def test_a_row_that_starts_anew_ignores_what_was_there() -> None:
                 decoder.step(token[None], torch.tensor([t]), t)[0] for t, token in enumerate(text)
             ]
     torch.testing.assert_close(torch.stack(steps), wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_a_row_that_moves_goes_on_where_it_is() -> None:
+    model = make("llama")
+    texts = torch.randint(3, 40, (3, 8), generator=torch.Generator().manual_seed(2))
+    wanted = full(model, texts[2])
+    with decoding(model, 3, 8, compile=False) as decoder:
+        for t in range(5):
+            decoder.step(texts[:, t], torch.full((3,), t), t)
+        decoder.move(2, 0, 5)
+        for t in range(5, 8):
+            tokens = torch.stack([texts[2, t], texts[1, t]])
+            logits = decoder.step(tokens, torch.full((2,), t), t)
+            torch.testing.assert_close(logits[0], wanted[t], atol=2e-5, rtol=1e-5)
+
+
+def test_caches_of_another_number_of_rows() -> None:
+    model = make("llama")
+    text = torch.randint(3, 40, (4,), generator=torch.Generator().manual_seed(2))
+    wanted = full(model, text)
+    with decoding(model, 1, 8, compile=False) as decoder:
+        sizes = []
+        for rows in (1, 5, 2):
+            decoder.resize(rows)
+            for t, token in enumerate(text):
+                logits = decoder.step(token.repeat(rows), torch.full((rows,), t), t)
+                torch.testing.assert_close(logits[-1], wanted[t], atol=2e-5, rtol=1e-5)
+            sizes.append(decoder.row_bytes)
+    # Two layers of K and V, two heads of 8 values in fp32, and a slot that is never read.
+    assert sizes == [2 * 2 * 2 * 8 * 4 * (8 + 1)] * 3
 
 
 @pytest.mark.parametrize("kind", ["mistral", "starcoder2"])

@@ -17,12 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qatc import data, files, generate
+from qatc import data, files, generate, slots
 from qatc.data import Corpus
-from qatc.errors import ConfigError
+from qatc.decode import Decoder
+from qatc.errors import ConfigError, DataError
 from qatc.generate import GenerationConfig, generate_corpus, model_fingerprint
 from qatc.models.load import LoadedModel
 from qatc.preparation import can_compile
+from qatc.slots import Plan, Slots, Vocabulary
 from tests.conftest import contents, kill_at_call, make_llama, make_tokenizer, run_until_killed
 
 BOS, EOS = 0, 1
@@ -109,6 +111,65 @@ class TestSequences:
         for sequence in write(tmp_path / "corpus", config).sequences():
             assert greedy_start(teacher, sequence) == len(sequence) - 2
 
+    def test_greedy_is_what_transformers_generates(
+        self, tmp_path: Path, write: Callable[..., Corpus], teacher: LoadedModel
+    ) -> None:
+        config = replace(CONFIG, sequences=8, strategy="greedy")
+        for sequence in write(tmp_path / "corpus", config).sequences():
+            ids = torch.tensor(sequence[:2], dtype=torch.long)[None]
+            wanted = teacher.model.generate(ids, max_new_tokens=22, do_sample=False, pad_token_id=2)
+            assert sequence.tolist() == wanted[0].tolist()
+
+    @pytest.mark.parametrize("greedy", [(2, 2), (0, 1), (1, 4)])
+    def test_both_ends_of_the_greedy_tokens_occur(
+        self, write: Callable[..., Corpus], tmp_path: Path, greedy: tuple[int, int]
+    ) -> None:
+        """A model that is almost even: a sampled token is the most likely one in 1 of 100 cases."""
+        even = LoadedModel(make_llama(initializer_range=0.02), "even", torch.float32)
+        config = replace(CONFIG, sequences=48, greedy_tokens=greedy)
+        corpus = write(tmp_path / "corpus", config, teacher=even)
+        starts = [greedy_start(even, s) for s in corpus.sequences() if len(s) > 10]
+        counts = np.bincount(starts, minlength=greedy[1] + 1)
+        expected = range(greedy[0], greedy[1] + 1)
+        assert all(counts[i] >= 3 for i in expected)
+        assert sum(counts[i] for i in expected) >= 0.9 * len(starts)
+
+    @pytest.mark.parametrize("batch_size", [1, 5])
+    def test_the_slots_do_not_matter_in_exact_arithmetic(
+        self, tmp_path: Path, write: Callable[..., Corpus], batch_size: int
+    ) -> None:
+        """In fp64 the products of other batches round alike as far as any token notices."""
+        exact = LoadedModel(make_llama().double(), "exact", torch.float64)
+        one = write(tmp_path / "one", replace(CONFIG, sequences=20), teacher=exact)
+        changes = replace(CONFIG, sequences=20, batch_size=batch_size, shard_size=7)
+        other = write(tmp_path / "other", changes, teacher=exact)
+        pairs = zip(one.sequences(), other.sequences(), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs)
+
+    def test_a_longer_corpus_begins_with_a_shorter_one(
+        self, tmp_path: Path, write: Callable[..., Corpus], whole: Corpus
+    ) -> None:
+        longer = write(tmp_path / "corpus", replace(CONFIG, sequences=48))
+        assert longer.manifest["shards"][:2] == whole.manifest["shards"][:2]
+
+    def test_the_last_sequences_are_not_computed_in_idle_slots(
+        self, tmp_path: Path, write: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows: list[int] = []
+        step = Decoder.step
+
+        def counted(decoder: Decoder, tokens: Tensor, *rest: Any) -> Tensor:
+            rows.append(len(tokens))
+            return step(decoder, tokens, *rest)
+
+        monkeypatch.setattr(Decoder, "step", counted)
+        config = replace(CONFIG, sequences=20, max_length=100, shard_size=20)
+        corpus = write(tmp_path / "corpus", config)
+        assert max(rows) == 8 and min(rows) < 4
+        decoded = sum(len(s) - 1 for s in corpus.sequences())
+        # A single sequence has a second row beside it.
+        assert sum(rows) - rows.count(2) <= decoded <= sum(rows)
+
     def test_without_a_token_at_the_beginning(
         self, tmp_path: Path, write: Callable[..., Corpus]
     ) -> None:
@@ -127,9 +188,183 @@ class TestSequences:
         config = replace(CONFIG, sequences=24, max_length=100, batch_size=4, shard_size=24)
         (shard,) = write(tmp_path / "corpus", config).manifest["shards"]
         decoded = [len(s) - 1 for s in Corpus.open(tmp_path / "corpus").sequences()]
-        steps = sum(decoded) / shard["slot_utilization"] / 4
         one_by_one = sum(max(decoded[i : i + 4]) for i in range(0, 24, 4))
-        assert steps <= sum(decoded) / 4 + max(decoded) < one_by_one
+        assert shard["steps"] <= sum(decoded) / 4 + max(decoded) < one_by_one
+
+
+def with_added(*tokens: str) -> Any:
+    """The tokenizer with tokens of its own, beyond the 112 that the model has."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+class TestTokens:
+    """Which tokens may be drawn: none that stands for something else, none that is not there."""
+
+    CONFIG = replace(CONFIG, sequences=400, max_length=6, batch_size=100, shard_size=400)
+
+    def first(self, corpus: Corpus) -> set[int]:
+        return {int(s[1]) for s in corpus.sequences()}
+
+    def ending(self, *ends: int, **changes: Any) -> LoadedModel:
+        model = make_llama(**changes)
+        model.generation_config.eos_token_id = [EOS, *ends]
+        return LoadedModel(model, "ending", torch.float32)
+
+    def test_every_ordinary_token_may_come_first(
+        self, tmp_path: Path, write: Callable[..., Corpus]
+    ) -> None:
+        config = replace(self.CONFIG, sequences=2000, max_length=4, shard_size=2000)
+        assert self.first(write(tmp_path / "corpus", config)) == set(range(2, 112))
+
+    def test_the_end_of_the_generation_config_ends(
+        self, tmp_path: Path, write: Callable[..., Corpus]
+    ) -> None:
+        ends = set(range(20, 60))
+        corpus = write(tmp_path / "corpus", self.CONFIG, teacher=self.ending(*ends))
+        sequences = corpus.sequences()
+        assert not self.first(corpus) & ends
+        assert all(not ends & {*s[2:-1].tolist()} for s in sequences)
+        assert sum(s[-1] in ends for s in sequences) > 100
+
+    @pytest.mark.parametrize("place", ["config", "tokenizer"])
+    def test_the_end_of_the_config_or_tokenizer_alone_ends(
+        self, tmp_path: Path, write: Callable[..., Corpus], place: str
+    ) -> None:
+        teacher, tokenizer = self.ending(), make_tokenizer()
+        teacher.model.generation_config.eos_token_id = None
+        teacher.model.config.eos_token_id = None
+        if place == "config":
+            tokenizer.eos_token = None
+            teacher.model.config.eos_token_id = [7, 8]
+        ends = {7, 8} if place == "config" else {EOS}
+        changes = {"teacher": teacher, "tokenizer": tokenizer}
+        corpus = write(tmp_path / "corpus", replace(self.CONFIG, max_length=40), **changes)
+        assert any(s[-1] in ends for s in corpus.sequences())
+        assert all(not ends & {*s[1:-1].tolist()} for s in corpus.sequences())
+
+    def test_a_given_token_that_is_an_end_ends_nothing(
+        self, tmp_path: Path, write: Callable[..., Corpus]
+    ) -> None:
+        """Tokenizers that end and begin a text with one token, and two given ones."""
+        tokenizer = make_tokenizer()
+        tokenizer.eos_token = "<s>"
+        model = make_llama()
+        model.config.eos_token_id = model.generation_config.eos_token_id = BOS
+        teacher = LoadedModel(model, "tiny", torch.float32)
+        corpus = write(tmp_path / "corpus", self.CONFIG, teacher=teacher, tokenizer=tokenizer)
+        assert min(len(s) for s in corpus.sequences()) >= 3
+        slots = Slots(Never(), Vocabulary([BOS], frozenset({5}), [5], []), 1, 4, "cpu")
+        found: list[Any] = []
+        slots.run([Plan([BOS, 5], 2, np.zeros(4))], lambda _, tokens: found.append(tokens))
+        assert found[0].tolist() == [BOS, 5, 0, 0]
+
+    def test_added_tokens_do_not_come_first(
+        self, tmp_path: Path, write: Callable[..., Corpus]
+    ) -> None:
+        """A chat token is an added one, whether it is called special or not."""
+        tokenizer = with_added("<|chat|>", "<|tool|>")
+        teacher = LoadedModel(make_llama(114), "tiny", torch.float32)
+        corpus = write(tmp_path / "corpus", self.CONFIG, teacher=teacher, tokenizer=tokenizer)
+        assert not self.first(corpus) & {112, 113}
+        drawn = {int(token) for s in corpus.sequences() for token in s[2:]}
+        assert drawn & {112, 113}, "the model itself may say them"
+
+    def test_a_token_without_an_embedding_is_never_drawn(
+        self, tmp_path: Path, write: Callable[..., Corpus]
+    ) -> None:
+        tokenizer = make_tokenizer(140)  # ordinary tokens, some of which the model does not have
+        assert len(tokenizer) > 112
+        corpus = write(tmp_path / "corpus", self.CONFIG, tokenizer=tokenizer)
+        assert max(int(s.max()) for s in corpus.sequences()) < 112
+        padded = with_added("[PAD]")
+        assert len(write(tmp_path / "pad", self.CONFIG, tokenizer=padded).sequences()) == 400
+
+    def test_a_logit_without_a_token_is_never_drawn(
+        self, tmp_path: Path, write: Callable[..., Corpus]
+    ) -> None:
+        """Embeddings are rounded up to 64 or 128; what they hold beyond the tokenizer is noise."""
+        teacher = LoadedModel(make_llama(160), "wide", torch.float32)
+        for strategy in ("hybrid", "greedy"):
+            config = replace(self.CONFIG, strategy=strategy)
+            corpus = write(tmp_path / strategy, config, teacher=teacher)
+            assert max(int(s.max()) for s in corpus.sequences()) < 112
+
+    def test_a_model_that_answers_nan(self, tmp_path: Path, write: Callable[..., Corpus]) -> None:
+        model = make_llama()
+        with torch.no_grad():
+            model.model.norm.weight.fill_(torch.nan)
+        with pytest.raises(DataError, match="NaN or infinite logits"):
+            write(tmp_path / "corpus", teacher=LoadedModel(model, "nan", torch.float32))
+
+    def test_a_tokenizer_of_another_model(
+        self, tmp_path: Path, write: Callable[..., Corpus]
+    ) -> None:
+        teacher = LoadedModel(make_llama(2), "small", torch.float32)
+        with pytest.raises(DataError, match="do not belong together: the model has 2 tokens"):
+            write(tmp_path / "corpus", teacher=teacher)
+
+
+class Never:
+    """A decoder whose most likely token is always 0, and that has room for all."""
+
+    def resize(self, rows: int) -> None:
+        pass
+
+    def step(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        return torch.tensor([[9.0, 0, 0, 0, 0, 0]]).repeat(len(tokens), 1)
+
+
+class TestSlotsByMeasurement:
+    @pytest.fixture
+    def rates(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Twice the slots are worth it up to 64; the numbers tried are recorded."""
+        tried: list[int] = []
+
+        def measure(decoder: Any, rows: int, length: int, device: Any) -> tuple[float, int]:
+            tried.append(rows)
+            return max(rows / 64, 1), 1000
+
+        monkeypatch.setattr(slots, "_measure", measure)
+        monkeypatch.setattr(slots, "available_memory", lambda _: None)
+        return tried
+
+    def test_doubled_while_that_is_worth_it(self, rates: list[int]) -> None:
+        assert slots.choose_slots(Never(), 1000, 8, "cpu") == 64
+        assert rates == [16, 32, 64, 128]
+
+    @pytest.mark.parametrize(("most", "wanted"), [(1, 1), (5, 5), (20, 20), (48, 48)])
+    def test_no_more_than_there_are_sequences(
+        self, rates: list[int], most: int, wanted: int
+    ) -> None:
+        assert slots.choose_slots(Never(), most, 8, "cpu") == wanted
+
+    @pytest.mark.parametrize(("free", "wanted"), [(100_000, 50), (10_000, 16)])
+    def test_half_of_the_free_memory(
+        self, rates: list[int], monkeypatch: pytest.MonkeyPatch, free: int, wanted: int
+    ) -> None:
+        monkeypatch.setattr(slots, "available_memory", lambda _: free)
+        assert slots.choose_slots(Never(), 1000, 8, "cpu") == wanted
+
+    def test_measured_once_and_kept(
+        self, tmp_path: Path, write: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A resumed run takes the number of the manifest, whatever would be measured by then."""
+        config = replace(CONFIG, batch_size="auto")
+        monkeypatch.setattr(generate, "choose_slots", lambda *_: 5)
+        once = write(tmp_path / "once", config)
+        assert once.manifest["slots"] == 5 and once.manifest["batch_size"] == "auto"
+        kill = kill_at_call(lambda *_: None, 4)
+        run_until_killed(lambda: write(tmp_path / "corpus", config, on_progress=kill))
+        monkeypatch.setattr(generate, "choose_slots", lambda *_: pytest.fail("measured again"))
+        write(tmp_path / "corpus", config)
+        assert contents(tmp_path / "corpus") == contents(once.path)
+
+    def test_by_itself(self, tmp_path: Path, write: Callable[..., Corpus]) -> None:
+        corpus = write(tmp_path / "corpus", replace(CONFIG, batch_size="auto"))
+        assert corpus.manifest["slots"] == 16  # all of a shard
+        assert len(corpus.sequences()) == 40
 
 
 class TestResume:
@@ -148,7 +383,7 @@ class TestResume:
         assert not data.is_complete(tmp_path / "corpus")
         self.finish(tmp_path / "corpus", write, whole)
 
-    @pytest.mark.parametrize("number", [1, 2, 5, 7])
+    @pytest.mark.parametrize("number", [1, 2, 3, 6, 8])
     def test_killed_before_a_file_is_in_place(
         self,
         tmp_path: Path,
@@ -157,7 +392,7 @@ class TestResume:
         monkeypatch: pytest.MonkeyPatch,
         number: int,
     ) -> None:
-        """Seven files: the first manifest, then three times a shard and the manifest."""
+        """Eight files: the manifest, again with the slots, then thrice a shard and the manifest."""
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", kill_at_call(Path.replace, number))
             run_until_killed(lambda: write(tmp_path / "corpus"))

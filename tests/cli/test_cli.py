@@ -141,6 +141,11 @@ def test_generate_data(shared_model_path: Path, tmp_path: Path) -> None:
     assert run(*command).exit_code == 0
     assert shard.read_bytes() == whole
     refused(2, "seed", *command, "--seed", "1")
+    refused(2, "batch_size 4, not 'auto'", *command, "--batch-size", "auto")
+    refused(2, "a whole number, or auto; got 'many'", *command, "--batch-size", "many")
+    command[command.index(target)] = tmp_path / "measured"
+    measured = json.loads(run(*command, "--batch-size", "auto", "--json").stdout)
+    assert (measured["batch_size"], measured["slots"]) == ("auto", 2)
 
 
 def test_signals_end_a_command_without_a_traceback(
