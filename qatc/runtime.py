@@ -38,6 +38,8 @@ from qatc.templates import TemplateForward, TemplateStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qatc.decode_program import DecodeForward
+
 _RUNTIME = "_qatc_runtime"
 
 
@@ -47,6 +49,7 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     compile: bool | None = None,
+    decode_program: bool | None = None,
 ) -> PreTrainedModel:
     """Load an output of ``qatc quantize`` as a model that runs on integers.
 
@@ -55,6 +58,9 @@ def load(
         device: torch device, or ``auto``.
         dtype: of everything that is not quantized; ``None`` for that in which it was trained.
         compile: compile the layers with Inductor; ``None``: if this machine can.
+        decode_program: decode a single row by a program in C, one call for all layers, where the
+            model allows it (see :mod:`qatc.decode_program`); ``None``: unless ``compile`` is False,
+            which asks for the graphs as they are.
 
     Returns:
         The transformers model, in eval mode, with packed weights; its KV cache is packed whoever
@@ -90,7 +96,18 @@ def load(
         ids = torch.zeros((2, 8), dtype=torch.long, device=device)
         for use_cache in (False, True):
             model(input_ids=ids, use_cache=use_cache)
+    _offer_program(
+        model, runtime, compile is not False if decode_program is None else decode_program
+    )
     return model
+
+
+def _offer_program(model: Any, runtime: Runtime, wanted: bool) -> None:
+    from qatc.decode_program import DecodeForward  # which knows what a runtime is
+
+    runtime.decode = DecodeForward(model, runtime)
+    if wanted:
+        model.forward = runtime.decode
 
 
 def _build(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -166,6 +183,7 @@ class Runtime:
     def __init__(self, recipe: Recipe, device: str, dtype: torch.dtype, compile: bool) -> None:
         self.recipe, self.device, self.dtype, self.compile = recipe, device, dtype, compile
         self.forwards: tuple[LoweredForward, ...] = ()
+        self.decode: DecodeForward | None = None
         self.scoring = self._store(None)
         self.cached = self._store(InsertKVCache(recipe.kv))
         self.masked = self._store(InsertKVCache(recipe.kv, masked=True))
