@@ -40,7 +40,7 @@ from qatc.progress import Observer
 from qatc.report import write_report
 from qatc.runtime import load
 from qatc.settings import QuantizeConfig, begin_run, check_run
-from qatc.usage import kernel_report, memory
+from qatc.usage import decoding_report, kernel_report, memory
 
 GENERATED = "generated"
 """Name of the held-out generated text in the figures."""
@@ -308,6 +308,7 @@ class _Run:
             "parity": report.to_dict(),
             "memory": asdict(memory(model)),
             "kernels": [asdict(use) for use in kernel_report(model)],
+            "decoding": decoding_report(model),
         }
 
 

@@ -15,6 +15,7 @@ import qatc
 from qatc import program
 from qatc.recipe import Recipe
 from qatc.runtime import runtime_of
+from qatc.usage import decoding_report
 from tests.conftest import make_output
 
 pytestmark = pytest.mark.skipif(program.obstacle() is not None, reason="no C compiler")
@@ -150,3 +151,7 @@ def test_why_there_is_no_program(tmp_path: Path) -> None:
         model = qatc.load(make_output(tmp_path / bits, Recipe.from_bits(bits)), compile=False)
         decode = runtime_of(model).decode
         assert decode is not None and decode.program() is None and why in str(decode.reason)
+        assert why in decoding_report(model)
+    assert "in C" in decoding_report(
+        qatc.load(make_output(tmp_path / "c", Recipe.from_bits("4-8-4")))
+    )
