@@ -141,7 +141,7 @@ static inline float gelu_tanh(float x) {
     return 0.5f * x * (2.0f - 2.0f / (e + 1.0f));
 }
 
-static float dot_floats(const float *restrict a, const float *restrict b, int64_t count) {
+static inline __attribute__((always_inline)) float dot_floats(const float *restrict a, const float *restrict b, int64_t count) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < count; j++) sum += a[j] * b[j];
@@ -449,8 +449,9 @@ static void linear(const step *s, const place_of *here) {
 enum { BLOCK = 64 }; /* slots whose scores are known before their values are read */
 
 /* The codes of a slot as floats. */
-static void unpack_floats(const uint8_t *restrict packed, float *restrict out, int64_t width,
-                          int bits) {
+static inline __attribute__((always_inline)) void unpack_floats(const uint8_t *restrict packed,
+                                                                float *restrict out,
+                                                                int64_t width, int bits) {
     if (bits == 4 && width % 2 == 0) {
         int64_t half = width / 2;
         for (int64_t j = 0; j < half; j++) {
@@ -488,12 +489,76 @@ static void pack_row(const int8_t *codes, uint8_t *plane, int64_t width, int bit
     }
 }
 
-static int64_t packed_bytes(int64_t width, int bits) {
+static inline int64_t packed_bytes(int64_t width, int bits) {
     int64_t bytes = 0;
     if (bits == 8) return width;
     for (int p = 4; p; p >>= 1)
         if (bits & p) bytes += (width * p + 7) / 8;
     return bytes;
+}
+
+typedef struct {
+    const float *query;
+    const uint8_t *key_codes, *value_codes;
+    const float *key_scale, *value_scale;
+    float *found; /* for every head: the largest score, the sum of weights, that of values */
+    int64_t kv_heads, group, capacity, begin, end;
+    float factor;
+} seen;
+
+/* Attention of all heads over the slots from `begin` to `end`. */
+static inline __attribute__((always_inline)) void look(const seen *s, int64_t width,
+                                                       int64_t value_width, int bits) {
+    int64_t key_bytes = packed_bytes(width, bits), value_bytes = packed_bytes(value_width, bits);
+    int64_t group = s->group, record = value_width + 2;
+    float scaled[group * width], sums[group * value_width], scores[group * BLOCK];
+    float floats[width > value_width ? width : value_width], largest[group], total[group];
+    for (int64_t h = 0; h < s->kv_heads; h++) {
+        const float *key_scale = s->key_scale + h * s->capacity;
+        const float *value_scale = s->value_scale + h * s->capacity;
+        for (int64_t j = 0; j < group * width; j++)
+            scaled[j] = s->query[h * group * width + j] * s->factor;
+        memset(sums, 0, sizeof sums);
+        for (int64_t g = 0; g < group; g++) largest[g] = -INFINITY, total[g] = 0;
+        for (int64_t block = s->begin; block < s->end; block += BLOCK) {
+            int64_t count = s->end - block < BLOCK ? s->end - block : BLOCK;
+            const uint8_t *codes = s->key_codes + (h * s->capacity + block) * key_bytes;
+            for (int64_t i = 0; i < count; i++) {
+                unpack_floats(codes + i * key_bytes, floats, width, bits);
+                for (int64_t g = 0; g < group; g++)
+                    scores[g * BLOCK + i] =
+                        dot_floats(scaled + g * width, floats, width) * key_scale[block + i];
+            }
+            for (int64_t g = 0; g < group; g++) {
+                float *score = scores + g * BLOCK, most = largest[g];
+                for (int64_t i = 0; i < count; i++) most = score[i] > most ? score[i] : most;
+                if (most > largest[g]) {
+                    float shrink = exp_(largest[g] - most);
+                    for (int64_t j = 0; j < value_width; j++) sums[g * value_width + j] *= shrink;
+                    total[g] *= shrink;
+                    largest[g] = most;
+                }
+                for (int64_t i = 0; i < count; i++) score[i] = exp_(score[i] - most);
+                total[g] += sum_of(score, count);
+                for (int64_t i = 0; i < count; i++) score[i] *= value_scale[block + i];
+            }
+            codes = s->value_codes + (h * s->capacity + block) * value_bytes;
+            for (int64_t i = 0; i < count; i++) {
+                unpack_floats(codes + i * value_bytes, floats, value_width, bits);
+                for (int64_t g = 0; g < group; g++) {
+                    float weight = scores[g * BLOCK + i], *to = sums + g * value_width;
+#pragma omp simd
+                    for (int64_t j = 0; j < value_width; j++) to[j] += weight * floats[j];
+                }
+            }
+        }
+        for (int64_t g = 0; g < group; g++) {
+            float *found = s->found + (h * group + g) * record;
+            found[0] = largest[g];
+            found[1] = total[g];
+            memcpy(found + 2, sums + g * value_width, (size_t)value_width * 4);
+        }
+    }
 }
 
 /* Attention of one query over codes: each thread sees some of the slots, and leaves for every head
@@ -529,54 +594,23 @@ static void attend(const step *s, const place_of *here) {
         }
     }
     int64_t slots = held + 1 - first;
-    int64_t begin = first + share(slots, here->number, here->team);
-    int64_t end = first + share(slots, here->number + 1, here->team);
-    int64_t record = value_width + 2;
-    float *partial = (float *)at(here, s->out) + here->number * heads * record;
-    float scaled[group * width], floats[width > value_width ? width : value_width];
-    float scores[group * BLOCK];
-    for (int64_t h = 0; h < kv_heads; h++) {
-        float *sums = partial + h * group * record;
-        for (int64_t g = 0; g < group; g++) {
-            sums[g * record] = -INFINITY;
-            memset(sums + g * record + 1, 0, (size_t)(record - 1) * 4);
-            for (int64_t j = 0; j < width; j++)
-                scaled[g * width + j] = query[(h * group + g) * width + j] * (float)s->f0;
-        }
-        for (int64_t block = begin; block < end; block += BLOCK) {
-            int64_t count = end - block < BLOCK ? end - block : BLOCK;
-            const uint8_t *codes = key_codes + (h * capacity + block) * key_bytes;
-            for (int64_t i = 0; i < count; i++) {
-                unpack_floats(codes + i * key_bytes, floats, width, bits);
-                float scale = key_scale[h * capacity + block + i];
-                for (int64_t g = 0; g < group; g++)
-                    scores[g * BLOCK + i] = dot_floats(scaled + g * width, floats, width) * scale;
-            }
-            for (int64_t g = 0; g < group; g++) {
-                float *mine = sums + g * record, *score = scores + g * BLOCK, largest = mine[0];
-                for (int64_t i = 0; i < count; i++)
-                    largest = score[i] > largest ? score[i] : largest;
-                float shrink = exp_(mine[0] - largest), total = 0;
-                if (mine[0] != largest)
-                    for (int64_t j = 1; j < record; j++) mine[j] *= shrink;
-                mine[0] = largest;
-                for (int64_t i = 0; i < count; i++) score[i] = exp_(score[i] - largest);
-                for (int64_t i = 0; i < count; i++) {
-                    total += score[i];
-                    score[i] *= value_scale[h * capacity + block + i];
-                }
-                mine[1] += total;
-            }
-            codes = value_codes + (h * capacity + block) * value_bytes;
-            for (int64_t i = 0; i < count; i++) {
-                unpack_floats(codes + i * value_bytes, floats, value_width, bits);
-                for (int64_t g = 0; g < group; g++) {
-                    float weight = scores[g * BLOCK + i], *restrict to = sums + g * record + 2;
-                    for (int64_t j = 0; j < value_width; j++) to[j] += weight * floats[j];
-                }
-            }
-        }
-    }
+    seen here_seen = {
+        query, key_codes, value_codes, key_scale, value_scale,
+        (float *)at(here, s->out) + here->number * heads * (value_width + 2),
+        kv_heads, group, capacity, first + share(slots, here->number, here->team),
+        first + share(slots, here->number + 1, here->team), (float)s->f0
+    };
+    /* The usual sizes as constants: loops over a head are then unrolled, which halves the time. */
+    if (bits == 4 && width == 64 && value_width == 64)
+        look(&here_seen, 64, 64, 4);
+    else if (bits == 8 && width == 64 && value_width == 64)
+        look(&here_seen, 64, 64, 8);
+    else if (bits == 4 && width == 128 && value_width == 128)
+        look(&here_seen, 128, 128, 4);
+    else if (bits == 8 && width == 128 && value_width == 128)
+        look(&here_seen, 128, 128, 8);
+    else
+        look(&here_seen, width, value_width, bits);
 }
 
 /* What the threads found in their slots becomes the result of attention. */
