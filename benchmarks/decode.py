@@ -3,9 +3,10 @@
     python -m benchmarks.decode --threads 2
 
 A random-weight LLaMA (about 110 million parameters by default) decodes behind a prompt of random
-tokens, at batch 1 and 8 and behind 128 and 4096 tokens. All variants are built first; then they
-take turns, a few tokens each, round by round, so that what else the machine does hits them alike.
-The figure is the median of the rounds.
+tokens, at batch 1 and 8 and behind 128 and 4096 tokens; ``--model DIR`` takes a real LLaMA instead.
+llama.cpp is a variant of batch 1 where the package llama-cpp-python is installed. All variants are
+built first; then they take turns, a few tokens each, round by round, so that what else the machine
+does hits them alike. The figure is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import QuantizedCache
 
-from benchmarks import common, variants
+from benchmarks import common, llama, variants
 from benchmarks.variants import Variant
 from qatc.usage import memory
 
@@ -40,7 +42,7 @@ def main() -> None:
                 runs.append(measure(built, batch, context, options))
     sizes = {name: vars(memory(v.model)) for name, v in built.items() if name.startswith("qatc")}
     common.save(
-        f"decode-{options.shape}-{options.device}",
+        f"decode-{variants.name_of(options)}-{options.device}",
         {
             "shape": variants.shape_of(options),
             "threads": torch.get_num_threads(),
@@ -60,7 +62,8 @@ def measure(
     """Tokens per second of every variant, over all rows of the batch."""
     torch._dynamo.reset()
     ids = torch.randint(32000, (batch, context), device=options.device)
-    steps = {name: stepper(variant, ids, options) for name, variant in built.items()}
+    alone = {name: v for name, v in built.items() if batch == 1 or not v.is_gguf}
+    steps = {name: stepper(variant, ids, options) for name, variant in alone.items()}
     for step in steps.values():
         for _ in range(2):  # compiles
             step()
@@ -80,6 +83,10 @@ def stepper(variant: Variant, ids: torch.Tensor, options: argparse.Namespace) ->
     """A function that decodes one token for every row, behind the prompt."""
     model, new = variant.model, ids[:, -1:]
     room = ids.shape[1] + options.rounds * (options.tokens + 1) + 8
+    if variant.is_gguf:
+        loaded = llama.Llama(model, room)
+        loaded.prefill(ids[0].tolist())
+        return partial(loaded.decode, int(new))
     cache: Any = None
     if variant.compiled:
         cache = StaticCache(model.config, max_cache_len=room)

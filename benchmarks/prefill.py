@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import QuantizedCache
 
-from benchmarks import common, variants
+from benchmarks import common, llama, variants
 from benchmarks.variants import Variant
 
 
@@ -36,7 +37,7 @@ def main() -> None:
             for length in options.length:
                 runs.append(measure(built, batch, length, options))
     common.save(
-        f"prefill-{options.shape}-{options.device}",
+        f"prefill-{variants.name_of(options)}-{options.device}",
         {
             "shape": variants.shape_of(options),
             "threads": torch.get_num_threads(),
@@ -54,7 +55,8 @@ def measure(
     """Prompt tokens per second of every variant, over all rows of the batch."""
     torch._dynamo.reset()
     ids = torch.randint(32000, (batch, length), device=options.device)
-    steps = {name: prefiller(variant, ids) for name, variant in built.items()}
+    alone = {name: v for name, v in built.items() if batch == 1 or not v.is_gguf}
+    steps = {name: prefiller(variant, ids) for name, variant in alone.items()}
     for step in steps.values():
         for _ in range(2):  # compiles
             step()
@@ -74,6 +76,8 @@ def measure(
 def prefiller(variant: Variant, ids: torch.Tensor) -> Callable[[], Any]:
     """A function that fills a new cache with the prompt."""
     model = variant.model
+    if variant.is_gguf:
+        return partial(llama.Llama(model, ids.shape[1] + 8).prefill, ids[0].tolist())
     forward = torch.compile(model.forward) if variant.compiled else model
     static = StaticCache(model.config, max_cache_len=ids.shape[1]) if variant.compiled else None
 

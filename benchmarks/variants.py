@@ -6,13 +6,14 @@ import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import common
+from benchmarks import common, llama
 from qatc.recipe import Recipe
 from qatc.runtime import load
 
@@ -32,7 +33,7 @@ class Variant(NamedTuple):
     """A model, and how it is called.
 
     Attributes:
-        model: a transformers causal LM.
+        model: a transformers causal LM; for llama.cpp, the path of a GGUF file.
         compiled: whether transformers' own static cache and a compiled forward are used.
         quantized_cache: whether transformers' QuantizedCache is.
     """
@@ -41,10 +42,18 @@ class Variant(NamedTuple):
     compiled: bool = False
     quantized_cache: bool = False
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether llama.cpp runs it."""
+        return isinstance(self.model, Path)
+
 
 def add_options(parser: ArgumentParser) -> None:
     """The options that all speed benchmarks have."""
     parser.add_argument("--shape", default="110M", choices=SHAPES)
+    parser.add_argument("--model", type=Path, help="a LLaMA's directory, instead of a shape")
+    parser.add_argument("--name", help="of the result, for --model")
+    parser.add_argument("--variants", nargs="*", default=["*"], help="patterns of their names")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--bits", nargs="*", default=BITS)
@@ -53,14 +62,27 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
 
 
+def name_of(options: Namespace) -> str:
+    """What a result is named after."""
+    if options.model is None:
+        return str(options.shape)
+    return str(options.name or options.model.name)
+
+
 def shape_of(options: Namespace) -> dict[str, int]:
     """The shape asked for."""
+    if options.model is not None:
+        config = AutoConfig.from_pretrained(options.model)
+        return {name: getattr(config, name) for name in SHAPES["110M"]}
     changes = {"num_hidden_layers": options.layers} if options.layers else {}
     return SHAPES[options.shape] | changes
 
 
 def config_of(options: Namespace) -> LlamaConfig:
-    """A LLaMA config of the shape asked for."""
+    """The config of the model or of the shape asked for."""
+    if options.model is not None:
+        config: LlamaConfig = AutoConfig.from_pretrained(options.model)
+        return config
     return LlamaConfig(
         vocab_size=32000,
         max_position_embeddings=8192,
@@ -81,6 +103,12 @@ def build(options: Namespace, scratch: Path) -> tuple[dict[str, Variant], dict[s
         variants[f"{name} eager"] = Variant(model)
         variants[f"{name} compiled"] = Variant(model, compiled=True)
     absent = _add_torchao(variants, config, options)
+    reason = llama.why_not(variants["fp32 eager"].model)
+    if reason is None and _chosen("llama.cpp Q4_0", options):
+        files = llama.write(variants["fp32 eager"].model, scratch / "gguf")
+        variants |= {f"llama.cpp {kind}": Variant(path) for kind, path in files.items()}
+    elif reason is not None:
+        absent["llama.cpp"] = reason
     reason = _why_no_quantized_cache(config)
     if reason is None:
         variants["bf16, QuantizedCache 4 bits"] = Variant(
@@ -93,11 +121,19 @@ def build(options: Namespace, scratch: Path) -> tuple[dict[str, Variant], dict[s
         output = common.random_output(scratch / bits, Recipe.from_bits(bits), source)
         loaded = load(output, device=options.device, dtype=torch.bfloat16)
         variants[f"qatc {bits}"] = Variant(loaded)
-    return variants, absent
+    return {name: v for name, v in variants.items() if _chosen(name, options)}, absent
+
+
+def _chosen(name: str, options: Namespace) -> bool:
+    return any(fnmatch(name, pattern) for pattern in options.variants)
 
 
 def _plain(config: LlamaConfig, options: Namespace, dtype: torch.dtype) -> Any:
-    model: Any = LlamaForCausalLM(config).eval().to(options.device, dtype)
+    if options.model is None:
+        model: Any = LlamaForCausalLM(config).eval().to(options.device, dtype)
+    else:
+        model = LlamaForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+        model.to(options.device)
     model.set_attn_implementation("sdpa")
     return model
 
@@ -112,11 +148,13 @@ def _add_torchao(
         quantize_,
     )
 
-    absent = {}
+    absent: dict[str, str] = {}
     for name, make in (
         ("torchao W8A8 compiled", lambda: Int8DynamicActivationInt8WeightConfig(version=2)),
         ("torchao W4A16 compiled", lambda: Int4WeightOnlyConfig(group_size=128)),
     ):
+        if not _chosen(name, options):
+            continue
         model = _plain(config, options, torch.bfloat16)
         try:
             quantize_(
@@ -170,9 +208,13 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 
 def ratios(figures: dict[str, float]) -> dict[str, dict[str, float]]:
     """Every qatc figure as a multiple of the better of eager and compiled, fp32 and bf16."""
-    best = {dtype: max(figures[f"{dtype} eager"], figures[f"{dtype} compiled"]) for dtype in FLOAT}
+    best = {}
+    for dtype in FLOAT:
+        measured = [figures[n] for n in (f"{dtype} eager", f"{dtype} compiled") if n in figures]
+        if measured:
+            best[dtype] = max(measured)
     return {
-        name: {f"times the best {dtype}": round(value / best[dtype], 2) for dtype in FLOAT}
+        name: {f"times the best {dtype}": round(value / best[dtype], 2) for dtype in best}
         for name, value in figures.items()
         if name.startswith("qatc")
     }

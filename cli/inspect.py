@@ -71,13 +71,14 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
 
     from qatc.cli import terminal
     from qatc.runtime import load
-    from qatc.usage import kernel_report, memory
+    from qatc.usage import decoding_report, kernel_report, memory
 
     loaded = load(output, compile=False, trust_remote_code=trust_remote_code)
     terminal.warn_unverified(output)
-    uses, held = kernel_report(loaded), memory(loaded)
+    uses, held, decoding = kernel_report(loaded), memory(loaded), decoding_report(loaded)
     if json:
-        terminal.print_json({"kernels": [asdict(use) for use in uses], "memory": asdict(held)})
+        kernels = [asdict(use) for use in uses]
+        terminal.print_json({"kernels": kernels, "decoding": decoding, "memory": asdict(held)})
         return
     rows = [["layer", "weight", "shape", "phase", "kernel", "not used"]]
     for use in uses:
@@ -85,6 +86,7 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
         shape = " x ".join(map(str, use.shape))
         rows.append([use.layer, use.weight, shape, use.phase, use.kernel, passed_over])
     terminal.print_table(rows)
+    terminal.print_table([["a single row is decoded by"], [decoding]])
     table = [["bytes", "bf16", "held", "ratio"]]
     if held.bf16_quantized:
         table.append(_line("quantized linears", held.bf16_quantized, held.quantized))

@@ -72,7 +72,7 @@ from qatc.settings import (
     recorded_inputs,
     trained_file,
 )
-from qatc.usage import kernel_report, memory
+from qatc.usage import decoding_report, kernel_report, memory
 
 _LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
 
@@ -476,6 +476,7 @@ class _Run:
             "parity": report.to_dict(),
             "memory": asdict(memory(model)),
             "kernels": [asdict(use) for use in kernel_report(model)],
+            "decoding": decoding_report(model),
         }
 
 

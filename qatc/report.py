@@ -132,6 +132,7 @@ def _runtime_sections(metadata: Mapping[str, Any]) -> list[str]:
         _markdown_table(checks),
         _markdown_table(sizes),
         _markdown_table(kernels),
+        f"A single row is decoded by {metadata['decoding']}.",
     ]
 
 

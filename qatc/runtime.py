@@ -43,6 +43,8 @@ from qatc.templates import TemplateForward, TemplateStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qatc.decode_program import DecodeForward
+
 _RUNTIME = "_qatc_runtime"
 
 SIGNATURES = 64
@@ -56,6 +58,7 @@ def load(
     dtype: torch.dtype | None = None,
     compile: bool | None = None,
     trust_remote_code: bool = False,
+    decode_program: bool | None = None,
 ) -> PreTrainedModel:
     """Load an output of ``qatc quantize`` as a model that runs on integers.
 
@@ -65,6 +68,9 @@ def load(
         dtype: of everything that is not quantized; ``None`` for that in which it was trained.
         compile: compile the layers with Inductor; ``None``: if this machine can.
         trust_remote_code: run the code that comes with the model.
+        decode_program: decode a single row by a program in C, one call for all layers, where the
+            model allows it (see :mod:`qatc.decode_program`); ``None``: unless ``compile`` is False,
+            which asks for the graphs as they are.
 
     Returns:
         The transformers model, in eval mode, with packed weights; its KV cache is packed whoever
@@ -107,7 +113,18 @@ def load(
         ids = torch.zeros((2, 8), dtype=torch.long, device=device)
         for use_cache in (False, True):
             model(input_ids=ids, use_cache=use_cache)
+    _offer_program(
+        model, runtime, compile is not False if decode_program is None else decode_program
+    )
     return model
+
+
+def _offer_program(model: Any, runtime: Runtime, wanted: bool) -> None:
+    from qatc.decode_program import DecodeForward  # which knows what a runtime is
+
+    runtime.decode = DecodeForward(model, runtime)
+    if wanted:
+        model.forward = runtime.decode
 
 
 def _build(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -195,6 +212,7 @@ class Runtime:
     def __init__(self, recipe: Recipe, device: str, dtype: torch.dtype, compile: bool) -> None:
         self.recipe, self.device, self.dtype, self.compile = recipe, device, dtype, compile
         self.forwards: tuple[LoweredForward, ...] = ()
+        self.decode: DecodeForward | None = None
         self.scoring = self._store(None)
         self.cached = self._store(InsertKVCache(recipe.kv))
         self.masked = self._store(InsertKVCache(recipe.kv, masked=True))

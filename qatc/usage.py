@@ -93,6 +93,16 @@ def kernel_report(model: nn.Module) -> list[KernelUse]:
     return found
 
 
+def decoding_report(model: nn.Module) -> str:
+    """What runs the decoding of a single row where graphs may be compiled, and why."""
+    decode = runtime_of(model).decode
+    assert decode is not None, "every loaded model has one"
+    program = decode.program()
+    if program is None:
+        return f"the layers' graphs, one after another (no program: {decode.reason})"
+    return f"a program of {program.program.count} steps in C, one call for all layers"
+
+
 def _uses(layer: str, node: torch.fx.Node, runtime: Runtime) -> list[KernelUse]:
     packed: Any = node.args[1]
     site = kernels.site_of(node, torch.device(runtime.device).type)

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "packed.h"
+
 /* Whether the loops over outputs are shared by threads. */
 int qatc_is_parallel(void) {
 #ifdef _OPENMP
@@ -59,7 +61,7 @@ static int32_t dot_bytes(const uint8_t *restrict w, const int8_t *restrict x, in
 }
 
 /* The sum of code * x over a row of `width` codes of 2 to 8 bits; x is padded to 8 with zeros. */
-static int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bits, int32_t x_sum) {
+int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bits, int32_t x_sum) {
     int32_t sum = 0;
     int low = 0;
     if (bits == 8) return dot_bytes(w, x, width) - x_sum * 128;
@@ -80,8 +82,7 @@ static int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bit
 }
 
 /* The codes of one packed row of 2 to 7 bits, as int8 [width]. */
-static void unpack_row(const uint8_t *restrict plane, int8_t *restrict row, int64_t width,
-                       int bits) {
+void unpack_row(const uint8_t *restrict plane, int8_t *restrict row, int64_t width, int bits) {
     int low = 0;
     for (int p = 4; p; p >>= 1) {
         if (!(bits & p)) continue;
