@@ -33,6 +33,8 @@ def inspect(
     kv_site: options.KVSite = None,
     skip: options.Skip = None,
     target: options.Target = None,
+    head_bits: options.HeadBits = None,
+    embedding_bits: options.EmbeddingBits = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -55,7 +57,9 @@ def inspect(
             return
         if model is None:
             raise ConfigError("say what to inspect: --model MODEL, or OUTPUT --kernels")
-        chosen = options.build_recipe(bits, recipe, group_size, kv_site, skip, target)
+        chosen = options.build_recipe(
+            bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits
+        )
         terminal.quiet_libraries()
         from qatc.inspect import inspect_model
 

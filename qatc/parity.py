@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from qatc import packing
 from qatc.errors import ParityError
 from qatc.export import load_float_state, load_reference, read_metadata, read_recipe
-from qatc.export.directory import digest_of
+from qatc.export.directory import digest_of, read_specs
 from qatc.local_parity import compare_layers, distance
 from qatc.ops import quantize
 from qatc.passes.lower_linear import PACKED, SCALE
@@ -164,15 +164,15 @@ def _stored(
 ) -> Check:
     """What the loaded model holds, by the digests taken when it was written, or by the masters."""
     held = dict(model.state_dict(keep_vars=True)) | dict(model.named_buffers())
-    wrong = []
+    wrong, specs = [], read_specs(directory)
     for name, digest in metadata["digests"].items():
         packed = held.get(name + PACKED)
         if packed is None:
             continue
-        codes = packing.unpack(packed, recipe.weights.bits, _width(model, name))
+        codes = packing.unpack(packed, specs[name].bits, _width(model, name))
         same = digest_of(codes, held[name + SCALE]) == digest
         if same and trained is not None:
-            wanted, scale = quantize(trained[name].detach(), recipe.weights, snap=True)
+            wanted, scale = quantize(trained[name].detach(), specs[name], snap=True)
             same = torch.equal(codes.cpu(), wanted.cpu())
             same = same and torch.equal(held[name + SCALE].cpu(), scale.cpu())
         if not same:
@@ -185,7 +185,8 @@ def _stored(
 
 
 def _width(model: nn.Module, name: str) -> int:
-    for forward in runtime_of(model).forwards:
+    runtime = runtime_of(model)
+    for forward in (*runtime.forwards, *runtime.ends):
         shapes = {f"{forward.name}.{n}": p.shape for n, p in forward.prototype.named_parameters()}
         if name in shapes:
             return int(shapes[name][1])
@@ -196,7 +197,7 @@ def _width(model: nn.Module, name: str) -> int:
 def _write_text(model: Any, device: str) -> Tensor:
     """Rows that the model samples itself, from one token each; the same in every run."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
     ids = torch.randint(vocabulary, (ROWS, 1), generator=generator).to(device)
     cache, new = None, ids

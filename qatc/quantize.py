@@ -33,7 +33,7 @@ from qatc.preparation import (
     can_compile,
     prepare,
     prepared_state,
-    quantized_parameters,
+    quantized_specs,
     why_no_integer_forward,
 )
 from qatc.progress import Observer
@@ -174,7 +174,7 @@ class _Run:
         if not self.integer_forward:
             obstacle = why_no_integer_forward(recipe, torch.device(self.device))
             self.observer.note(f"linears computed in float: {obstacle or 'as asked'}")
-        self.quantized = quantized_parameters(self.student)
+        self.quantized = quantized_specs(self.student)
         if not self.config.train_embeddings:
             _share_embeddings(self.student, self.teacher.model)
 
@@ -243,9 +243,9 @@ class _Run:
     @torch.no_grad()
     def _round_unquantized(self) -> None:
         """Round what is stored in float to its stored dtype, so that what ships is evaluated."""
-        quantized = set(self.quantized)
-        for name, parameter in self.student.named_parameters():
-            if name not in quantized:
+        # Of a tied weight that only one of its users quantizes, the other one stores the float.
+        for name, parameter in self.student.named_parameters(remove_duplicate=False):
+            if name not in self.quantized:
                 parameter.copy_(parameter.to(self.stored).to(parameter.dtype))
 
     def _write(
@@ -268,8 +268,7 @@ class _Run:
         """Write the student; what its codes were made from is returned."""
         model, recipe = self.student, self.config.recipe
         state = model.state_dict()
-        quantized = self.quantized if recipe.weights.quantizes else []
-        masters = {name: state.pop(name) for name in quantized}
+        masters = {name: state.pop(name) for name in self.quantized}
         floats = {
             name: value.to(self.stored) if value.is_floating_point() else value
             for name, value in state.items()
@@ -280,7 +279,10 @@ class _Run:
             staging,
             config=model.config,
             state=floats,
-            weights={n: QuantizedWeight.from_float(w, recipe.weights) for n, w in masters.items()},
+            weights={
+                name: QuantizedWeight.from_float(master, self.quantized[name])
+                for name, master in masters.items()
+            },
             recipe=recipe,
             metadata=metadata,
             generation_config=model.generation_config,

@@ -9,7 +9,7 @@ calls transformers models work with it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,18 @@ from qatc.graph import matches
 from qatc.kv_cache import first_slots
 from qatc.models import find_regions
 from qatc.packed_cache import PackedLayer, packed_layer, round_up
-from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
+from qatc.passes import GraphPass, InsertKVCache, LowerEmbedding, LowerLinear, Pipeline
 from qatc.passes.lower_linear import PACKED, SCALE
-from qatc.preparation import can_compile, inductor, recipe_allows_integers, training_pipeline
+from qatc.preparation import (
+    can_compile,
+    embedding_pipeline,
+    inductor,
+    recipe_allows_integers,
+    training_pipeline,
+)
 from qatc.recipe import Recipe
 from qatc.templates import TemplateForward, TemplateStore
+from qatc.vocabulary import End, are_tied, head_recipe, quantized_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,12 +85,14 @@ def load(
         prefix = f"{name}." if name else ""
         skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
         forwards.append(LoweredForward(region, name, runtime, skip, number))
-    _fill(model, directory, codes, device)
+    ends = quantized_ends(model, recipe)
+    at_ends = [LoweredEnd(end, runtime) for end in ends]
+    _fill(model, directory, codes, device, ends if are_tied(ends) else [])
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    for forward in forwards:
+    for forward in (*forwards, *at_ends):
         forward.install()
-    runtime.forwards = tuple(forwards)
+    runtime.forwards, runtime.ends = tuple(forwards), tuple(at_ends)
     setattr(model, _RUNTIME, runtime)
     model.eval().requires_grad_(False)
     with runtime.dry_run():
@@ -125,9 +134,16 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _fill(
-    model: PreTrainedModel, directory: Path, codes: dict[str, QuantizedWeight], device: str
+    model: PreTrainedModel,
+    directory: Path,
+    codes: dict[str, QuantizedWeight],
+    device: str,
+    tied: Sequence[End],
 ) -> None:
-    """Give the model its packed and its float tensors, and nothing else."""
+    """Give the model its packed and its float tensors, and nothing else.
+
+    The ``tied`` ends get the codes that were stored once for both.
+    """
     state, dtype = load_float_state(directory), model.dtype
     for name, weight in codes.items():
         path, _, leaf = name.rpartition(".")
@@ -136,6 +152,7 @@ def _fill(
         packed = packing.pack(weight.codes, weight.spec.bits).to(device)
         module.register_buffer(leaf + PACKED, packed, persistent=False)
         module.register_buffer(leaf + SCALE, weight.scale.to(device), persistent=False)
+    _share_codes(model, tied)
     own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     floats = {
         name: value.to(device, dtype if value.is_floating_point() else None)
@@ -143,7 +160,7 @@ def _fill(
         if name in own
     }
     model.load_state_dict(floats, strict=False, assign=True)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     missing = _on_meta(model)
     if not missing:
         model.to(device=torch.device(device))  # type: ignore[call-arg]
@@ -153,6 +170,18 @@ def _fill(
             f"{directory} does not hold the tensors of its config: {len(odd)} are missing or left"
             f" over, among them {odd[0]}; copy or write the model again"
         )
+
+
+def _share_codes(model: PreTrainedModel, tied: Sequence[End]) -> None:
+    """Let tied ends hold the codes that were stored for one of them, in the same memory."""
+    names = ["weight" + suffix for suffix in (PACKED, SCALE)]
+    holders = [end.module for end in tied if names[0] in end.module._buffers]
+    for end in tied if holders else ():
+        model.all_tied_weights_keys.pop(end.weight, None)
+        end.module._parameters.pop("weight", None)
+        for name in names:
+            held = getattr(holders[0], name)
+            end.module.register_buffer(name, held, persistent=False)
 
 
 def _on_meta(model: nn.Module) -> list[str]:
@@ -166,12 +195,21 @@ class Runtime:
     def __init__(self, recipe: Recipe, device: str, dtype: torch.dtype, compile: bool) -> None:
         self.recipe, self.device, self.dtype, self.compile = recipe, device, dtype, compile
         self.forwards: tuple[LoweredForward, ...] = ()
+        self.ends: tuple[LoweredEnd, ...] = ()
         self.scoring = self._store(None)
         self.cached = self._store(InsertKVCache(recipe.kv))
         self.masked = self._store(InsertKVCache(recipe.kv, masked=True))
+        self.head = self._end_store(lowered_head_pipeline)
+        self.embedding = self._end_store(lowered_embedding_pipeline)
 
     def stores(self) -> tuple[TemplateStore, ...]:
-        return self.scoring, self.cached, self.masked
+        return self.scoring, self.cached, self.masked, self.head, self.embedding
+
+    def _end_store(self, pipeline: Callable[[Recipe, str], Pipeline]) -> TemplateStore:
+        def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
+            pipeline(self.recipe, self.device)(gm)
+
+        return TemplateStore(transform, compile=inductor if self.compile else None)
 
     def _store(self, cache: InsertKVCache | None) -> TemplateStore:
         def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
@@ -226,6 +264,16 @@ def lowering_pipeline(
     return Pipeline((*passes, *lowering))
 
 
+def lowered_head_pipeline(recipe: Recipe, device: str = "cpu") -> Pipeline:
+    """The passes that put the output head on integer kernels."""
+    return lowering_pipeline(head_recipe(recipe), device=device)
+
+
+def lowered_embedding_pipeline(recipe: Recipe, device: str = "cpu") -> Pipeline:
+    """The passes that let the token embedding read packed codes."""
+    return Pipeline((*embedding_pipeline(recipe).passes, LowerEmbedding()))
+
+
 def _linears(owner: TemplateForward) -> bool:
     assert isinstance(owner, LoweredForward)
     weights = [n for n, p in owner.prototype.named_parameters() if p.dim() == 2]
@@ -240,9 +288,15 @@ class LoweredForward(TemplateForward):
     """
 
     def __init__(
-        self, module: nn.Module, name: str, runtime: Runtime, skip: tuple[str, ...], number: int
+        self,
+        module: nn.Module,
+        name: str,
+        runtime: Runtime,
+        skip: tuple[str, ...],
+        number: int,
+        store: TemplateStore | None = None,
     ) -> None:
-        super().__init__(module, name, runtime.scoring, skip)
+        super().__init__(module, name, store or runtime.scoring, skip)
         self.runtime, self.number = runtime, number
         self.prototype = copy.deepcopy(module).eval()
         self._structure = super().structure()
@@ -326,6 +380,22 @@ class LoweredForward(TemplateForward):
                 f" {dtype} on {device}; a model that runs on integers cannot be moved or cast:"
                 " load it with qatc.load(OUT, device=..., dtype=...)"
             )
+
+
+class LoweredEnd(LoweredForward):
+    """The forward of an output head or a token embedding whose weight is packed.
+
+    Its module holds the buffers ``weight_packed`` and ``weight_scale`` in place of ``weight``;
+    where both ends are one weight, the very same tensors.
+    """
+
+    def __init__(self, end: End, runtime: Runtime) -> None:
+        store: TemplateStore = getattr(runtime, end.role)
+        super().__init__(end.module, end.name, runtime, (), 0, store)
+        self.end = end
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.serve(self.store, args, kwargs)
 
 
 def _cache_inputs(

@@ -27,7 +27,7 @@ from torch.nn.functional import pad as pad_values
 from qatc.errors import CheckpointError, ConfigError
 from qatc.export.codes import QuantizedWeight
 from qatc.recipe import Recipe
-from qatc.spec import QuantSpec
+from qatc.spec import FLOAT_BITS, QuantSpec
 
 PACKED_BITS = 4
 PLAIN_BITS = 8
@@ -39,6 +39,11 @@ _OFFSET = 8  # makes the codes -8..7 unsigned
 def layout_of(spec: QuantSpec) -> str:
     """The name of the layout of weights quantized by ``spec``, as compressed-tensors calls it."""
     return "pack-quantized" if spec.bits <= PACKED_BITS else "int-quantized"
+
+
+def joined(layouts: Collection[str]) -> str:
+    """What a checkpoint that holds weights in these layouts is called as a whole."""
+    return next(iter(layouts)) if len(set(layouts)) == 1 else "mixed-precision"
 
 
 def tensor_names(name: str, spec: QuantSpec) -> tuple[str, ...]:
@@ -145,37 +150,51 @@ def _lossless(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.to(dtype if narrow else torch.float32).contiguous()
 
 
-def quantization_config(recipe: Recipe, ignore: list[str]) -> dict[str, Any]:
+def quantization_config(
+    recipe: Recipe, ignore: list[str], ends: Mapping[str, tuple[QuantSpec, bool]] | None = None
+) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``.
 
     Args:
         recipe: what the model was trained with; weights must be quantized.
         ignore: names of the linear modules that stay float, the output head among them.
+        ends: how output head and token embedding are quantized, if they are, by module name, and
+            whether their input is, too.
     """
-    layout = layout_of(recipe.weights)
+    groups = {}
+    if recipe.weights.quantizes:
+        groups["group_0"] = _group("Linear", recipe.weights, recipe.activations)
+    for name, (spec, with_input) in sorted((ends or {}).items()):
+        # The exact name of a module goes before its class.
+        inputs = recipe.activations if with_input else QuantSpec(FLOAT_BITS)
+        groups[f"group_{len(groups)}"] = _group(name, spec, inputs)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": joined({group["format"] for group in groups.values()}),
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+    }
+
+
+def _group(target: str, weights: QuantSpec, inputs: QuantSpec) -> dict[str, Any]:
+    layout = layout_of(weights)
     declared = PACKED_BITS if layout == "pack-quantized" else PLAIN_BITS
     group: dict[str, Any] = {
-        "targets": ["Linear"],
-        "weights": _arguments(declared, recipe.weights.group_size, "channel", dynamic=False),
+        "targets": [target],
+        "weights": _arguments(declared, weights.group_size, "channel", dynamic=False),
         "input_activations": None,
         "output_activations": None,
         # Without it transformers infers int-quantized for every layer with quantized inputs, and
         # finds no weights where they are packed.
         "format": layout,
     }
-    if recipe.activations.quantizes:
-        inputs = recipe.activations
+    if inputs.quantizes:
         group["input_activations"] = _arguments(
             inputs.bits, inputs.group_size, "token", dynamic=True
         )
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(ignore),
-        "kv_cache_scheme": None,
-    }
+    return group
 
 
 def find_float_linears(model: torch.nn.Module, weights: Collection[str]) -> list[str]:
@@ -186,12 +205,13 @@ def find_float_linears(model: torch.nn.Module, weights: Collection[str]) -> list
             not dequantize.
     """
     linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    others = sorted(set(weights) - {f"{name}.weight" for name in linears})
+    tables = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    others = sorted(set(weights) - {f"{name}.weight" for name in (*linears, *tables)})
     if others:
         owner = type(model.get_submodule(others[0].removesuffix(".weight"))).__name__
         raise ConfigError(
             f"the quantized weight {others[0]} belongs to a {owner}, and compressed-tensors holds"
-            f" torch.nn.Linear layers only; add {others[0]!r} to the recipe's skip"
+            f" torch.nn.Linear and torch.nn.Embedding only; add {others[0]!r} to the recipe's skip"
         )
     return [name for name in linears if f"{name}.weight" not in weights]
 

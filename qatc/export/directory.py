@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +30,21 @@ from qatc.export import compressed_tensors
 from qatc.export.codes import QuantizedWeight
 from qatc.files import complete_directory, read_json, refuse_existing, write_json
 from qatc.recipe import Recipe
+from qatc.spec import QuantSpec
+from qatc.vocabulary import are_tied, find_ends, untie
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+_READABLE = (2, 3)
+"""Version 2 knows no quantized head or embedding, and is read as what it says."""
 
 _OWN_KEYS = (
     *("format_version", "layout", "recipe", "quantized"),
-    *("digests", "float_digests"),
+    *("digests", "float_digests", "specs"),
 )
 
 
@@ -61,7 +67,8 @@ def write_model(
         config: the model's config; a ``quantization_config`` of its own is replaced.
         state: the model's float state dict. Entries of quantized weights are not written, and of
             tied weights only one.
-        weights: the quantized weights by parameter name; empty when ``recipe.weights`` is 16 bits.
+        weights: the quantized weights by parameter name. A tied weight is there under the name of
+            each of its users that quantizes it; where only one does, the written model is untied.
         recipe: what the model was trained with.
         metadata: further entries of ``qatc.json``, as plain data.
         generation_config, tokenizer: saved beside the model, if given.
@@ -71,10 +78,17 @@ def write_model(
         ConfigError: a quantized weight is tied, or its layer is no ``torch.nn.Linear``.
         CheckpointError: the weights cannot be written.
     """
-    assert all(weight.spec == recipe.weights for weight in weights.values()), "another recipe's"
+    specs = (recipe.weights, recipe.head, recipe.embedding)
+    assert all(weight.spec in specs for weight in weights.values()), "another recipe's"
     # Without storage: tells the linear layers and the tied weights by their names.
     skeleton = _build_model(config, "meta", torch.float32)
-    tensors = _drop_tied(state, weights, skeleton.all_tied_weights_keys)
+    ties = dict(skeleton.all_tied_weights_keys)
+    ends = find_ends(skeleton)
+    if are_tied(ends) and sum(end.weight in weights for end in ends) == 1:
+        config, ties = copy.deepcopy(config), {}
+        untie(config)
+    tensors = _drop_tied(state, weights, ties)
+    weights = _drop_tied_codes(weights, ties)
     floats = [value for value in tensors.values() if value.is_floating_point()]
     dtype = max(floats, key=Tensor.numel).dtype if floats else torch.float32
     tensors |= compressed_tensors.pack(weights, dtype=dtype)
@@ -84,8 +98,15 @@ def write_model(
     plain_config["dtype"] = str(dtype).removeprefix("torch.")
     plain_config["architectures"] = [type(skeleton).__name__]
     if weights:
-        ignore = compressed_tensors.find_float_linears(skeleton, weights)
-        plain_config["quantization_config"] = compressed_tensors.quantization_config(recipe, ignore)
+        plain_config["quantization_config"] = compressed_tensors.quantization_config(
+            recipe,
+            compressed_tensors.find_float_linears(skeleton, weights),
+            {
+                end.name: (weights[end.weight].spec, end.role == "head")
+                for end in ends
+                if end.weight in weights
+            },
+        )
     write_json(directory / "config.json", dict(sorted(plain_config.items())))
     if generation_config is not None:
         plain = json.loads(generation_config.to_json_string())
@@ -93,13 +114,15 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     _write_tensors(directory, tensors, max_shard_bytes)
-    layout = compressed_tensors.layout_of(recipe.weights) if weights else "float"
+    layouts = {compressed_tensors.layout_of(weight.spec) for weight in weights.values()}
+    layout = compressed_tensors.joined(layouts) if weights else "float"
     digests = {name: digest_of(w.codes, w.scale) for name, w in sorted(weights.items())}
-    packed = {key for name in weights for key in _stored_names(name, recipe)}
+    packed = {key for n, w in weights.items() for key in compressed_tensors.tensor_names(n, w.spec)}
     floats_stored = {n: digest_of(t) for n, t in sorted(tensors.items()) if n not in packed}
     own = (
         *(FORMAT_VERSION, layout, recipe.to_dict(), sorted(weights)),
         *(digests, floats_stored),
+        {n: asdict(w.spec) for n, w in sorted(weights.items()) if w.spec != recipe.weights},
     )
     write_json(directory / "qatc.json", {**metadata, **dict(zip(_OWN_KEYS, own, strict=True))})
 
@@ -114,10 +137,6 @@ def digest_of(*tensors: Tensor) -> str:
     return found.hexdigest()[:32]
 
 
-def _stored_names(name: str, recipe: Recipe) -> tuple[str, ...]:
-    return compressed_tensors.tensor_names(name, recipe.weights)
-
-
 def _build_model(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
@@ -129,12 +148,27 @@ def _build_model(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> P
     return model
 
 
+def _drop_tied_codes(
+    weights: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
+) -> dict[str, QuantizedWeight]:
+    """The weights without those that are stored under the name of another one."""
+    kept = dict(weights)
+    for name, source in tied.items():
+        if name in kept and source in kept:
+            one, other = kept.pop(name), kept[source]
+            same = one.spec == other.spec and torch.equal(one.codes, other.codes)
+            assert same and torch.equal(one.scale, other.scale), f"{name} is not {source}"
+    return kept
+
+
 def _drop_tied(
     state: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """The tensors to be stored in float: nothing quantized, and each tied weight once."""
     kept = {name: value.detach() for name, value in state.items() if name not in weights}
     for name, source in tied.items():
+        if name in weights and source in weights:
+            continue
         if name in weights or source in weights:
             raise ConfigError(
                 f"{name} and {source} are one tied weight, which cannot be quantized;"
@@ -190,11 +224,13 @@ def read_metadata(directory: Path) -> dict[str, Any]:
         )
     metadata = _read_mapping(path)
     version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
         raise CheckpointError(
-            f"{path} has format_version {version!r}, and this qatc reads {FORMAT_VERSION};"
+            f"{path} has format_version {version!r}, and this qatc reads"
+            f" {' and '.join(map(str, _READABLE))};"
             " use the qatc that wrote it, or quantize again"
         )
+    metadata.setdefault("specs", {})
     if not metadata.keys() >= set(_OWN_KEYS):
         raise CheckpointError(f"{path} is damaged: it must hold {', '.join(_OWN_KEYS)}")
     return metadata
@@ -214,8 +250,23 @@ def load_codes(directory: Path) -> dict[str, QuantizedWeight]:
     Raises:
         CheckpointError: as :func:`read_metadata`, or a weight file or tensor is missing or damaged.
     """
-    tensors = _read_tensors(directory, quantized=True)
-    return compressed_tensors.unpack(tensors, read_recipe(directory).weights)
+    tensors, specs = _read_tensors(directory, quantized=True), read_specs(directory)
+    found: dict[str, QuantizedWeight] = {}
+    for spec in set(specs.values()):
+        names = [n for n in specs if specs[n] == spec]
+        own = {key for name in names for key in compressed_tensors.tensor_names(name, spec)}
+        found |= compressed_tensors.unpack({k: t for k, t in tensors.items() if k in own}, spec)
+    return {name: found[name] for name in specs}
+
+
+def read_specs(directory: Path) -> dict[str, QuantSpec]:
+    """How each stored weight is quantized, by name; raises as :func:`read_metadata`."""
+    metadata, weights = read_metadata(directory), read_recipe(directory).weights
+    try:
+        others = {name: QuantSpec(**spec) for name, spec in metadata["specs"].items()}
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / 'qatc.json'}: {error}") from error
+    return {name: others.get(name, weights) for name in metadata["quantized"]}
 
 
 def load_float_state(directory: Path) -> dict[str, Tensor]:
@@ -224,8 +275,8 @@ def load_float_state(directory: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(directory: Path, *, quantized: bool) -> dict[str, Tensor]:
-    names, spec = read_metadata(directory)["quantized"], read_recipe(directory).weights
-    expected = {key for name in names for key in compressed_tensors.tensor_names(name, spec)}
+    specs = read_specs(directory)
+    expected = {k for n, spec in specs.items() for k in compressed_tensors.tensor_names(n, spec)}
     paths = [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.exists():
@@ -265,6 +316,7 @@ def load_reference(directory: Path, *, dtype: torch.dtype = torch.float32) -> Pr
     codes, state = load_codes(directory), load_float_state(directory)
     model = _build_model(read_config(directory), "cpu", dtype)
     own = model.state_dict()
+    codes = _with_tied(codes, model.all_tied_weights_keys)
     given = codes.keys() | state.keys()
     odd = sorted((own.keys() - given - model.all_tied_weights_keys.keys()) | (given - own.keys()))
     if odd:
@@ -276,6 +328,12 @@ def load_reference(directory: Path, *, dtype: torch.dtype = torch.float32) -> Pr
         own[name].copy_(codes[name].dequantize(dtype) if name in codes else state[name])
     model.eval()
     return model
+
+
+def _with_tied(
+    codes: dict[str, QuantizedWeight], tied: Mapping[str, str]
+) -> dict[str, QuantizedWeight]:
+    return codes | {name: codes[source] for name, source in tied.items() if source in codes}
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
