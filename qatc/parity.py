@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from qatc import packing
 from qatc.errors import ParityError
 from qatc.export import load_float_state, load_reference, read_metadata, read_recipe
-from qatc.export.directory import digest_of, read_specs
+from qatc.export.directory import digest_of, read_stored
 from qatc.local_parity import compare_layers, distance
 from qatc.ops import quantize
 from qatc.passes.lower_linear import PACKED, SCALE
@@ -164,7 +164,8 @@ def _stored(
 ) -> Check:
     """What the loaded model holds, by the digests taken when it was written, or by the masters."""
     held = dict(model.state_dict(keep_vars=True)) | dict(model.named_buffers())
-    wrong, specs = [], read_specs(directory)
+    wrong = []
+    specs = {name: spec for name, (spec, _) in read_stored(directory).items()}
     for name, digest in metadata["digests"].items():
         packed = held.get(name + PACKED)
         if packed is None:

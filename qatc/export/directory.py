@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,8 @@ from qatc.export import compressed_tensors
 from qatc.export.codes import QuantizedWeight
 from qatc.files import complete_directory, read_json, refuse_existing, write_json
 from qatc.recipe import Recipe
-from qatc.spec import QuantSpec
-from qatc.vocabulary import are_tied, find_ends, untie
+from qatc.spec import FLOAT_BITS, QuantSpec
+from qatc.vocabulary import End, are_tied, find_ends, untie
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -59,6 +60,7 @@ def write_model(
     generation_config: GenerationConfig | None = None,
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    portable: bool = False,
 ) -> None:
     """Write a quantized model into an empty directory (see the module's table).
 
@@ -73,25 +75,34 @@ def write_model(
         metadata: further entries of ``qatc.json``, as plain data.
         generation_config, tokenizer: saved beside the model, if given.
         max_shard_bytes: larger models are split into files of this size.
+        portable: store the codes of head and embedding where transformers finds them, which takes
+            more space: those of a tied weight twice, and those of the table a byte each. Otherwise
+            such a model is for :func:`qatc.load` alone, and says so to others.
 
     Raises:
-        ConfigError: a quantized weight is tied, or its layer is no ``torch.nn.Linear``.
+        ConfigError: a quantized weight is tied to another than the head's or the embedding's, or
+            its module is neither a linear nor an embedding.
         CheckpointError: the weights cannot be written.
     """
     specs = (recipe.weights, recipe.head, recipe.embedding)
     assert all(weight.spec in specs for weight in weights.values()), "another recipe's"
     # Without storage: tells the linear layers and the tied weights by their names.
     skeleton = _build_model(config, "meta", torch.float32)
-    ties = dict(skeleton.all_tied_weights_keys)
-    ends = find_ends(skeleton)
-    if are_tied(ends) and sum(end.weight in weights for end in ends) == 1:
+    ends, ties = find_ends(skeleton), dict(skeleton.all_tied_weights_keys)
+    as_codes = [getattr(recipe, end.role).quantizes for end in ends]
+    if are_tied(ends) and any(as_codes) and (portable or not all(as_codes)):
+        weights = _with_tied(weights, ties) if all(as_codes) else weights
         config, ties = copy.deepcopy(config), {}
         untie(config)
     tensors = _drop_tied(state, weights, ties)
     weights = _drop_tied_codes(weights, ties)
+    layouts = {name: compressed_tensors.layout_of(w.spec) for name, w in weights.items()}
+    tables = [e.weight for e in ends if e.role == "embedding" and e.weight in weights]
+    if portable:  # transformers finds no packed codes in an embedding
+        layouts |= dict.fromkeys(tables, compressed_tensors.PLAIN)
     floats = [value for value in tensors.values() if value.is_floating_point()]
     dtype = max(floats, key=Tensor.numel).dtype if floats else torch.float32
-    tensors |= compressed_tensors.pack(weights, dtype=dtype)
+    tensors |= compressed_tensors.pack(weights, dtype=dtype, layouts=layouts)
 
     plain_config = json.loads(config.to_json_string())
     plain_config.pop("quantization_config", None)
@@ -101,11 +112,7 @@ def write_model(
         plain_config["quantization_config"] = compressed_tensors.quantization_config(
             recipe,
             compressed_tensors.find_float_linears(skeleton, weights),
-            {
-                end.name: (weights[end.weight].spec, end.role == "head")
-                for end in ends
-                if end.weight in weights
-            },
+            _declared_ends(ends, weights, layouts, recipe, are_tied(ends) and bool(ties)),
         )
     write_json(directory / "config.json", dict(sorted(plain_config.items())))
     if generation_config is not None:
@@ -114,15 +121,18 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     _write_tensors(directory, tensors, max_shard_bytes)
-    layouts = {compressed_tensors.layout_of(weight.spec) for weight in weights.values()}
-    layout = compressed_tensors.joined(layouts) if weights else "float"
+    layout = compressed_tensors.joined(layouts.values()) if weights else "float"
     digests = {name: digest_of(w.codes, w.scale) for name, w in sorted(weights.items())}
-    packed = {key for n, w in weights.items() for key in compressed_tensors.tensor_names(n, w.spec)}
+    packed = {k for n, own in layouts.items() for k in compressed_tensors.tensor_names(n, own)}
     floats_stored = {n: digest_of(t) for n, t in sorted(tensors.items()) if n not in packed}
     own = (
         *(FORMAT_VERSION, layout, recipe.to_dict(), sorted(weights)),
         *(digests, floats_stored),
-        {n: asdict(w.spec) for n, w in sorted(weights.items()) if w.spec != recipe.weights},
+        {
+            end.weight: asdict(weights[end.weight].spec) | {"layout": layouts[end.weight]}
+            for end in ends
+            if end.weight in weights
+        },
     )
     write_json(directory / "qatc.json", {**metadata, **dict(zip(_OWN_KEYS, own, strict=True))})
 
@@ -146,6 +156,25 @@ def _build_model(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> P
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
+
+
+def _declared_ends(
+    ends: list[End],
+    weights: Mapping[str, QuantizedWeight],
+    layouts: Mapping[str, str],
+    recipe: Recipe,
+    tied: bool,
+) -> dict[str, tuple[QuantSpec, QuantSpec, str]]:
+    """What ``config.json`` says of head and embedding: spec of weight and input, and layout."""
+    found = {}
+    for end in ends:
+        if end.weight in weights:
+            inputs = recipe.activations if end.role == "head" else QuantSpec(FLOAT_BITS)
+            layout = layouts[end.weight]
+            if tied or (end.role == "embedding" and layout != compressed_tensors.PLAIN):
+                layout = compressed_tensors.OWN_LAYOUT
+            found[end.name] = (weights[end.weight].spec, inputs, layout)
+    return found
 
 
 def _drop_tied_codes(
@@ -250,23 +279,31 @@ def load_codes(directory: Path) -> dict[str, QuantizedWeight]:
     Raises:
         CheckpointError: as :func:`read_metadata`, or a weight file or tensor is missing or damaged.
     """
-    tensors, specs = _read_tensors(directory, quantized=True), read_specs(directory)
+    tensors, stored = _read_tensors(directory, quantized=True), read_stored(directory)
     found: dict[str, QuantizedWeight] = {}
-    for spec in set(specs.values()):
-        names = [n for n in specs if specs[n] == spec]
-        own = {key for name in names for key in compressed_tensors.tensor_names(name, spec)}
-        found |= compressed_tensors.unpack({k: t for k, t in tensors.items() if k in own}, spec)
-    return {name: found[name] for name in specs}
+    for name, (spec, layout) in stored.items():
+        own = compressed_tensors.tensor_names(name, layout)
+        found |= compressed_tensors.unpack({key: tensors[key] for key in own}, spec, layout)
+    return found
 
 
-def read_specs(directory: Path) -> dict[str, QuantSpec]:
-    """How each stored weight is quantized, by name; raises as :func:`read_metadata`."""
+def read_stored(directory: Path) -> dict[str, tuple[QuantSpec, str]]:
+    """How each stored weight is quantized, and its layout, by name.
+
+    Raises:
+        CheckpointError: as :func:`read_metadata`.
+    """
     metadata, weights = read_metadata(directory), read_recipe(directory).weights
+    stored = {
+        name: (weights, compressed_tensors.layout_of(weights)) for name in metadata["quantized"]
+    }
     try:
-        others = {name: QuantSpec(**spec) for name, spec in metadata["specs"].items()}
-    except (ConfigError, TypeError, AttributeError) as error:
+        for name, plain in metadata["specs"].items():
+            layout = str(plain.pop("layout"))
+            stored[name] = (QuantSpec(**plain), layout)
+    except (ConfigError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{directory / 'qatc.json'}: {error}") from error
-    return {name: others.get(name, weights) for name in metadata["quantized"]}
+    return stored
 
 
 def load_float_state(directory: Path) -> dict[str, Tensor]:
@@ -275,8 +312,10 @@ def load_float_state(directory: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(directory: Path, *, quantized: bool) -> dict[str, Tensor]:
-    specs = read_specs(directory)
-    expected = {k for n, spec in specs.items() for k in compressed_tensors.tensor_names(n, spec)}
+    stored = read_stored(directory)
+    expected = {
+        k for n, (_, own) in stored.items() for k in compressed_tensors.tensor_names(n, own)
+    }
     paths = [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.exists():
@@ -331,9 +370,10 @@ def load_reference(directory: Path, *, dtype: torch.dtype = torch.float32) -> Pr
 
 
 def _with_tied(
-    codes: dict[str, QuantizedWeight], tied: Mapping[str, str]
+    codes: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
 ) -> dict[str, QuantizedWeight]:
-    return codes | {name: codes[source] for name, source in tied.items() if source in codes}
+    """The weights under the names of all that are tied to them as well."""
+    return {**codes, **{name: codes[s] for name, s in tied.items() if s in codes}}
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -348,7 +388,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
-FORMATS: dict[str, Callable[..., None]] = {"compressed-tensors": write_model}
+FORMATS: dict[str, Callable[..., None]] = {
+    "compressed-tensors": partial(write_model, portable=True)
+}
 """Writers of an empty directory by the name of the format, called as :func:`write_model` is."""
 
 
