@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from qatc import packing
+from qatc.end_parity import compare_ends
 from qatc.errors import ParityError
 from qatc.export import load_float_state, load_reference, read_metadata, read_recipe
 from qatc.export.directory import digest_of, read_stored
@@ -139,6 +140,7 @@ def verify(
     ids = _write_text(lowered, device)
     with torch.no_grad():
         checks += _local(reference, lowered, recipe, ids[:LOCAL_ROWS])
+        checks += _ends(reference, lowered, ids[:LOCAL_ROWS])
         checks += _global(reference, lowered, recipe, ids, _allowed_kl(metadata))
         restore(reference)  # a prepared model is a cycle, which would live on
         del reference
@@ -229,6 +231,16 @@ def _local(reference: Any, lowered: Any, recipe: Recipe, ids: Tensor) -> list[Ch
             worst = max(d.figure for d in mine)
             checks.append(Check("local", what, worst, limit, wrong[0] if wrong else None))
     return checks
+
+
+def _ends(reference: Any, lowered: Any, ids: Tensor) -> list[Check]:
+    found = list(compare_ends(reference, lowered, ids))
+    if not found:
+        return []
+    wrong = [place for place, figure in found if not figure <= LOCAL_LIMIT]
+    worst = max(figure for _, figure in found)
+    what = "the output of the quantized head or embedding, relative to its largest"
+    return [Check("local", what, worst, LOCAL_LIMIT, wrong[0] if wrong else None)]
 
 
 def _kl(one: Tensor, other: Tensor) -> float:

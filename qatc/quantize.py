@@ -41,6 +41,7 @@ from qatc.report import write_report
 from qatc.runtime import load
 from qatc.settings import QuantizeConfig, begin_run, check_run
 from qatc.usage import kernel_report, memory
+from qatc.vocabulary import tying_note
 
 GENERATED = "generated"
 """Name of the held-out generated text in the figures."""
@@ -175,6 +176,8 @@ class _Run:
             obstacle = why_no_integer_forward(recipe, torch.device(self.device))
             self.observer.note(f"linears computed in float: {obstacle or 'as asked'}")
         self.quantized = quantized_specs(self.student)
+        if (note := tying_note(self.student, recipe)) is not None:
+            self.observer.note(note)
         if not self.config.train_embeddings:
             _share_embeddings(self.student, self.teacher.model)
 

@@ -12,7 +12,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from qatc.errors import ConfigError
@@ -143,11 +142,3 @@ def untie(config: Any) -> None:
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         if hasattr(part, "tie_word_embeddings"):
             part.tie_word_embeddings = False
-
-
-def vocabulary_bytes(model: nn.Module, width: int) -> int:
-    """Bytes of embedding and head at ``width`` bytes a value, a tied weight once."""
-    weights: dict[int, torch.Tensor] = {
-        id(end.module.weight): end.module.weight for end in find_ends(model)
-    }
-    return sum(weight.numel() for weight in weights.values()) * width

@@ -50,6 +50,7 @@ LAYERS = {
     "qatc.checkpoint": 5,
     "qatc.data": 5,
     "qatc.distill": 5,
+    "qatc.end_parity": 5,
     "qatc.evaluate": 5,
     "qatc.export": 5,
     "qatc.generate": 5,
