@@ -30,6 +30,7 @@ def export(
         terminal.quiet_libraries()
         from qatc.errors import PassError
         from qatc.export import export as run
+        from qatc.export import loads_elsewhere
         from qatc.parity import verify
 
         def check(directory: Path) -> None:
@@ -39,6 +40,12 @@ def export(
                 terminal.err.print(f"not verified, as it does not run on integers: {error}")
 
         written = run(source, output, format=format, overwrite=overwrite, verify=check)
+        if not loads_elsewhere(source):
+            terminal.err.print(
+                "the codes of head and embedding are stored apart and a byte each, as transformers"
+                " reads them: larger than the source, the same values",
+                highlight=False,
+            )
     if json:
         terminal.print_json({"output": str(written), "format": format})
         return

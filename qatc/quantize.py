@@ -23,7 +23,7 @@ from qatc.distill import Distiller, StepMetrics
 from qatc.errors import ConfigError, PassError
 from qatc.evaluate import Metrics, evaluate
 from qatc.export.codes import QuantizedWeight
-from qatc.export.directory import write_model
+from qatc.export.directory import loads_elsewhere, write_model
 from qatc.files import complete_directory, read_json, refuse_existing, write_json
 from qatc.generate import generate_corpus
 from qatc.models import LoadedModel, load_config, load_model, load_tokenizer
@@ -260,6 +260,11 @@ class _Run:
         config = self.config
         with complete_directory(config.output, overwrite=config.overwrite) as staging:
             masters = self._write_student(staging, metadata)
+            if not loads_elsewhere(staging):
+                self.observer.note(
+                    "head and embedding are stored as qatc alone loads them; for transformers:"
+                    " qatc export"
+                )
             shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
             del self.teacher, self.student
             release_memory(self.device)  # two more models are about to be loaded

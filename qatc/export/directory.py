@@ -306,6 +306,17 @@ def read_stored(directory: Path) -> dict[str, tuple[QuantSpec, str]]:
     return stored
 
 
+def loads_elsewhere(directory: Path) -> bool:
+    """Whether runtimes that read compressed-tensors can load this output as it is.
+
+    They cannot where the codes of a head or an embedding are stored as only :func:`qatc.load`
+    reads them; :func:`export` writes a form that they can.
+    """
+    config = _read_mapping(directory / "config.json").get("quantization_config") or {}
+    groups = dict(config.get("config_groups", {})).values()
+    return all(group["format"] != compressed_tensors.OWN_LAYOUT for group in groups)
+
+
 def load_float_state(directory: Path) -> dict[str, Tensor]:
     """The tensors that are not quantized, as stored; raises as :func:`load_codes`."""
     return _read_tensors(directory, quantized=False)
