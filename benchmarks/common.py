@@ -55,12 +55,12 @@ def display_path(path: str) -> str:
 def random_output(directory: Path, recipe: Any, model: Any) -> Path:
     """An output as ``qatc quantize`` writes it, of a model that was only rounded."""
     from qatc.export import QuantizedWeight, write_model
-    from qatc.preparation import prepare, quantized_parameters, restore
+    from qatc.preparation import prepare, quantized_specs, restore
 
     prepare(model, recipe, compile=False)
     state = model.state_dict()
-    names = quantized_parameters(model) if recipe.weights.quantizes else []
-    weights = {name: QuantizedWeight.from_float(state[name], recipe.weights) for name in names}
+    specs = quantized_specs(model)
+    weights = {name: QuantizedWeight.from_float(state[name], spec) for name, spec in specs.items()}
     restore(model)
     directory.mkdir(parents=True)
     write_model(

@@ -9,6 +9,7 @@ import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
+from qatc.errors import ConfigError
 
 
 def evaluate(
@@ -27,6 +28,8 @@ def evaluate(
         str | None,
         typer.Option(help="Round a full-precision model to these bits.", show_default=False),
     ] = None,
+    head_bits: options.HeadBits = None,
+    embedding_bits: options.EmbeddingBits = None,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, at most.")] = 65_536,
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
@@ -46,7 +49,13 @@ def evaluate(
     from qatc.cli import terminal
 
     with readable_errors():
-        recipe = None if bits is None else options.build_recipe(bits, None)
+        recipe = None
+        if bits is not None:
+            recipe = options.build_recipe(
+                bits, None, head_bits=head_bits, embedding_bits=embedding_bits
+            )
+        elif head_bits is not None or embedding_bits is not None:
+            raise ConfigError("--head-bits and --embedding-bits need --bits beside them")
         terminal.quiet_libraries()
         from qatc.assess import AssessConfig, assess
 

@@ -31,6 +31,7 @@ def export(
         terminal.quiet_libraries()
         from qatc.errors import PassError
         from qatc.export import export as run
+        from qatc.export import loads_elsewhere
         from qatc.parity import verify
 
         def check(directory: Path) -> None:
@@ -47,6 +48,12 @@ def export(
             verify=check,
             trust_remote_code=trust_remote_code,
         )
+        if not loads_elsewhere(source):
+            terminal.err.print(
+                "the codes of head and embedding are stored apart and a byte each, as transformers"
+                " reads them: larger than the source, the same values",
+                highlight=False,
+            )
     if json:
         terminal.print_json({"output": str(written), "format": format})
         return

@@ -33,6 +33,8 @@ def inspect(
     kv_site: options.KVSite = None,
     skip: options.Skip = None,
     target: options.Target = None,
+    head_bits: options.HeadBits = None,
+    embedding_bits: options.EmbeddingBits = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -55,7 +57,9 @@ def inspect(
             return
         if model is None:
             raise ConfigError("say what to inspect: --model MODEL, or OUTPUT --kernels")
-        chosen = options.build_recipe(bits, recipe, group_size, kv_site, skip, target)
+        chosen = options.build_recipe(
+            bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits
+        )
         terminal.quiet_libraries()
         from qatc.inspect import inspect_model
 
@@ -90,6 +94,8 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
     table = [["bytes", "bf16", "held", "ratio"]]
     if held.bf16_quantized:
         table.append(_line("quantized linears", held.bf16_quantized, held.quantized))
+    if held.bf16_ends:
+        table.append(_line("quantized head and embedding", held.bf16_ends, held.ends))
     table.append(_line("KV cache, per token", held.bf16_cache_per_token, held.cache_per_token))
     terminal.print_table(table)
 
@@ -103,7 +109,8 @@ def _render(plan: Plan) -> None:
             scales = f"per {site.group_size} values" if site.group_size else _row(site)
             shape = " x ".join(map(str, site.shape))
             rows.append([site.kind, site.where, shape, str(site.bits), scales])
-        title = f"{len(kind.layers)} x {kind.name}: {kind.layers[0]} to {kind.layers[-1]}"
+        first, last = kind.layers[0], kind.layers[-1]
+        title = f"{len(kind.layers)} x {kind.name}: {first}{'' if first == last else f' to {last}'}"
         terminal.print_table(rows, title)
         passes = [["pass", "options", "matched", "edited"]]
         for record in kind.passes:
@@ -124,6 +131,7 @@ def _render(plan: Plan) -> None:
         [
             ["estimate", "full precision", plan.bits, "ratio"],
             _line("checkpoint, GB", *plan.size_gb),
+            _line("of it head and embedding, GB", *plan.ends_gb),
             _line("KV cache, bytes per token", *plan.kv_bytes_per_token),
             _line("OPs = MACs x W bits x A bits at length 2048, 1e12", before / 1e12, after / 1e12),
         ]
@@ -134,6 +142,8 @@ def _row(site: Site) -> str:
     """What one scale is for, where there are no groups."""
     if site.kind == "weight":
         return "per output channel"
+    if site.kind == "embedding":
+        return "per row of the table"
     return "per token and head" if len(site.shape) == 4 else "per token"
 
 

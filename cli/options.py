@@ -51,6 +51,23 @@ Skip = Annotated[
         show_default=False,
     ),
 ]
+HeadBits = Annotated[
+    int | None,
+    typer.Option(
+        "--head-bits",
+        help="Bits of the output head (lm_head): 2 to 8. Default: 16, for none.",
+        show_default=False,
+    ),
+]
+EmbeddingBits = Annotated[
+    int | None,
+    typer.Option(
+        "--embedding-bits",
+        help="Bits of the token embedding: 2 to 8. Where it is tied to the head, give both the"
+        " same, and the weight is stored once. Default: 16, for none.",
+        show_default=False,
+    ),
+]
 Target = Annotated[
     str | None,
     typer.Option(
@@ -86,6 +103,8 @@ def build_recipe(
     kv_site: str | None = None,
     skip: list[str] | None = None,
     target: str | None = None,
+    head_bits: int | None = None,
+    embedding_bits: int | None = None,
 ) -> Recipe:
     """The recipe that the options describe."""
     if recipe is not None:
@@ -96,7 +115,8 @@ def build_recipe(
             "--skip": skip,
         }
         given["--target"] = target
-        clashing = [name for name, value in given.items() if value]
+        given |= {"--head-bits": head_bits, "--embedding-bits": embedding_bits}
+        clashing = [name for name, value in given.items() if value not in (None, [])]
         if clashing:
             raise ConfigError(
                 f"--recipe says it all; leave out {', '.join(clashing)} or change the file"
@@ -104,6 +124,8 @@ def build_recipe(
         return Recipe.from_yaml(recipe)
     changes: dict[str, Any] = {} if kv_site is None else {"kv_site": kv_site}
     changes |= {} if target is None else {"target": target}
+    own = {"head_bits": head_bits, "embedding_bits": embedding_bits}
+    changes |= {name: value for name, value in own.items() if value is not None}
     patterns = DEFAULT_SKIP + tuple(skip or ())
     return Recipe.from_bits(bits or "4-8-4", group_size=group_size, skip=patterns, **changes)
 

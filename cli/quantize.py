@@ -25,6 +25,8 @@ def quantize(
     kv_site: options.KVSite = None,
     skip: options.Skip = None,
     target: options.Target = None,
+    head_bits: options.HeadBits = None,
+    embedding_bits: options.EmbeddingBits = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -94,7 +96,9 @@ def quantize(
     from qatc.cli import terminal
 
     with readable_errors("interrupted; the same command goes on from the last checkpoint"):
-        chosen = options.build_recipe(bits, recipe, group_size, kv_site, skip, target)
+        chosen = options.build_recipe(
+            bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits
+        )
         greedy = options.parse_range(greedy_tokens)
         if output is None:
             output = Path(f"{Path(model).resolve().name}-{chosen.bits}")

@@ -6,9 +6,11 @@ pass                    what it does
 Canonicalize            one spelling for the matchers: asserts dropped, repeated heads folded
 QuantizeLinearInputs    fake-quant nodes on the inputs of linears, one scale per token
 QuantizeWeights         fake-quant nodes on weights, one scale per output channel or group
+QuantizeEmbeddings      fake-quant nodes behind lookups in a table, one scale per row
 QuantizeKV              fake-quant nodes on keys and values, one scale per token and head
 UseIntegerForward       quantized linears on int8 codes with an exact product, differentiable
 LowerLinear             linears on packed codes, by the fastest exact kernel
+LowerEmbedding          lookups of packed codes
 InsertKVCache           attention that writes to, and reads from, a preallocated KV cache
 ======================  ===========================================================================
 
@@ -20,7 +22,9 @@ InsertKVCache           attention that writes to, and reads from, a preallocated
 from qatc.passes.base import Edits, GraphPass, PassRecord, Pipeline, pass_records
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.insert_kv_cache import InsertKVCache
+from qatc.passes.lower_embedding import LowerEmbedding
 from qatc.passes.lower_linear import LowerLinear
+from qatc.passes.quantize_embeddings import QuantizeEmbeddings
 from qatc.passes.quantize_kv import QuantizeKV
 from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs
 from qatc.passes.quantize_weights import QuantizeWeights
@@ -31,9 +35,11 @@ __all__ = [
     "Edits",
     "GraphPass",
     "InsertKVCache",
+    "LowerEmbedding",
     "LowerLinear",
     "PassRecord",
     "Pipeline",
+    "QuantizeEmbeddings",
     "QuantizeKV",
     "QuantizeLinearInputs",
     "QuantizeWeights",

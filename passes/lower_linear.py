@@ -47,7 +47,7 @@ class LowerLinear(GraphPass):
         lowered = [site for site in sites if site is not None]
         for site in lowered:
             if site["weight"] not in replaced:
-                replaced[site["weight"]] = _add_inputs(gm, site)
+                replaced[site["weight"]] = add_packed_inputs(gm, site["weight"], site["weights"])
             self._replace(gm, site, *replaced[site["weight"]])
         gm.graph.eliminate_dead_code()
         for weight in replaced:
@@ -96,11 +96,11 @@ def _site(node: Node) -> dict[str, Any] | None:
         quantizer = quantizer_of(node.args[1])  # type: ignore[arg-type]
         if quantizer is None:
             return None
-        weights, weight = _spec_of(quantizer), quantizer.args[0]
+        weights, weight = spec_of(quantizer), quantizer.args[0]
         x, activations = node.args[0], QuantSpec(16)
         before = quantizer_of(x)  # type: ignore[arg-type]
         if before is not None and not argument(before, 2, "group_size", 0):
-            x, activations = before.args[0], _spec_of(before)
+            x, activations = before.args[0], spec_of(before)
     assert isinstance(weight, Node)
     if weight.op != "placeholder" or parameter_name(weight) is None:
         raise PassError(
@@ -113,7 +113,8 @@ def _site(node: Node) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _spec_of(node: Node) -> QuantSpec:
+def spec_of(node: Node) -> QuantSpec:
+    """The spec of a fake-quant node."""
     return QuantSpec(
         node.args[1],  # type: ignore[arg-type]
         argument(node, 2, "group_size", 0) or None,
@@ -121,8 +122,8 @@ def _spec_of(node: Node) -> QuantSpec:
     )
 
 
-def _add_inputs(gm: GraphModule, site: dict[str, Any]) -> tuple[Node, Node]:
-    weight, spec = site["weight"], site["weights"]
+def add_packed_inputs(gm: GraphModule, weight: Node, spec: QuantSpec) -> tuple[Node, Node]:
+    """Graph inputs for the packed codes and the scales of ``weight``, a graph input itself."""
     outputs, inputs = (int(size) for size in shape_of(weight))
     value = weight.meta["val"]
     dtype = torch.int8 if spec.bits == 8 else torch.uint8

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from qatc.errors import CaptureError
@@ -81,13 +81,30 @@ class Template:
         nodes = (n for n in self.graph_module.graph.nodes if n.op == "placeholder")
         self.parameters = tuple(n.meta["parameter"] for n in nodes if "parameter" in n.meta)
 
-    def keeps_shape(self) -> bool:
-        """Whether the only result is shaped like the first input."""
+    def empty_result(self, leaves: Sequence[Any]) -> Tensor | None:
+        """A tensor shaped like the result of a call, computed from nothing.
+
+        Returns:
+            The first input where the result is shaped like it, as that of a decoder layer is, and
+            else zeros; None unless the result is one tensor whose sizes are numbers or sizes of
+            the inputs.
+        """
         output = next(n for n in self.graph_module.graph.nodes if n.op == "output")
-        results = [n.meta.get("val") for n in output.all_input_nodes]
-        if len(results) != 1 or not isinstance(results[0], Tensor):
-            return False
-        return tuple(_size(s) for s in results[0].shape) == self.shapes[0]
+        results: Any = output.args[0]
+        value = results[0].meta.get("val") if isinstance(results[0], Node) else None
+        if len(results) != 1 or not isinstance(value, Tensor):
+            return None
+        shape, tensors = [_size(s) for s in value.shape], [leaves[i] for i in self.inputs]
+        if tuple(shape) == self.shapes[0]:
+            first: Tensor = tensors[0]
+            return first
+        known: dict[int | str, int] = {}
+        for tensor, names in zip(tensors, self.shapes, strict=True):
+            known |= dict(zip(names, tensor.shape, strict=True))
+        sizes = [size if isinstance(size, int) else known.get(size) for size in shape]
+        if None in sizes:
+            return None
+        return torch.zeros(sizes, dtype=value.dtype, device=tensors[0].device)  # type: ignore[arg-type]
 
     def __call__(
         self, parameters: Sequence[Tensor], leaves: Sequence[Any], extra: Sequence[Tensor] = ()

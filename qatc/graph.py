@@ -23,6 +23,7 @@ from qatc import integer, ops
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
+EMBEDDING = aten.embedding.default
 ATTENTION = aten.scaled_dot_product_attention.default
 
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.detach.default, aten.alias.default)
@@ -164,6 +165,31 @@ def _keeps_scores(node: Node) -> bool:
     """Whether a node only rescales, reshapes or masks the scores that it reads."""
     name = str(node.target).removeprefix("aten.")
     return node.op == "call_function" and name in _SCORE_OPS
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A lookup: the rows of ``weight [V, K]`` that integers name."""
+
+    node: Node
+    parameter: str
+    """Name of the table, relative to the captured module."""
+
+    @property
+    def readers(self) -> list[Node]:
+        """The fake-quant nodes that read the rows."""
+        return [user for user in self.node.users if is_fake_quantize(user)]
+
+
+def find_embeddings(gm: GraphModule) -> list[Embedding]:
+    """All lookups in a table that is a parameter, in graph order."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is EMBEDDING:
+            name = parameter_name(as_node(node.args[0]))
+            if name is not None:
+                found.append(Embedding(node, name))
+    return found
 
 
 def find_attentions(gm: GraphModule) -> list[Attention]:

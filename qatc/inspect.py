@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatc.capture import Template
 from qatc.device import pick_device
 from qatc.graph import (
     find_attentions,
+    find_embeddings,
     find_linears,
     find_routers,
     is_fake_quantize,
@@ -24,10 +26,12 @@ from qatc.passes import pass_records
 from qatc.preparation import (
     prepare,
     prepared_state,
-    quantized_parameters,
+    quantized_specs,
     why_no_integer_forward,
 )
 from qatc.recipe import Recipe
+from qatc.spec import FLOAT_BITS, QuantSpec
+from qatc.vocabulary import find_ends
 
 PAPER_LENGTH = 2048
 """Sequence length at which the paper counts operations."""
@@ -38,7 +42,7 @@ class Site:
     """One fake-quant node of a layer kind.
 
     Attributes:
-        kind: ``weight``, ``input``, ``key`` or ``value``.
+        kind: ``weight``, ``input``, ``key``, ``value`` or ``embedding`` (rows of a table).
         where: the weight, or the weights that read the input.
         shape: sizes, with B and T for batch and sequence.
         bits: how many.
@@ -76,10 +80,11 @@ class Plan:
     Attributes:
         model: name.
         bits: weights-activations-KV.
-        kinds: the layer kinds.
+        kinds: the layer kinds; head and embedding, where they are quantized, at the end.
         skipped: weight in full precision -> why.
         parameters: how many, tied ones once.
         size_gb: 10^9 bytes of the checkpoint: before, after.
+        ends_gb: 10^9 bytes that head and embedding take of it: before, after.
         kv_bytes_per_token: bytes of KV cache per token over all layers: before, after (codes and
             bf16 scales).
         training: how the quantized linears would be computed in training on this machine.
@@ -94,6 +99,7 @@ class Plan:
     skipped: dict[str, str]
     parameters: int
     size_gb: tuple[float, float]
+    ends_gb: tuple[float, float]
     kv_bytes_per_token: tuple[float, float]
     operations: tuple[float, float]
     training: str
@@ -118,16 +124,20 @@ def inspect_model(name: str, recipe: Recipe, *, trust_remote_code: bool = False)
     for forward in prepared.forwards:
         for template in prepared.store.of(forward):
             groups.setdefault(id(template), (template, []))[1].append(forward.name)
-    quantized = set(quantized_parameters(model)) if recipe.weights.quantizes else set()
-    kinds = tuple(_kind(model, template, names) for template, names in groups.values())
+    quantized = quantized_specs(model)
+    kinds = [_kind(model, template, names) for template, names in groups.values()]
+    for end, forward in prepared.ends:
+        kinds += [_kind(model, template, [end.name]) for template in forward.store.of(forward)]
     width = skeleton.dtype.itemsize
+    ends_gb = _end_sizes(model, recipe, width)
     return Plan(
         model=name,
         bits=recipe.bits,
-        kinds=kinds,
+        kinds=tuple(kinds),
         skipped=_skipped(model, recipe, quantized, _routers(groups)),
         parameters=sum(p.numel() for p in model.parameters()),
-        size_gb=_sizes(model, recipe, quantized, width),
+        size_gb=_sizes(model, quantized, width, ends_gb),
+        ends_gb=ends_gb,
         kv_bytes_per_token=_kv_bytes(groups, recipe, width),
         operations=_operations(model, groups, recipe, quantized),
         training=_training(recipe),
@@ -152,7 +162,7 @@ def _kind(model: nn.Module, template: Template, layers: list[str]) -> LayerKind:
         node_shape = shape_of(node)
         shape = tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in node_shape)
         sites.append(Site(kind, where, shape, int(node.args[1]), node.kwargs["group_size"]))
-    order = {"input": 0, "weight": 1, "key": 2, "value": 3}
+    order = {"input": 0, "weight": 1, "key": 2, "value": 3, "embedding": 4}
     sites.sort(key=lambda site: order[site.kind])
     records = tuple(asdict(record) for record in pass_records(gm))
     name = type(model.get_submodule(layers[0])).__name__
@@ -168,6 +178,9 @@ def _role(node: torch.fx.Node) -> tuple[str, str]:
     own = parameter_name(node)
     if own is not None:
         return "weight", own
+    for embedding in find_embeddings(gm):
+        if embedding.node is source:
+            return "embedding", embedding.parameter
     readers = [linear.parameter for linear in find_linears(gm) if linear.input is node]
     if readers:
         return "input", ", ".join(reader.removesuffix(".weight") for reader in readers)
@@ -196,7 +209,7 @@ def _feeds_value(node: torch.fx.Node) -> bool:
 
 
 def _skipped(
-    model: nn.Module, recipe: Recipe, quantized: set[str], routers: set[str]
+    model: nn.Module, recipe: Recipe, quantized: Collection[str], routers: set[str]
 ) -> dict[str, str]:
     reasons = {}
     for name, parameter in model.named_parameters():
@@ -229,19 +242,38 @@ def _routers(groups: dict[int, tuple[Template, list[str]]]) -> set[str]:
 
 
 def _sizes(
-    model: nn.Module, recipe: Recipe, quantized: set[str], width: int
+    model: nn.Module,
+    quantized: Mapping[str, QuantSpec],
+    width: int,
+    ends_gb: tuple[float, float],
 ) -> tuple[float, float]:
     before = after = 0.0
-    stored = 4 if recipe.weights.bits <= 4 else 8
+    ends = {id(end.module.weight) for end in find_ends(model)}
     for name, parameter in model.named_parameters():
-        before += parameter.numel() * width
-        if name in quantized:
-            rows, columns = parameter.shape
-            groups = columns // (recipe.weights.group_size or columns)
-            after += parameter.numel() * stored / 8 + rows * groups * width
-        else:
-            after += parameter.numel() * width
-    return before / 1e9, after / 1e9
+        if id(parameter) not in ends:
+            before += parameter.numel() * width
+            after += _stored_bytes(parameter, quantized.get(name), width)
+    return before / 1e9 + ends_gb[0], after / 1e9 + ends_gb[1]
+
+
+def _end_sizes(model: nn.Module, recipe: Recipe, width: int) -> tuple[float, float]:
+    """10^9 bytes of head and embedding: a tied weight once for each form that is stored of it."""
+    before: dict[int, float] = {}
+    after: dict[tuple[int, QuantSpec], float] = {}
+    for end in find_ends(model):
+        weight, spec = end.module.weight, getattr(recipe, end.role)
+        before[id(weight)] = weight.numel() * width
+        after[id(weight), spec] = _stored_bytes(weight, spec, width)
+    return sum(before.values()) / 1e9, sum(after.values()) / 1e9
+
+
+def _stored_bytes(weight: Tensor, spec: QuantSpec | None, width: int) -> float:
+    """Bytes of a weight as it is written, scales included."""
+    if spec is None or not spec.quantizes:
+        return weight.numel() * width
+    rows, columns = weight.shape
+    groups = columns // (spec.group_size or columns)
+    return weight.numel() * (4 if spec.bits <= 4 else 8) / 8 + rows * groups * width
 
 
 def _kv_bytes(
@@ -265,7 +297,7 @@ def _operations(
     model: nn.Module,
     groups: dict[int, tuple[Template, list[str]]],
     recipe: Recipe,
-    quantized: set[str],
+    quantized: Collection[str],
 ) -> tuple[float, float]:
     before = after = 0.0
     for template, layers in groups.values():
@@ -286,5 +318,6 @@ def _operations(
     if head is not None:
         macs = head.weight.numel() * PAPER_LENGTH
         before += macs * 16 * 16
-        after += macs * 16 * 16
+        input_bits = recipe.activations.bits if recipe.head.quantizes else FLOAT_BITS
+        after += macs * recipe.head.bits * input_bits
     return before, after

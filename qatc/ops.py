@@ -170,7 +170,7 @@ def _tag_compiled_code() -> None:
     A compiled graph is found again on disk by its nodes, and a node names an op, not its body: a
     kernel of an older body would be served without a word.
     """
-    bodies = ("integer", "kernels", "kv_cache", "packing", "products")
+    bodies = ("embedding", "integer", "kernels", "kv_cache", "packing", "products")
     folder = Path(spec_module.__file__).parent
     sources = (Path(__file__), Path(spec_module.__file__), *(folder / f"{b}.py" for b in bodies))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

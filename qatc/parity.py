@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 from qatc import packing
 from qatc.checks import Check, ParityReport
+from qatc.end_parity import compare_ends
 from qatc.errors import ParityError
 from qatc.export import load_float_state, load_reference, read_metadata, read_recipe
-from qatc.export.directory import digest_of
+from qatc.export.directory import digest_of, read_stored
 from qatc.global_parity import Texts, exact_sums, score
-from qatc.local_parity import compare_in_float, compare_on_integers
+from qatc.local_parity import LIMITS, compare_in_float, compare_on_integers
 from qatc.ops import quantize
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.preparation import prepare, recipe_allows_integers, restore
@@ -82,6 +83,7 @@ def verify(
     with torch.no_grad():
         texts = Texts(ids, _least_kl(metadata))
         checks += compare_in_float(reference, lowered, recipe, ids)
+        checks += _ends(reference, lowered, ids)
         in_float, on_integers = score(reference, ids), score(lowered, ids)
         with exact_sums(reference):
             exact = score(reference, ids)
@@ -122,14 +124,15 @@ def _stored(
     """What the loaded model holds, by the digests taken when it was written, or by the masters."""
     held = dict(model.state_dict(keep_vars=True)) | dict(model.named_buffers())
     wrong = []
+    specs = {name: spec for name, (spec, _) in read_stored(directory).items()}
     for name, digest in metadata["digests"].items():
         packed = held.get(name + PACKED)
         if packed is None:
             continue
-        codes = packing.unpack(packed, recipe.weights.bits, _width(model, name))
+        codes = packing.unpack(packed, specs[name].bits, _width(model, name))
         same = digest_of(codes, held[name + SCALE]) == digest
         if same and trained is not None:
-            wanted, scale = quantize(trained[name].detach(), recipe.weights, snap=True)
+            wanted, scale = quantize(trained[name].detach(), specs[name], snap=True)
             same = torch.equal(codes.cpu(), wanted.cpu())
             same = same and torch.equal(held[name + SCALE].cpu(), scale.cpu())
         if not same:
@@ -142,7 +145,8 @@ def _stored(
 
 
 def _width(model: nn.Module, name: str) -> int:
-    for forward in runtime_of(model).forwards:
+    runtime = runtime_of(model)
+    for forward in (*runtime.forwards, *runtime.ends):
         shapes = {f"{forward.name}.{n}": p.shape for n, p in forward.prototype.named_parameters()}
         if name in shapes:
             return int(shapes[name][1])
@@ -153,7 +157,7 @@ def _width(model: nn.Module, name: str) -> int:
 def _write_text(model: Any, device: str) -> Tensor:
     """Rows that the model samples itself, from one token each; the same in every run."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
     ids = torch.randint(vocabulary, (ROWS, 1), generator=generator).to(device)
     cache, new = None, ids
@@ -164,6 +168,16 @@ def _write_text(model: Any, device: str) -> Tensor:
         new = torch.multinomial(probabilities, 1, generator=generator).to(device)
         ids = torch.cat([ids, new], 1)
     return ids
+
+
+def _ends(reference: Any, lowered: Any, ids: Tensor) -> list[Check]:
+    found = list(compare_ends(reference, lowered, ids))
+    if not found:
+        return []
+    wrong = [place for place, figure in found if not figure <= LIMITS["linear"]]
+    worst = max(figure for _, figure in found)
+    what = "the output of the quantized head or embedding, relative to its largest"
+    return [Check("local", what, worst, LIMITS["linear"], wrong[0] if wrong else None)]
 
 
 def _cached(lowered: Any, texts: Texts, wanted: Tensor) -> None:

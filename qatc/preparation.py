@@ -22,30 +22,44 @@ from qatc.passes import (
     Canonicalize,
     GraphPass,
     Pipeline,
+    QuantizeEmbeddings,
     QuantizeKV,
     QuantizeLinearInputs,
     QuantizeWeights,
     UseIntegerForward,
 )
 from qatc.recipe import DEFAULT_SKIP, Recipe
+from qatc.spec import QuantSpec
 from qatc.templates import TemplateForward, TemplateStore
+from qatc.vocabulary import End, head_recipe, quantized_ends
 
 _PREPARED = "_qatc_prepared"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What :func:`prepare` put on a model."""
+    """What :func:`prepare` put on a model.
+
+    Attributes:
+        store, forwards: templates and forwards of the decoder layers.
+        ends: forwards of the head and of the embedding, as far as they are quantized, each with a
+            store of its own.
+    """
 
     recipe: Recipe
     store: TemplateStore
     forwards: tuple[TemplateForward, ...]
     use_cache: tuple[tuple[Any, Any], ...]
     integer_forward: bool
+    ends: tuple[tuple[End, TemplateForward], ...] = ()
+
+    def stores(self) -> tuple[TemplateStore, ...]:
+        """All stores of templates."""
+        return (self.store, *(forward.store for _, forward in self.ends))
 
     def templates(self) -> Iterator[Template]:
         """The templates captured so far."""
-        return iter(self.store)
+        return (template for store in self.stores() for template in store)
 
 
 def training_pipeline(
@@ -74,6 +88,18 @@ def training_pipeline(
     if linears and integer_forward:
         passes.append(UseIntegerForward())
     return Pipeline(tuple(passes))
+
+
+def head_pipeline(recipe: Recipe, integer_forward: bool = False) -> Pipeline:
+    """The passes that make a training graph of the output head."""
+    own = head_recipe(recipe)
+    integers = integer_forward and recipe_allows_integers(own)
+    return training_pipeline(own, integer_forward=integers)
+
+
+def embedding_pipeline(recipe: Recipe) -> Pipeline:
+    """The passes that make a training graph of the token embedding."""
+    return Pipeline((Canonicalize(), QuantizeEmbeddings(recipe.embedding)))
 
 
 def prepare(
@@ -114,8 +140,9 @@ def prepare(
         ``model`` itself.
 
     Raises:
-        ConfigError: the model is prepared already, a skip pattern names no parameter, or the
-            recipe does not allow the integer forward that was asked for.
+        ConfigError: the model is prepared already, a skip pattern names no parameter, the
+            recipe does not allow the integer forward that was asked for, or it quantizes a head or
+            an embedding that the model does not have (see :func:`qatc.vocabulary.quantized_ends`).
         CaptureError: a layer cannot be captured, or is none of a causal decoder.
         PassError: a pass found nothing to quantize.
     """
@@ -132,15 +159,17 @@ def prepare(
         if recipe.weights.quantizes:
             refuse_stacked_weights(model, recipe)
     _refuse_lost_scales(model, recipe)
+    ends = quantized_ends(model, recipe)
     obstacle = why_no_integer_forward(recipe, _device_of(model))
     if integer_forward is None:
         integer_forward = obstacle is None
     elif integer_forward and not recipe_allows_integers(recipe):
         raise ConfigError(f"no integer forward: {obstacle}; leave integer_forward to None or False")
     on_integers = integer_forward
+    compiler = inductor if (can_compile() if compile is None else compile) else None
     store = TemplateStore(
         transform=lambda gm, owner: _transform(gm, owner, recipe, on_integers),
-        compile=inductor if (can_compile() if compile is None else compile) else None,
+        compile=compiler,
         compute_dtype=compute_dtype,
     )
     forwards = []
@@ -148,11 +177,18 @@ def prepare(
         prefix = f"{name}." if name else ""
         skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
         forwards.append(TemplateForward(region, name, store, skip))
-    for forward in forwards:
+    at_ends = []
+    for end in ends:
+        if end.role == "head":
+            pipeline = head_pipeline(recipe, on_integers)
+            own = TemplateStore(_run(pipeline), compiler, compute_dtype)
+        else:  # a table is rounded from its masters, and the layers cast what they get
+            own = TemplateStore(_run(embedding_pipeline(recipe)), compiler)
+        at_ends.append((end, TemplateForward(end.module, end.name, own)))
+    for forward in (*forwards, *(forward for _, forward in at_ends)):
         forward.install()
-    prepared = Prepared(
-        recipe, store, tuple(forwards), tuple(_switch_cache_off(model)), on_integers
-    )
+    switched = tuple(_switch_cache_off(model))
+    prepared = Prepared(recipe, store, tuple(forwards), switched, on_integers, tuple(at_ends))
     setattr(model, _PREPARED, prepared)
     if is_transformers_model(model):
         model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
@@ -168,7 +204,7 @@ def prepare(
 def restore(model: nn.Module) -> nn.Module:
     """Give the layers of ``model`` their original forward back; the parameters stay trained."""
     prepared = prepared_state(model)
-    for forward in prepared.forwards:
+    for forward in (*prepared.forwards, *(forward for _, forward in prepared.ends)):
         forward.remove()
     for config, value in prepared.use_cache:
         config.use_cache = value
@@ -187,24 +223,33 @@ def prepared_state(model: nn.Module) -> Prepared:
 
 
 def quantized_parameters(model: nn.Module) -> list[str]:
-    """Names of the weights that a prepared model quantizes, in model order.
+    """Names of the weights that a prepared model quantizes, see :func:`quantized_specs`."""
+    return list(quantized_specs(model))
 
-    Only graphs captured so far count: run the model once before.
+
+def quantized_specs(model: nn.Module) -> dict[str, QuantSpec]:
+    """The weights that a prepared model quantizes by name, layers first, and how.
+
+    Only graphs captured so far count: run the model once before. A tied weight is there under the
+    name of each of its users that quantizes it.
     """
     prepared = prepared_state(model)
-    found: dict[str, None] = {}
+    found: dict[str, QuantSpec] = {}
     for forward in prepared.forwards:
         prefix = f"{forward.name}." if forward.name else ""
         for template in prepared.store.of(forward):
             for name in weight_sites(template.graph_module):
-                found[prefix + name] = None
-    return list(found)
+                found[prefix + name] = prepared.recipe.weights
+    for end, _ in prepared.ends:
+        found[end.weight] = getattr(prepared.recipe, end.role)
+    return found
 
 
 @torch.no_grad()
 def _capture_now(model: nn.Module, prepared: Prepared) -> None:
     """Run a tiny batch, so that what cannot be captured or quantized is known at once."""
-    store, calls = prepared.store, []
+    compiler, dtype = prepared.store.compile, prepared.store.compute_dtype
+    calls: list[tuple[TemplateForward, Any, Any]] = []
 
     def note(forward: TemplateForward, module: nn.Module, args: Any, kwargs: Any) -> None:
         calls.append((forward, args, dict(kwargs)))
@@ -213,17 +258,19 @@ def _capture_now(model: nn.Module, prepared: Prepared) -> None:
         forward.module.register_forward_pre_hook(partial(note, forward), with_kwargs=True)
         for forward in prepared.forwards
     ]
-    compiler, store.compile, store.dry_run = store.compile, None, True
+    for store in prepared.stores():
+        store.compile, store.dry_run = None, True
     ids = torch.zeros((2, 8), dtype=torch.long, device=next(model.parameters()).device)
     try:
-        with torch.autocast(ids.device.type, store.compute_dtype, store.compute_dtype is not None):
+        with torch.autocast(ids.device.type, dtype, dtype is not None):
             model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    _refuse_uncacheable(model, store, calls)
-    store.compile, store.dry_run = compiler, False
-    for template in store:
+    _refuse_uncacheable(model, prepared.store, calls)
+    for store in prepared.stores():
+        store.compile, store.dry_run = compiler, False
+    for template in prepared.templates():
         if compiler is not None:
             template.call = compiler(template.graph_module)
 
@@ -278,6 +325,15 @@ def recipe_allows_integers(recipe: Recipe) -> bool:
 def _device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _run(pipeline: Pipeline) -> Callable[[GraphModule, TemplateForward], None]:
+    """The transform of a store whose templates all take the same passes."""
+
+    def transform(gm: GraphModule, owner: TemplateForward) -> None:
+        pipeline(gm)
+
+    return transform
 
 
 def _transform(

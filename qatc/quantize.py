@@ -44,7 +44,7 @@ from qatc.estimate import (
 )
 from qatc.evaluate import Metrics, evaluate
 from qatc.export.codes import QuantizedWeight
-from qatc.export.directory import write_model
+from qatc.export.directory import loads_elsewhere, write_model
 from qatc.files import read_json, write_json
 from qatc.generate import check_corpus, corpus_place, describe, generate_corpus, model_fingerprint
 from qatc.locks import locked
@@ -56,7 +56,7 @@ from qatc.preparation import (
     can_compile,
     prepare,
     prepared_state,
-    quantized_parameters,
+    quantized_specs,
     why_no_integer_forward,
 )
 from qatc.progress import Observer
@@ -73,6 +73,7 @@ from qatc.settings import (
     trained_file,
 )
 from qatc.usage import decoding_report, kernel_report, memory
+from qatc.vocabulary import tying_note
 
 _LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
 
@@ -245,7 +246,9 @@ class _Run:
         if not self.integer_forward:
             obstacle = why_no_integer_forward(recipe, torch.device(self.device))
             self.observer.note(f"linears computed in float: {obstacle or 'as asked'}")
-        self.quantized = quantized_parameters(self.student)
+        self.quantized = quantized_specs(self.student)
+        if (note := tying_note(self.student, recipe)) is not None:
+            self.observer.note(note)
         if not self.config.train_embeddings:
             _share_embeddings(self.student, self.teacher.model)
 
@@ -404,9 +407,9 @@ class _Run:
     @torch.no_grad()
     def _round_unquantized(self) -> None:
         """Round what is stored in float to its stored dtype, so that what ships is evaluated."""
-        quantized = set(self.quantized)
-        for name, parameter in self.student.named_parameters():
-            if name not in quantized:
+        # Of a tied weight that only one of its users quantizes, the other one stores the float.
+        for name, parameter in self.student.named_parameters(remove_duplicate=False):
+            if name not in self.quantized:
                 parameter.copy_(parameter.to(self.stored).to(parameter.dtype))
 
     def _write(
@@ -418,6 +421,11 @@ class _Run:
         config = self.config
         with complete_directory(config.output, overwrite=config.overwrite) as staging:
             masters = self._write_student(staging, metadata)
+            if not loads_elsewhere(staging):
+                self.observer.note(
+                    "head and embedding are stored as qatc alone loads them; for transformers:"
+                    " qatc export"
+                )
             shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
             del self.teacher, self.student
             release_memory(self.device)  # two more models are about to be loaded
@@ -430,8 +438,7 @@ class _Run:
         """Write the student; what its codes were made from is returned."""
         model, recipe = self.student, self.config.recipe
         state = model.state_dict()
-        quantized = self.quantized if recipe.weights.quantizes else []
-        masters = {name: state.pop(name) for name in quantized}
+        masters = {name: state.pop(name) for name in self.quantized}
         floats = {
             name: value.to(self.stored) if value.is_floating_point() else value
             for name, value in state.items()
@@ -442,7 +449,10 @@ class _Run:
             staging,
             config=model.config,
             state=floats,
-            weights={n: QuantizedWeight.from_float(w, recipe.weights) for n, w in masters.items()},
+            weights={
+                name: QuantizedWeight.from_float(master, self.quantized[name])
+                for name, master in masters.items()
+            },
             recipe=recipe,
             metadata=metadata,
             generation_config=model.generation_config,

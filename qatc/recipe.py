@@ -17,7 +17,22 @@ from qatc.targets import find_target
 KVSite = Literal["cache", "projection"]
 
 DEFAULT_SKIP = ("*lm_head*", "*embed*")
-"""Parameters that stay in full precision, as in the paper: the output head and the embeddings."""
+"""Parameters that stay in full precision, as in the paper: the output head and the embeddings.
+
+The ``head`` and ``embedding`` of a recipe, where they quantize, go before it."""
+
+_SPECS = {
+    "weights": "weights",
+    "activations": "activations",
+    "kv": "kv",
+    "head": "weights",
+    "embedding": "weights",
+}
+"""The fields of a recipe that are specs, and the rules of a target that each follows."""
+
+
+def _unquantized() -> QuantSpec:
+    return QuantSpec(bits=FLOAT_BITS)
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,10 @@ class Recipe:
             projections, one scale per token over all heads, as in the paper's code.
         skip: patterns (``fnmatch``) of parameter names, such as ``*.layers.0.*``, whose linear
             layers stay in full precision, weights and inputs alike.
+        head: the weight of the output head, one scale per token of the vocabulary; its input is
+            quantized like that of every linear. 16 bits, as in the paper, by default.
+        embedding: the table of the token embedding, one scale per token of the vocabulary. If
+            head and embedding are one tied weight, equal specs make them one stored weight.
         target: the runtime whose rules were taken for what is left open, see
             :data:`qatc.targets.TARGETS`; :meth:`from_bits` and :meth:`from_dict` take them.
 
@@ -46,6 +65,8 @@ class Recipe:
     kv: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
     kv_site: KVSite = "cache"
     skip: tuple[str, ...] = DEFAULT_SKIP
+    head: QuantSpec = field(default_factory=_unquantized)
+    embedding: QuantSpec = field(default_factory=_unquantized)
     target: str = "qatc"
 
     def __post_init__(self) -> None:
@@ -67,7 +88,14 @@ class Recipe:
 
     @classmethod
     def from_bits(
-        cls, bits: str, *, group_size: int | None = None, target: str = "qatc", **changes: Any
+        cls,
+        bits: str,
+        *,
+        group_size: int | None = None,
+        head_bits: int = FLOAT_BITS,
+        embedding_bits: int = FLOAT_BITS,
+        target: str = "qatc",
+        **changes: Any,
     ) -> Recipe:
         """A recipe from ``"W-A-KV"`` bits, such as ``"4-8-4"``.
 
@@ -75,6 +103,7 @@ class Recipe:
             bits: weight, activation and KV bits joined by dashes; each 2 to 8, or 16 for none.
             group_size: group size of the weights, or ``None`` for one scale per output channel
                 (or what the target has).
+            head_bits, embedding_bits: of the output head and of the token embedding.
             target: the runtime to train for.
             changes: any other field of the recipe.
         """
@@ -93,6 +122,9 @@ class Recipe:
         )
         if group_size is not None:
             weights = dataclasses.replace(weights, group_size=group_size)
+        for name, own_bits in (("head", head_bits), ("embedding", embedding_bits)):
+            if own_bits != FLOAT_BITS:
+                changes[name] = QuantSpec(own_bits, **rules.weights)
         return cls(weights=weights, activations=activations, kv=kv, target=target, **changes)
 
     @property
@@ -103,7 +135,7 @@ class Recipe:
     @property
     def quantizes(self) -> bool:
         """Whether anything is quantized at all."""
-        return self.weights.quantizes or self.activations.quantizes or self.kv.quantizes
+        return any(getattr(self, name).quantizes for name in _SPECS)
 
     def skips(self, parameter_name: str) -> bool:
         """Whether the parameter of this (full) name stays in full precision."""
@@ -121,11 +153,11 @@ class Recipe:
         values = dict(plain)
         _refuse_unknown(values, cls, "recipe")
         rules = find_target(values.get("target", "qatc"))
-        for key in ("weights", "activations", "kv"):
-            if key in values or getattr(rules, key):
+        for key, rule in _SPECS.items():
+            if key in values or getattr(rules, rule):
                 default = dataclasses.asdict(getattr(cls(), key))
                 plain_spec = values.get(key, {"bits": default["bits"]})
-                values[key] = _spec_from_dict(plain_spec, f"recipe.{key}", getattr(rules, key))
+                values[key] = _spec_from_dict(plain_spec, f"recipe.{key}", getattr(rules, rule))
         if isinstance(values.get("skip"), list):
             values["skip"] = tuple(values["skip"])
         return cls(**values)

@@ -79,6 +79,8 @@ def write_report(
                 ["weights", _spec_text(recipe["weights"], "output channel")],
                 ["activations", _spec_text(recipe["activations"], "token")],
                 ["KV cache", _spec_text(recipe["kv"], _KV_ROW[recipe["kv_site"]])],
+                ["output head", _spec_text(recipe["head"], "token of the vocabulary")],
+                ["token embedding", _spec_text(recipe["embedding"], "token of the vocabulary")],
                 ["KV site", recipe["kv_site"]],
                 ["in full precision", ", ".join(f"`{p}`" for p in recipe["skip"])],
                 ["corpus", f"`{metadata['data']['fingerprint'][:16]}`, {_corpus_text(metadata)}"],
@@ -121,10 +123,11 @@ def _runtime_sections(metadata: Mapping[str, Any]) -> list[str]:
     sizes = [["bytes", "held", "in bf16", "share"]]
     for title, held, plain in (
         ("quantized linears", memory["quantized"], memory["bf16_quantized"]),
+        ("quantized head and embedding", memory["ends"], memory["bf16_ends"]),
         ("KV cache, per token", memory["cache_per_token"], memory["bf16_cache_per_token"]),
     ):
-        share = f"{held / plain:.3f}" if plain else ""
-        sizes.append([title, f"{held:,}", f"{plain:,}", share])
+        if plain:
+            sizes.append([title, f"{held:,}", f"{plain:,}", f"{held / plain:.3f}"])
     return [
         "## On integers",
         "`qatc.load` and `qatc generate` run this directory on packed integers. Before it was"

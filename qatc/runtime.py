@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,13 +32,20 @@ from qatc.models import find_regions
 from qatc.models.load import read_generation_config
 from qatc.models.remote_code import build_model
 from qatc.packed_cache import PackedLayer, packed_layer, round_up
-from qatc.passes import GraphPass, InsertKVCache, LowerLinear, Pipeline
+from qatc.passes import GraphPass, InsertKVCache, LowerEmbedding, LowerLinear, Pipeline
 from qatc.passes.lower_linear import PACKED, SCALE
-from qatc.preparation import can_compile, inductor, recipe_allows_integers, training_pipeline
+from qatc.preparation import (
+    can_compile,
+    embedding_pipeline,
+    inductor,
+    recipe_allows_integers,
+    training_pipeline,
+)
 from qatc.recipe import Recipe
 from qatc.saving import Origin, make_saveable
 from qatc.structure import Structure
 from qatc.templates import TemplateForward, TemplateStore
+from qatc.vocabulary import End, are_tied, head_recipe, quantized_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,13 +103,15 @@ def load(
         prefix = f"{name}." if name else ""
         skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
         forwards.append(LoweredForward(region, name, runtime, skip, number))
-    stored = _fill(model, directory, codes, device)
+    ends = quantized_ends(model, recipe)
+    at_ends = [LoweredEnd(end, runtime) for end in ends]
+    stored = _fill(model, directory, codes, device, ends if are_tied(ends) else [])
     if (own := read_generation_config(directory)) is not None:
         own.cache_implementation = None  # the cache is a packed one, whatever the model asked for
         model.generation_config = own
-    for forward in forwards:
+    for forward in (*forwards, *at_ends):
         forward.install()
-    runtime.forwards = tuple(forwards)
+    runtime.forwards, runtime.ends = tuple(forwards), tuple(at_ends)
     setattr(model, _RUNTIME, runtime)
     packed = {name: (weight.spec, weight.codes.shape[1]) for name, weight in codes.items()}
     metadata = read_metadata(directory)
@@ -166,9 +175,15 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _fill(
-    model: PreTrainedModel, directory: Path, codes: dict[str, QuantizedWeight], device: str
+    model: PreTrainedModel,
+    directory: Path,
+    codes: dict[str, QuantizedWeight],
+    device: str,
+    tied: Sequence[End],
 ) -> dict[str, torch.dtype]:
     """Give the model its packed and its float tensors, and nothing else.
+
+    The ``tied`` ends get the codes that were stored once for both.
 
     Returns:
         The dtypes of the float tensors as they were stored.
@@ -181,6 +196,7 @@ def _fill(
         packed = packing.pack(weight.codes, weight.spec.bits).to(device)
         module.register_buffer(leaf + PACKED, packed)
         module.register_buffer(leaf + SCALE, weight.scale.to(device))
+    _share_codes(model, tied)
     own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     floats = {
         name: value.to(device, dtype if value.is_floating_point() else None)
@@ -188,7 +204,7 @@ def _fill(
         if name in own
     }
     model.load_state_dict(floats, strict=False, assign=True)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     missing = _on_meta(model)
     if not missing:
         model.to(device=torch.device(device))  # type: ignore[call-arg]
@@ -199,6 +215,20 @@ def _fill(
             f" over, among them {odd[0]}; copy or write the model again"
         )
     return {name: value.dtype for name, value in state.items()}
+
+
+def _share_codes(model: PreTrainedModel, tied: Sequence[End]) -> None:
+    """Let tied ends hold the codes that were stored for one of them, in the same memory."""
+    names = ["weight" + suffix for suffix in (PACKED, SCALE)]
+    holders = [end.module for end in tied if names[0] in end.module._buffers]
+    for end in tied if holders else ():
+        model.all_tied_weights_keys.pop(end.weight, None)
+        if end.module is holders[0]:
+            continue
+        end.module._parameters.pop("weight", None)
+        for name in names:
+            held = getattr(holders[0], name)
+            end.module.register_buffer(name, held, persistent=False)
 
 
 def _on_meta(model: nn.Module) -> list[str]:
@@ -213,12 +243,21 @@ class Runtime:
         self.recipe, self.device, self.dtype, self.compile = recipe, device, dtype, compile
         self.forwards: tuple[LoweredForward, ...] = ()
         self.decode: DecodeForward | None = None
+        self.ends: tuple[LoweredEnd, ...] = ()
         self.scoring = self._store(None)
         self.cached = self._store(InsertKVCache(recipe.kv))
         self.masked = self._store(InsertKVCache(recipe.kv, masked=True))
+        self.head = self._end_store(lowered_head_pipeline)
+        self.embedding = self._end_store(lowered_embedding_pipeline)
 
     def stores(self) -> tuple[TemplateStore, ...]:
-        return self.scoring, self.cached, self.masked
+        return self.scoring, self.cached, self.masked, self.head, self.embedding
+
+    def _end_store(self, pipeline: Callable[[Recipe, str], Pipeline]) -> TemplateStore:
+        def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
+            pipeline(self.recipe, self.device)(gm)
+
+        return TemplateStore(transform, compile=inductor if self.compile else None)
 
     def _store(self, cache: InsertKVCache | None) -> TemplateStore:
         def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
@@ -273,6 +312,16 @@ def lowering_pipeline(
     return Pipeline((*passes, *lowering))
 
 
+def lowered_head_pipeline(recipe: Recipe, device: str = "cpu") -> Pipeline:
+    """The passes that put the output head on integer kernels."""
+    return lowering_pipeline(head_recipe(recipe), device=device)
+
+
+def lowered_embedding_pipeline(recipe: Recipe, device: str = "cpu") -> Pipeline:
+    """The passes that let the token embedding read packed codes."""
+    return Pipeline((*embedding_pipeline(recipe).passes, LowerEmbedding()))
+
+
 def _linears(owner: TemplateForward) -> bool:
     assert isinstance(owner, LoweredForward)
     weights = [n for n, p in owner.prototype.named_parameters() if p.dim() == 2]
@@ -287,9 +336,15 @@ class LoweredForward(TemplateForward):
     """
 
     def __init__(
-        self, module: nn.Module, name: str, runtime: Runtime, skip: tuple[str, ...], number: int
+        self,
+        module: nn.Module,
+        name: str,
+        runtime: Runtime,
+        skip: tuple[str, ...],
+        number: int,
+        store: TemplateStore | None = None,
     ) -> None:
-        super().__init__(module, name, runtime.scoring, skip)
+        super().__init__(module, name, store or runtime.scoring, skip)
         self.runtime, self.number = runtime, number
         self.prototype = copy.deepcopy(module).eval()
         self._own_structure = super().structure()
@@ -384,6 +439,22 @@ class LoweredForward(TemplateForward):
                 f" {dtype} on {device}; a model that runs on integers cannot be moved or cast:"
                 " load it with qatc.load(OUT, device=..., dtype=...)"
             )
+
+
+class LoweredEnd(LoweredForward):
+    """The forward of an output head or a token embedding whose weight is packed.
+
+    Its module holds the buffers ``weight_packed`` and ``weight_scale`` in place of ``weight``;
+    where both ends are one weight, the very same tensors.
+    """
+
+    def __init__(self, end: End, runtime: Runtime) -> None:
+        store: TemplateStore = getattr(runtime, end.role)
+        super().__init__(end.module, end.name, runtime, (), 0, store)
+        self.end = end
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.serve(self.store, args, kwargs)
 
 
 def _cache_inputs(

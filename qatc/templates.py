@@ -76,8 +76,8 @@ class TemplateStore:
         compile: maps the graph module to what is called; ``None`` calls it as it is.
         compute_dtype: the float dtype that graphs compute in, whatever the parameters' own (fp32
             masters under bf16 compute); ``None`` for the parameters' dtype.
-        dry_run: capture what is called, but compute nothing where a module's result has the shape
-            of its first input, as that of a decoder layer has.
+        dry_run: capture what is called, but compute nothing where a module's result is one tensor
+            whose sizes are known, see :meth:`qatc.capture.Template.empty_result`.
     """
 
     transform: Callable[[GraphModule, TemplateForward], None]
@@ -377,8 +377,8 @@ class TemplateForward:
             extra_inputs: makes the tensors for the graph inputs that passes added, in order.
         """
         template, leaves = self.find(args, kwargs, store)
-        if store.dry_run and template.keeps_shape():
-            return pytree.tree_unflatten([leaves[template.inputs[0]]], template.out_spec)
+        if store.dry_run and (result := template.empty_result(leaves)) is not None:
+            return pytree.tree_unflatten([result], template.out_spec)
         parameters = self.parameters(template)
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             leaves = _with_gradient(leaves, template.inputs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatc import kernels
 from qatc.capture import Template
@@ -21,9 +21,12 @@ class Memory:
 
     Attributes:
         quantized: packed codes and scales of quantized linears.
-        other: embeddings, norms and everything else.
+        ends: packed codes and scales of head and embedding, as far as they are quantized; those of
+            a tied weight once.
+        other: norms and everything else in full precision, among it a head or an embedding.
         cache_per_token: of the KV cache of all layers, for one token of one sequence.
         bf16_quantized: what the quantized linears would take in bf16.
+        bf16_ends: what the quantized head and embedding would take in bf16, tied as in the model.
         bf16_cache_per_token: what the cache would take in bf16.
     """
 
@@ -32,6 +35,8 @@ class Memory:
     cache_per_token: int
     bf16_quantized: int
     bf16_cache_per_token: int
+    ends: int = 0
+    bf16_ends: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ def memory(model: nn.Module) -> Memory:
     """Measure what a loaded model holds."""
     runtime = runtime_of(model)
     quantized = plain = other = 0
+    at_ends, bf16_ends = _ends(runtime)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) in at_ends:
+            continue
         if name.endswith((PACKED, SCALE)):
             quantized += tensor.nbytes
         else:
@@ -75,7 +83,19 @@ def memory(model: nn.Module) -> Memory:
         cache += sum(heads * width * dtype.itemsize for (heads, width), dtype in tensors)
         values = cache_values(template)
         cache_plain += sum(2 * int(v.shape[1]) * int(v.shape[3]) for v in values)
-    return Memory(quantized, other, cache, plain, cache_plain)
+    ends = sum(tensor.nbytes for tensor in at_ends.values())
+    return Memory(quantized, other, cache, plain, cache_plain, ends, bf16_ends)
+
+
+def _ends(runtime: Runtime) -> tuple[dict[int, Tensor], int]:
+    """The packed tensors of head and embedding, each once, and their bytes in bf16."""
+    held: dict[int, Tensor] = {}
+    plain: dict[int, int] = {}
+    for forward in runtime.ends:
+        packed, scale = (getattr(forward.module, f"weight{suffix}") for suffix in (PACKED, SCALE))
+        held |= {id(packed): packed, id(scale): scale}
+        plain[id(packed)] = 2 * forward.prototype.get_parameter("weight").numel()
+    return held, sum(plain.values())
 
 
 def kernel_report(model: nn.Module) -> list[KernelUse]:
@@ -85,6 +105,8 @@ def kernel_report(model: nn.Module) -> list[KernelUse]:
     for forward in runtime.forwards:
         for template in runtime.cached.of(forward):
             seen.setdefault(id(template), (type(forward.prototype).__name__, template))
+    for end in runtime.ends:
+        seen |= {id(template): (end.name, template) for template in end.store.of(end)}
     found = []
     for layer, template in seen.values():
         for node in template.graph_module.graph.nodes:

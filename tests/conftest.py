@@ -28,7 +28,7 @@ from transformers import (
 
 from qatc.export import QuantizedWeight, write_model
 from qatc.parity import verify
-from qatc.preparation import prepare, quantized_parameters, restore
+from qatc.preparation import prepare, quantized_specs, restore
 from qatc.recipe import Recipe
 
 torch.set_num_threads(1)
@@ -91,12 +91,10 @@ def make_output(directory: Path, recipe: Recipe, model: Any = None, tokenizer: A
     """An output directory as ``qatc quantize`` writes it, of a model that was not trained."""
     model = model or make_llama()
     prepare(model, recipe, compile=False)
-    weights = {}
-    if recipe.weights.quantizes:
-        weights = {
-            name: QuantizedWeight.from_float(model.state_dict()[name], recipe.weights)
-            for name in quantized_parameters(model)
-        }
+    weights = {
+        name: QuantizedWeight.from_float(model.state_dict()[name], spec)
+        for name, spec in quantized_specs(model).items()
+    }
     restore(model)
     directory.mkdir(parents=True)
     write_model(

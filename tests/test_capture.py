@@ -100,13 +100,22 @@ def test_sizes_beyond_a_branch_of_the_code_do_not_fit() -> None:
         assert long.fits(leaves) is (length > 6)
 
 
-def test_keeps_shape() -> None:
+def test_the_empty_result_has_the_shape_of_the_result() -> None:
     class Add(nn.Module):
-        def forward(self, x: Tensor, whole: bool) -> Any:
-            return (x + 1,) if whole else x.sum(-1)
+        def forward(self, x: Tensor, kind: str) -> Any:
+            wide = x.new_ones(4, 6)
+            results = {"same": (x + 1,), "wide": x @ wide, "two": (x, x), "joined": x.flatten(0, 1)}
+            return results[kind]
 
-    assert capture(Add(), (torch.randn(2, 3, 4), True), {}).keeps_shape()
-    assert not capture(Add(), (torch.randn(2, 3, 4), False), {}).keeps_shape()
+    example, leaves = torch.randn(2, 3, 4), [torch.randn(5, 7, 4)]
+    empty = {
+        kind: capture(Add(), (example, kind), {}).empty_result([*leaves, kind])
+        for kind in ("same", "wide", "two", "joined")
+    }
+    assert empty["same"] is leaves[0]
+    assert empty["wide"] is not None and empty["wide"].shape == (5, 7, 6)
+    assert empty["two"] is None
+    assert empty["joined"] is None
 
 
 class Numbered(nn.Module):

@@ -125,3 +125,33 @@ def test_routers_have_a_line(tmp_path: Path) -> None:
     plan = inspect_model(str(path), Recipe(skip=(*DEFAULT_SKIP, "*.experts.*")))
     assert plan.skipped["model.layers.1.mlp.gate.weight"] == "the router of a mixture of experts"
     assert not any(site.where == "mlp.gate.weight" for site in plan.kinds[0].sites)
+
+
+@pytest.mark.parametrize(
+    ("head", "embedding", "ends"),
+    [
+        (8, 8, EMBEDDINGS + 4 * 112),
+        (4, 4, EMBEDDINGS / 2 + 4 * 112),
+        (8, 16, EMBEDDINGS + 4 * 112 + 4 * EMBEDDINGS),  # tied, and stored in two forms
+    ],
+)
+def test_head_and_embedding(
+    head: int, embedding: int, ends: float, shared_model_path: Path
+) -> None:
+    recipe = Recipe.from_bits("4-8-4", head_bits=head, embedding_bits=embedding)
+    plan = inspect_model(str(shared_model_path), recipe)
+    assert plan.ends_gb == pytest.approx((4 * EMBEDDINGS / 1e9, ends / 1e9))
+    layers = 2 * (LINEARS / 2 + 4 * CHANNELS) + 4 * NORMS
+    assert plan.size_gb[1] == pytest.approx((layers + ends) / 1e9)
+    kinds = {kind.layers: kind.sites for kind in plan.kinds[1:]}
+    sites = [(s.kind, s.shape, s.bits) for s in kinds["lm_head",]]
+    assert sites == [("input", ("B", "T", 32), 8), ("weight", (112, 32), head)]
+    if embedding != 16:
+        (site,) = kinds["model.embed_tokens",]
+        assert (site.kind, site.shape, site.bits) == ("embedding", ("B", "T", 32), embedding)
+    assert len(kinds) == (1 if embedding == 16 else 2)
+    assert ("model.embed_tokens.weight" in plan.skipped) == (embedding == 16)
+    assert "lm_head.weight" not in plan.skipped
+    plain = inspect_model(str(shared_model_path), Recipe.from_bits("4-8-4"))
+    saved = EMBEDDINGS * LENGTH * (256 - head * 8)
+    assert plain.operations[1] - plan.operations[1] == saved

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qatc import markers
 from qatc.distill import Distiller, TrainingConfig
@@ -29,7 +29,7 @@ from qatc.errors import (
     TrainingError,
 )
 from qatc.evaluate import Metrics, recovery
-from qatc.export import load_codes, read_recipe
+from qatc.export import load_codes, load_float_state, read_recipe
 from qatc.export.directory import why_unverified
 from qatc.generate import GenerationConfig, generate_corpus
 from qatc.locks import locked
@@ -41,7 +41,7 @@ from qatc.progress import Observer
 from qatc.quantize import _Run, package_version, quantize
 from qatc.recipe import Recipe
 from qatc.settings import QuantizeConfig
-from tests.conftest import contents, make_tokenizer
+from tests.conftest import contents, make_tokenizer, save
 
 
 def make(model: Path, output: Path, **changes: Any) -> QuantizeConfig:
@@ -124,6 +124,22 @@ def test_codes_are_those_of_the_masters(
         rounded, _ = to_codes(masters[name].bfloat16(), weight.spec, snap=True)
         differ += int((rounded != codes).sum())
     assert differ  # codes of bf16 copies are others
+
+
+def test_a_tied_weight_of_which_only_the_head_is_quantized(
+    shared_model_path: Path, tmp_path: Path
+) -> None:
+    """The table is stored in bf16, and the codes are those of what is stored."""
+    stored = AutoModelForCausalLM.from_pretrained(shared_model_path, dtype=torch.bfloat16)
+    source = save(tmp_path / "bf16", stored, AutoTokenizer.from_pretrained(shared_model_path))
+    recipe = Recipe.from_bits("4-8-4", head_bits=8)
+    result = quantize(make(source, tmp_path / "out", recipe=recipe))
+    head = load_codes(result.output)["lm_head.weight"]
+    table = load_float_state(result.output)["model.embed_tokens.weight"]
+    assert table.dtype is torch.bfloat16
+    assert not torch.equal(table, stored.model.embed_tokens.weight)  # it was trained
+    codes, scale = to_codes(table.float(), recipe.head, snap=True)
+    assert torch.equal(head.codes, codes) and torch.equal(head.scale, scale)
 
 
 class Stopped(BaseException):

@@ -28,6 +28,8 @@ recipes = st.builds(
     kv=specs,
     kv_site=st.sampled_from(["cache", "projection"]),
     skip=st.lists(st.text()).map(tuple),
+    head=specs,
+    embedding=specs,
 )
 
 
@@ -54,6 +56,22 @@ def test_bits_spelling_round_trip(
     assert recipe.activations == QuantSpec(activations)
     assert recipe.kv == QuantSpec(kv)
     assert recipe.quantizes == (spelling != "16-16-16")
+
+
+def test_head_and_embedding_are_off_unless_asked_for() -> None:
+    assert not Recipe().head.quantizes and not Recipe().embedding.quantizes
+    recipe = Recipe.from_bits("4-8-4", head_bits=8, embedding_bits=4, group_size=64)
+    assert (recipe.head, recipe.embedding) == (QuantSpec(8), QuantSpec(4))
+    assert recipe.bits == "4-8-4"
+    assert Recipe.from_bits("16-16-16", head_bits=8).quantizes
+    assert not Recipe.from_bits("16-16-16", head_bits=16).quantizes
+    assert Recipe.from_dict({"head": {"bits": 8}}) == Recipe(head=QuantSpec(8))
+
+
+def test_head_and_embedding_follow_the_weights_of_a_target() -> None:
+    blocks = Recipe.from_bits("4-8-4", head_bits=8, target="llama.cpp")
+    assert blocks.head == QuantSpec(8, 32) and not blocks.embedding.quantizes
+    assert Recipe.from_dict({"target": "llama.cpp", "head": {"bits": 8}}).head == QuantSpec(8, 32)
 
 
 def test_from_bits_takes_any_other_field() -> None:

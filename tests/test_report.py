@@ -21,7 +21,7 @@ FIGURES = {
 }
 METADATA: dict[str, Any] = {
     "model": "somebody/some-model",
-    "run": {"recipe": Recipe.from_bits("4-16-8", group_size=32).to_dict()},
+    "run": {"recipe": Recipe.from_bits("4-16-8", group_size=32, head_bits=8).to_dict()},
     "data": {
         "fingerprint": "0123456789abcdef0123",
         "model": "somebody/some-model",
@@ -72,6 +72,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "| activations | not quantized |",
         "| KV cache | 8 bits, one scale per token and head, restricted range |",
         "| KV site | cache |",
+        "| output head | 8 bits, one scale per token of the vocabulary, restricted range |",
+        "| token embedding | not quantized |",
         "| torch | 9.9 |",
     ],
 )

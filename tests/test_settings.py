@@ -71,6 +71,10 @@ def test_the_same_run_goes_on(config: QuantizeConfig, change: dict[str, Any]) ->
     [
         ({"training": TrainingConfig(steps=7)}, "training.steps was 1500 and is 7 now"),
         ({"recipe": Recipe.from_bits("4-8-8")}, "recipe.kv.bits was 4 and is 8 now"),
+        (
+            {"recipe": Recipe.from_bits("4-8-4", head_bits=8)},
+            "recipe.head.bits was 16 and is 8 now",
+        ),
         ({"model": "other/model"}, "model was 'some/model' and is 'other/model' now"),
         ({"data": Path("corpus")}, "data was None and is 'corpus' now"),
         ({"eval_text": Path("a.txt")}, "eval_text was None and is 'a.txt' now"),

@@ -32,25 +32,39 @@ from qatc.spec import QuantSpec
 PACKED_BITS = 4
 PLAIN_BITS = 8
 
+PACKED, PLAIN = "pack-quantized", "int-quantized"
+
+OWN_LAYOUT = "not for this runtime; run: qatc export"
+"""Where compressed-tensors expects the name of a format, this one makes it refuse the checkpoint
+and quote it, instead of reading codes as if they were weights."""
+
 _CODES_PER_WORD = 8
 _OFFSET = 8  # makes the codes -8..7 unsigned
 
 
 def layout_of(spec: QuantSpec) -> str:
     """The name of the layout of weights quantized by ``spec``, as compressed-tensors calls it."""
-    return "pack-quantized" if spec.bits <= PACKED_BITS else "int-quantized"
+    return PACKED if spec.bits <= PACKED_BITS else PLAIN
 
 
-def tensor_names(name: str, spec: QuantSpec) -> tuple[str, ...]:
-    """The names under which the weight ``name`` (``X.weight``) is stored."""
+def joined(layouts: Collection[str]) -> str:
+    """What a checkpoint that holds weights in these layouts is called as a whole."""
+    return next(iter(layouts)) if len(set(layouts)) == 1 else "mixed-precision"
+
+
+def tensor_names(name: str, layout: str) -> tuple[str, ...]:
+    """The names under which the weight ``name`` (``X.weight``) is stored in a layout."""
     assert name.endswith(".weight"), f"{name} is not the weight of a layer"
-    if layout_of(spec) == "pack-quantized":
+    if layout == PACKED:
         return (f"{name}_packed", f"{name}_scale", f"{name}_shape")
     return (name, f"{name}_scale")
 
 
 def pack(
-    weights: Mapping[str, QuantizedWeight], *, dtype: torch.dtype = torch.float32
+    weights: Mapping[str, QuantizedWeight],
+    *,
+    dtype: torch.dtype = torch.float32,
+    layouts: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint that hold ``weights``.
 
@@ -58,6 +72,7 @@ def pack(
         weights: quantized weights by parameter name (``X.weight``).
         dtype: dtype of the model's float weights, in which the scales are stored too; scales that
             it cannot hold exactly (fp16 above 65504) are stored in fp32.
+        layouts: those of weights that are not stored in the layout of their bits.
     """
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -65,37 +80,43 @@ def pack(
         low, high = codes.aminmax()
         assert spec.code_min <= low and high <= spec.code_max, f"{name}: codes {low} to {high}"
         scale = _lossless(name, weight.scale.detach().cpu(), dtype)
-        stored = [codes.contiguous(), scale]
-        if layout_of(spec) == "pack-quantized":
+        stored, layout = [codes.contiguous(), scale], (layouts or {}).get(name, layout_of(spec))
+        if layout == PACKED:
             stored = [_pack_nibbles(codes), scale, torch.tensor(codes.shape)]
-        tensors.update(zip(tensor_names(name, spec), stored, strict=True))
+        tensors.update(zip(tensor_names(name, layout), stored, strict=True))
     return tensors
 
 
-def unpack(tensors: Mapping[str, Tensor], spec: QuantSpec) -> dict[str, QuantizedWeight]:
+def unpack(
+    tensors: Mapping[str, Tensor], spec: QuantSpec, layout: str | None = None
+) -> dict[str, QuantizedWeight]:
     """The inverse of :func:`pack`, bit for bit.
 
     Args:
         tensors: the tensors of quantized weights, and nothing else.
-        spec: the spec of the weights; it tells the layout.
+        spec: the spec of the weights.
+        layout: of the weights; ``None`` for that of their bits.
 
     Raises:
         CheckpointError: a tensor is missing, left over, or of the wrong shape or dtype.
     """
-    suffix = "_packed" if layout_of(spec) == "pack-quantized" else ""
+    layout = layout or layout_of(spec)
+    suffix = "_packed" if layout == PACKED else ""
     names = [key.removesuffix(suffix) for key in tensors if key.endswith(f".weight{suffix}")]
-    expected = {stored for name in names for stored in tensor_names(name, spec)}
+    expected = {stored for name in names for stored in tensor_names(name, layout)}
     if expected != set(tensors):
         odd = sorted(expected ^ set(tensors))
         raise CheckpointError(
-            f"{len(odd)} tensors are missing or left over for the layout {layout_of(spec)},"
+            f"{len(odd)} tensors are missing or left over for the layout {layout},"
             f" among them {odd[0]}; write the model again"
         )
-    return {name: _unpack_one(name, tensors, spec) for name in names}
+    return {name: _unpack_one(name, tensors, spec, layout) for name in names}
 
 
-def _unpack_one(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
-    stored, scale, *shape = (tensors[key] for key in tensor_names(name, spec))
+def _unpack_one(
+    name: str, tensors: Mapping[str, Tensor], spec: QuantSpec, layout: str
+) -> QuantizedWeight:
+    stored, scale, *shape = (tensors[key] for key in tensor_names(name, layout))
     if shape:
         _expect(name, stored.dtype == torch.int32 and stored.dim() == 2, stored)
         _expect(name, shape[0].dtype == torch.int64 and shape[0].shape == (2,), shape[0])
@@ -151,37 +172,50 @@ def _lossless(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.to(dtype if narrow else torch.float32).contiguous()
 
 
-def quantization_config(recipe: Recipe, ignore: list[str]) -> dict[str, Any]:
+def quantization_config(
+    recipe: Recipe,
+    ignore: list[str],
+    ends: Mapping[str, tuple[QuantSpec, QuantSpec, str]] | None = None,
+) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``.
 
     Args:
         recipe: what the model was trained with; weights must be quantized.
         ignore: names of the linear modules that stay float, the output head among them.
+        ends: of output head and token embedding, if they are quantized, the spec of weight and
+            input and the layout, by name of the module.
     """
-    layout = layout_of(recipe.weights)
-    declared = PACKED_BITS if layout == "pack-quantized" else PLAIN_BITS
+    targets = dict(sorted((ends or {}).items()))  # names of modules go before their class
+    if recipe.weights.quantizes:
+        layout = layout_of(recipe.weights)
+        targets["Linear"] = (recipe.weights, recipe.activations, layout)
+    groups = {f"group_{i}": _group(target, *how) for i, (target, how) in enumerate(targets.items())}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": joined({group["format"] for group in groups.values()}),
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+    }
+
+
+def _group(target: str, weights: QuantSpec, inputs: QuantSpec, layout: str) -> dict[str, Any]:
+    declared = PLAIN_BITS if layout == PLAIN else PACKED_BITS
     group: dict[str, Any] = {
-        "targets": ["Linear"],
-        "weights": _arguments(declared, recipe.weights.group_size, "channel", dynamic=False),
+        "targets": [target],
+        "weights": _arguments(declared, weights.group_size, "channel", dynamic=False),
         "input_activations": None,
         "output_activations": None,
         # Without it transformers infers int-quantized for every layer with quantized inputs, and
         # finds no weights where they are packed.
         "format": layout,
     }
-    if recipe.activations.quantizes:
-        inputs = recipe.activations
+    if inputs.quantizes:
         group["input_activations"] = _arguments(
             inputs.bits, inputs.group_size, "token", dynamic=True
         )
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(ignore),
-        "kv_cache_scheme": None,
-    }
+    return group
 
 
 def find_float_linears(model: torch.nn.Module, weights: Collection[str]) -> list[str]:
@@ -192,12 +226,13 @@ def find_float_linears(model: torch.nn.Module, weights: Collection[str]) -> list
             not dequantize.
     """
     linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    others = sorted(set(weights) - {f"{name}.weight" for name in linears})
+    tables = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    others = sorted(set(weights) - {f"{name}.weight" for name in (*linears, *tables)})
     if others:
         owner = type(model.get_submodule(others[0].removesuffix(".weight"))).__name__
         raise ConfigError(
             f"the quantized weight {others[0]} belongs to a {owner}, and compressed-tensors holds"
-            f" torch.nn.Linear layers only; add {others[0]!r} to the recipe's skip"
+            f" torch.nn.Linear and torch.nn.Embedding only; add {others[0]!r} to the recipe's skip"
         )
     return [name for name in linears if f"{name}.weight" not in weights]
 

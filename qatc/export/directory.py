@@ -13,10 +13,13 @@ tokenizer files             if a tokenizer was given
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +38,21 @@ from qatc.model_card import write_card
 from qatc.models.load import require_finite
 from qatc.models.remote_code import build_model, copy_code, require_trust
 from qatc.recipe import Recipe
+from qatc.spec import FLOAT_BITS, QuantSpec
+from qatc.vocabulary import End, are_tied, find_ends, untie
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+_READABLE = (2, 3)
+"""Version 2 knows no quantized head or embedding, and is read as what it says."""
 
 _OWN_KEYS = (
     *("format_version", "layout", "recipe", "quantized"),
-    *("digests", "float_digests"),
+    *("digests", "float_digests", "specs"),
 )
 
 
@@ -60,6 +68,7 @@ def write_model(
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
     trust_remote_code: bool = False,
+    portable: bool = False,
 ) -> None:
     """Write a quantized model into an empty directory (see the module's table).
 
@@ -68,24 +77,41 @@ def write_model(
         config: the model's config; a ``quantization_config`` of its own is replaced.
         state: the model's float state dict. Entries of quantized weights are not written, and of
             tied weights only one.
-        weights: the quantized weights by parameter name; empty when ``recipe.weights`` is 16 bits.
+        weights: the quantized weights by parameter name. A tied weight is there under the name of
+            each of its users that quantizes it; where only one does, the written model is untied.
         recipe: what the model was trained with.
         metadata: further entries of ``qatc.json``, as plain data.
         generation_config, tokenizer: saved beside the model, if given.
         max_shard_bytes: larger models are split into files of this size.
         trust_remote_code: the model runs its own code, which is copied into the directory.
+        portable: store the codes of head and embedding where transformers finds them, which takes
+            more space: those of a tied weight twice, and those of the table a byte each. Otherwise
+            such a model is for :func:`qatc.load` alone, and says so to others.
 
     Raises:
-        ConfigError: a quantized weight is tied, or its layer is no ``torch.nn.Linear``.
+        ConfigError: a quantized weight is tied to another than the head's or the embedding's, or
+            its module is neither a linear nor an embedding.
         CheckpointError: the weights cannot be written.
     """
-    assert all(weight.spec == recipe.weights for weight in weights.values()), "another recipe's"
+    specs = (recipe.weights, recipe.head, recipe.embedding)
+    assert all(weight.spec in specs for weight in weights.values()), "another recipe's"
     # Without storage: tells the linear layers and the tied weights by their names.
     skeleton = _build_model(config, "meta", torch.float32, trust_remote_code)
-    tensors = _drop_tied(state, weights, skeleton.all_tied_weights_keys)
+    ends, ties = find_ends(skeleton), dict(skeleton.all_tied_weights_keys)
+    as_codes = [getattr(recipe, end.role).quantizes for end in ends]
+    if are_tied(ends) and any(as_codes) and (portable or not all(as_codes)):
+        weights = _with_tied(weights, ties) if all(as_codes) else weights
+        config, ties = copy.deepcopy(config), {}
+        untie(config)
+    tensors = _drop_tied(state, weights, ties)
+    weights = _drop_tied_codes(weights, ties)
+    layouts = {name: compressed_tensors.layout_of(w.spec) for name, w in weights.items()}
+    tables = [e.weight for e in ends if e.role == "embedding" and e.weight in weights]
+    if portable:  # transformers finds no packed codes in an embedding
+        layouts |= dict.fromkeys(tables, compressed_tensors.PLAIN)
     floats = [value for value in tensors.values() if value.is_floating_point()]
     dtype = max(floats, key=Tensor.numel).dtype if floats else torch.float32
-    tensors |= compressed_tensors.pack(weights, dtype=dtype)
+    tensors |= compressed_tensors.pack(weights, dtype=dtype, layouts=layouts)
 
     plain_config = json.loads(config.to_json_string())
     plain_config.pop("quantization_config", None)
@@ -97,8 +123,11 @@ def write_model(
     if auto_map := copy_code(skeleton, directory):
         plain_config["auto_map"] = auto_map
     if weights:
-        ignore = compressed_tensors.find_float_linears(skeleton, weights)
-        plain_config["quantization_config"] = compressed_tensors.quantization_config(recipe, ignore)
+        plain_config["quantization_config"] = compressed_tensors.quantization_config(
+            recipe,
+            compressed_tensors.find_float_linears(skeleton, weights),
+            _declared_ends(ends, weights, layouts, recipe, are_tied(ends) and bool(ties)),
+        )
     write_json(directory / "config.json", dict(sorted(plain_config.items())))
     if generation_config is not None:
         plain = json.loads(generation_config.to_json_string())
@@ -106,13 +135,18 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     _write_tensors(directory, tensors, max_shard_bytes)
-    layout = compressed_tensors.layout_of(recipe.weights) if weights else "float"
+    layout = compressed_tensors.joined(layouts.values()) if weights else "float"
     digests = {name: digest_of(w.codes, w.scale) for name, w in sorted(weights.items())}
-    packed = {key for name in weights for key in _stored_names(name, recipe)}
+    packed = {k for n, own in layouts.items() for k in compressed_tensors.tensor_names(n, own)}
     floats_stored = {n: digest_of(t) for n, t in sorted(tensors.items()) if n not in packed}
     own = (
         *(FORMAT_VERSION, layout, recipe.to_dict(), sorted(weights)),
         *(digests, floats_stored),
+        {
+            end.weight: asdict(weights[end.weight].spec) | {"layout": layouts[end.weight]}
+            for end in ends
+            if end.weight in weights
+        },
     )
     write_json(directory / "qatc.json", {**metadata, **dict(zip(_OWN_KEYS, own, strict=True))})
     write_card(directory)
@@ -128,15 +162,43 @@ def digest_of(*tensors: Tensor) -> str:
     return found.hexdigest()[:32]
 
 
-def _stored_names(name: str, recipe: Recipe) -> tuple[str, ...]:
-    return compressed_tensors.tensor_names(name, recipe.weights)
-
-
 def _build_model(
     config: PreTrainedConfig, device: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     with torch.device(device):
         return build_model(config, dtype, trust_remote_code=trust_remote_code)
+
+
+def _declared_ends(
+    ends: list[End],
+    weights: Mapping[str, QuantizedWeight],
+    layouts: Mapping[str, str],
+    recipe: Recipe,
+    tied: bool,
+) -> dict[str, tuple[QuantSpec, QuantSpec, str]]:
+    """What ``config.json`` says of head and embedding: spec of weight and input, and layout."""
+    found = {}
+    for end in ends:
+        if end.weight in weights:
+            inputs = recipe.activations if end.role == "head" else QuantSpec(FLOAT_BITS)
+            layout = layouts[end.weight]
+            if tied or (end.role == "embedding" and layout != compressed_tensors.PLAIN):
+                layout = compressed_tensors.OWN_LAYOUT
+            found[end.name] = (weights[end.weight].spec, inputs, layout)
+    return found
+
+
+def _drop_tied_codes(
+    weights: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
+) -> dict[str, QuantizedWeight]:
+    """The weights without those that are stored under the name of another one."""
+    kept = dict(weights)
+    for name, source in tied.items():
+        if name in kept and source in kept:
+            one, other = kept.pop(name), kept[source]
+            same = one.spec == other.spec and torch.equal(one.codes, other.codes)
+            assert same and torch.equal(one.scale, other.scale), f"{name} is not {source}"
+    return kept
 
 
 def _drop_tied(
@@ -145,6 +207,8 @@ def _drop_tied(
     """The tensors to be stored in float: nothing quantized, and each tied weight once."""
     kept = {name: value.detach() for name, value in state.items() if name not in weights}
     for name, source in tied.items():
+        if name in weights and source in weights:
+            continue
         if name in weights or source in weights:
             raise ConfigError(
                 f"{name} and {source} are one tied weight, which cannot be quantized;"
@@ -202,11 +266,13 @@ def read_metadata(directory: Path) -> dict[str, Any]:
         )
     metadata = _read_mapping(path)
     version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
         raise CheckpointError(
-            f"{path} has format_version {version!r}, and this qatc reads {FORMAT_VERSION};"
+            f"{path} has format_version {version!r}, and this qatc reads"
+            f" {' and '.join(map(str, _READABLE))};"
             " use the qatc that wrote it, or quantize again"
         )
+    metadata.setdefault("specs", {})
     if not metadata.keys() >= set(_OWN_KEYS):
         raise CheckpointError(f"{path} is damaged: it must hold {', '.join(_OWN_KEYS)}")
     return metadata
@@ -236,8 +302,42 @@ def load_codes(directory: Path) -> dict[str, QuantizedWeight]:
     Raises:
         CheckpointError: as :func:`read_metadata`, or a weight file or tensor is missing or damaged.
     """
-    tensors = _read_tensors(directory, quantized=True)
-    return compressed_tensors.unpack(tensors, read_recipe(directory).weights)
+    tensors, stored = _read_tensors(directory, quantized=True), read_stored(directory)
+    found: dict[str, QuantizedWeight] = {}
+    for name, (spec, layout) in stored.items():
+        own = compressed_tensors.tensor_names(name, layout)
+        found |= compressed_tensors.unpack({key: tensors[key] for key in own}, spec, layout)
+    return found
+
+
+def read_stored(directory: Path) -> dict[str, tuple[QuantSpec, str]]:
+    """How each stored weight is quantized, and its layout, by name.
+
+    Raises:
+        CheckpointError: as :func:`read_metadata`.
+    """
+    metadata, weights = read_metadata(directory), read_recipe(directory).weights
+    stored = {
+        name: (weights, compressed_tensors.layout_of(weights)) for name in metadata["quantized"]
+    }
+    try:
+        for name, plain in metadata["specs"].items():
+            layout = str(plain.pop("layout"))
+            stored[name] = (QuantSpec(**plain), layout)
+    except (ConfigError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{directory / 'qatc.json'}: {error}") from error
+    return stored
+
+
+def loads_elsewhere(directory: Path) -> bool:
+    """Whether runtimes that read compressed-tensors can load this output as it is.
+
+    They cannot where the codes of a head or an embedding are stored as only :func:`qatc.load`
+    reads them; :func:`export` writes a form that they can.
+    """
+    config = _read_mapping(directory / "config.json").get("quantization_config") or {}
+    groups = dict(config.get("config_groups", {})).values()
+    return all(group["format"] != compressed_tensors.OWN_LAYOUT for group in groups)
 
 
 def load_float_state(directory: Path) -> dict[str, Tensor]:
@@ -246,8 +346,10 @@ def load_float_state(directory: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(directory: Path, *, quantized: bool) -> dict[str, Tensor]:
-    names, spec = read_metadata(directory)["quantized"], read_recipe(directory).weights
-    expected = {key for name in names for key in compressed_tensors.tensor_names(name, spec)}
+    stored = read_stored(directory)
+    expected = {
+        k for n, (_, own) in stored.items() for k in compressed_tensors.tensor_names(n, own)
+    }
     paths = [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.exists():
@@ -292,6 +394,7 @@ def load_reference(
     config = read_config(directory, trust_remote_code=trust_remote_code)
     model = _build_model(config, "cpu", dtype, trust_remote_code)
     own = model.state_dict()
+    codes = _with_tied(codes, model.all_tied_weights_keys)
     given = codes.keys() | state.keys()
     odd = sorted((own.keys() - given - model.all_tied_weights_keys.keys()) | (given - own.keys()))
     if odd:
@@ -303,6 +406,13 @@ def load_reference(
         own[name].copy_(codes[name].dequantize(dtype) if name in codes else state[name])
     model.eval()
     return model
+
+
+def _with_tied(
+    codes: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
+) -> dict[str, QuantizedWeight]:
+    """The weights under the names of all that are tied to them as well."""
+    return {**codes, **{name: codes[s] for name, s in tied.items() if s in codes}}
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -325,7 +435,9 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrain
     return config
 
 
-FORMATS: dict[str, Callable[..., None]] = {"compressed-tensors": write_model}
+FORMATS: dict[str, Callable[..., None]] = {
+    "compressed-tensors": partial(write_model, portable=True)
+}
 """Writers of an empty directory by the name of the format, called as :func:`write_model` is."""
 
 

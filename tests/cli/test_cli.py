@@ -366,6 +366,45 @@ def test_inspect_kernels(output: Path, shared_model_path: Path) -> None:
     refused(1, "qatc quantize", "inspect", shared_model_path, "--kernels")
 
 
+def test_head_and_embedding(shared_model_path: Path, tmp_path: Path) -> None:
+    target, model = tmp_path / "out", ["--model", shared_model_path]
+    ends = ["--head-bits", "8", "--embedding-bits", "8"]
+    shown = run("inspect", *model, *ends).stdout
+    assert "embedding" in shown and "of it head and embedding, GB" in shown
+    result = run("quantize", *model, *ends, "--output", target, *TINY)
+    assert result.exit_code == 0, result.output
+    assert "for transformers: qatc export" in result.stderr
+    metadata = json.loads((target / "qatc.json").read_text())
+    assert metadata["parity"]["passed"] and metadata["recipe"]["head"]["bits"] == 8
+    report = (target / "report.md").read_text()
+    assert "| quantized head and embedding | 4,032 | 7,168 | 0.562 |" in report
+    assert "| lm_head | weight | 112 x 32 | decode |" in report
+    assert "quantized head and embedding" in run("inspect", target, "--kernels").stdout
+    text = tmp_path / "text.txt"
+    text.write_text("The old fox sleeps by the bridge. " * 20)
+    common = ["--text", text, "--length", "16", "--no-compile", "--json"]
+    teacher = ["--teacher", shared_model_path]
+    rounded = [
+        json.loads(
+            run("evaluate", shared_model_path, "--bits", "16-8-16", *o, *teacher, *common).stdout
+        )
+        for o in ([], ["--head-bits", "4"])
+    ]
+    assert 0 < rounded[0]["kl"] < rounded[1]["kl"]
+    assert run("evaluate", target, *common).exit_code == 0
+    assert run("generate", target, "--prompt", "The", "--no-compile").exit_code == 0
+    exported = run("export", target, "--output", tmp_path / "exported")
+    assert exported.exit_code == 0 and "a byte each, as transformers reads" in exported.stderr
+    refused(2, "need --bits", "evaluate", shared_model_path, "--head-bits", "8", *common)
+    refused(2, "got 9", "inspect", *model, "--head-bits", "9")
+    refused(2, "one tied weight", "inspect", *model, "--head-bits", "8", "--embedding-bits", "4")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("head: {bits: 8}\n")
+    refused(2, "leave out --head-bits", "inspect", *model, "--recipe", recipe, "--head-bits", "8")
+    lines = run("inspect", *model, "--recipe", recipe, "--json").stdout
+    assert [kind["name"] for kind in json.loads(lines)["kinds"]] == ["LlamaDecoderLayer", "Linear"]
+
+
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
     for name in (

@@ -221,10 +221,11 @@ def test_codes_recipe_and_metadata_are_read_back(tmp_path: Path) -> None:
     assert {**metadata.pop("digests"), **metadata.pop("float_digests")}.keys() == stored.keys()
     assert metadata == {
         "seed": 3,
-        "format_version": 2,
+        "format_version": 3,
         "layout": "pack-quantized",
         "recipe": W4A8.to_dict(),
         "quantized": sorted(weights),
+        "specs": {},
     }
     state = load_float_state(tmp_path / "out")
     expected = {n: v for n, v in model.state_dict().items() if n not in weights}
@@ -410,7 +411,7 @@ def drop_tensor(part: str) -> Callable[[Path], None]:
         ("one", cut("qatc.json"), "not valid JSON"),
         ("one", lambda out: (out / "qatc.json").write_text("3"), "damaged"),
         ("one", lambda out: (out / "qatc.json").write_text('{"format_version": 2}'), "damaged"),
-        ("one", edit_metadata(format_version=3), "format_version 3.*reads 2"),
+        ("one", edit_metadata(format_version=4), "format_version 4.*reads 2 and 3"),
         ("one", edit_metadata(recipe={"weight": 4}), "unknown key 'weight'"),
         ("one", edit_metadata(recipe=None), "qatc.json"),
         ("one", cut("model.safetensors"), "damaged or cut off"),

@@ -1,0 +1,51 @@
+"""Fake-quantize the rows that are looked up in an embedding table, one scale per row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule
+
+from qatc import ops
+from qatc.graph import find_embeddings, insert_between, matches
+from qatc.passes.base import Edits, GraphPass
+from qatc.passes.canonicalize import Canonicalize
+from qatc.passes.quantize_linear_inputs import check_groups
+from qatc.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class QuantizeEmbeddings(GraphPass):
+    """Insert a fake-quant node, with its scales rounded to bf16, behind every lookup in a table.
+
+    A scale belongs to a row, so that to round the rows of a batch is to round the whole table, at a
+    fraction of the work. Where the table is the weight of the output head as well, a row is an
+    output channel of it, and codes and scales of the two are the same.
+
+    Args:
+        spec: bits, range and (optional) group size of the table.
+        skip: patterns of names of tables that stay in full precision.
+    """
+
+    spec: QuantSpec = field(default_factory=lambda: QuantSpec(bits=8))
+    skip: tuple[str, ...] = ()
+    requires = (Canonicalize,)
+
+    def edit(self, gm: GraphModule) -> Edits:
+        sites = [e for e in find_embeddings(gm) if not matches(e.parameter, self.skip)]
+        kwargs = ops.fake_quantize_kwargs(self.spec, snap_scale=True)
+        edited = 0
+        for embedding in sites:
+            if embedding.readers:
+                continue
+            check_groups(self.spec, embedding.node, embedding.parameter)
+            users = list(embedding.node.users)
+            insert_between(embedding.node, users, ops.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+            edited += 1
+        return Edits(matched=len(sites), edited=edited)
+
+    def nothing_matched(self) -> str:
+        return (
+            "there is no aten.embedding whose table is a parameter"
+            f" and that skip={list(self.skip)} leaves to quantize"
+        )
