@@ -77,7 +77,7 @@ def compare(
     runtime, comparison = runtime_of(lowered), _Comparison(trace, recipe, title)
     cache, start = None, 0
     with (
-        interpreted(runtime.stores(), comparison.run),
+        interpreted((runtime.scoring, runtime.cached, runtime.masked), comparison.run),
         entered(runtime.forwards, comparison.enter),
     ):
         for size in chunks or [trace.ids.shape[1]]:
