@@ -26,6 +26,9 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+_LAYOUTS = ("pack-quantized", "int-quantized")
+
+
 @dataclass(frozen=True)
 class Stored:
     """What the weight files of an output hold.
@@ -147,6 +150,12 @@ def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: St
     return "\n\n".join(sections) + "\n"
 
 
+def _loads_elsewhere(config: Mapping[str, Any]) -> bool:
+    """Whether all weights are declared in layouts that compressed-tensors knows."""
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    return all(group["format"] in _LAYOUTS for group in groups.values())
+
+
 def _base_name(metadata: Mapping[str, Any]) -> str:
     """The model that it was made from: its hub name, or the last part of its path."""
     model = str(metadata.get("model", "A model"))
@@ -167,7 +176,8 @@ def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: 
         tags.append(config["quantization_config"]["quant_method"])
     if "auto_map" in config:
         tags.append("custom_code")
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library = "transformers" if _loads_elsewhere(config) else "qatc"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if "model" in metadata:
         front |= {"base_model": _base_name(metadata), "base_model_relation": "quantized"}
     front |= metadata.get("license", {})
@@ -194,6 +204,7 @@ def _what(metadata: Mapping[str, Any], stored: Stored) -> list[str]:
     )
 
 
+_ENDS = (("head", "output head"), ("embedding", "token embedding"))
 _ROWS = {"weights": "output channel", "activations": "token", "kv": "token and head"}
 
 
@@ -201,7 +212,8 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for key, title in (
         *(("weights", "weights of linear layers"), ("activations", "inputs of linear layers")),
-        *(("kv", "KV cache"), ("head", "output head"), ("embedding", "token embedding")),
+        ("kv", "KV cache"),
+        *_ENDS,
     ):
         spec = recipe.get(key)
         if spec is None:
@@ -214,8 +226,11 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
             group = f"{spec['group_size']} values" if spec["group_size"] else row
             text = f"{spec['bits']} bits, one scale per {group}, {_codes(spec)}"
         rows.append([title, text])
-    skip = ", ".join(f"`{pattern}`" for pattern in recipe["skip"])
-    return [*rows, ["stay in full precision", skip or "nothing"]]
+    skip = ", ".join(f"`{pattern}`" for pattern in recipe["skip"]) or "nothing"
+    ends = [title for key, title in _ENDS if recipe.get(key, {"bits": 16})["bits"] != 16]
+    if ends:  # which go before the patterns
+        skip += f", but for the {' and the '.join(ends)}"
+    return [*rows, ["stay in full precision", skip]]
 
 
 def _codes(spec: Mapping[str, Any]) -> str:
@@ -298,6 +313,12 @@ def _runtimes(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
             "```",
             f'```\nqatc generate THIS_DIRECTORY --prompt "Once upon a time"{flag}\n```',
         ]
+    if not _loads_elsewhere(config):
+        return [
+            *sections,
+            "Head and embedding are stored here as qatc alone reads them."
+            " `qatc export THIS_DIRECTORY --output OTHER` writes the same model for transformers.",
+        ]
     needs = " (`pip install compressed-tensors`)" if "quantization_config" in config else ""
     sections += [
         f"**transformers**{needs}{_in_words(_differences(recipe))}:",
@@ -345,7 +366,13 @@ def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
         f"```\nqatc evaluate THIS_DIRECTORY --text FILE --teacher {teacher}{flag}\n```",
     ]
     differences = _differences(recipe)
-    if differences:
+    if not _loads_elsewhere(config):
+        sections.insert(
+            0,
+            "lm-eval's own `hf` model and plain transformers cannot load this form, and measure"
+            " other numerics on an exported one. To measure what it was trained for:",
+        )
+    elif differences:
         sections.insert(
             0,
             "lm-eval's own `hf` model and plain transformers measure other numerics, with"

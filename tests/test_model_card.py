@@ -275,6 +275,24 @@ def test_a_hub_name_is_kept(quantized: Path) -> None:
     assert "base_model: where\n" in local and "some/where" not in local
 
 
+def test_a_form_for_qatc_alone_is_not_offered_to_others(quantized: Path) -> None:
+    metadata = json.loads((quantized / "qatc.json").read_text())
+    config = json.loads((quantized / "config.json").read_text())
+    four = {"bits": 4, "group_size": None, "range": "restricted"}
+    metadata["recipe"] |= {"head": four, "embedding": four | {"bits": 16}}
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = groups["group_0"] | {"targets": ["lm_head"], "format": "another"}
+    text = make_card(metadata, config, measure(quantized))
+    told = dict(rows(text, " |  |"))
+    per = "one scale per token of the vocabulary, codes -7 to 7, scale = max / 7"
+    assert told["output head"] == f"4 bits, {per}"
+    assert told["token embedding"] == "not quantized"
+    assert told["stay in full precision"].endswith(", but for the output head")
+    assert "library_name: qatc\n" in text and "qatc export THIS_DIRECTORY" in text
+    assert "AutoModelForCausalLM" not in text and "vllm serve" not in text
+    assert "plain transformers cannot load this form" in text and "qatc.load" in text
+
+
 def test_bytes_in_a_name_that_are_no_text(quantized: Path) -> None:
     metadata = json.loads((quantized / "qatc.json").read_text())
     (quantized / "qatc.json").write_text(json.dumps(metadata | {"model": "/models/m\udcff"}))

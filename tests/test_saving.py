@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import qatc
 from qatc.errors import ConfigError
-from qatc.parity import verify
 from qatc.recipe import Recipe
 from qatc.spec import QuantSpec
 from tests.conftest import contents, make_llama, make_output
@@ -58,7 +57,6 @@ def test_saved_and_loaded_it_is_the_same(
     assert contents(tmp_path / "saved") == contents(outputs[name])
     again = qatc.load(tmp_path / "saved", dtype=dtype, compile=False)
     assert torch.equal(logits(again), logits(model))
-    assert verify(tmp_path / "saved", reload=False).passed
 
 
 def test_saved_in_shards_into_an_empty_directory(outputs: dict[str, Path], tmp_path: Path) -> None:

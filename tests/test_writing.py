@@ -64,6 +64,14 @@ def always(writer: Writer, tokens: Sequence[int]) -> Writer:
     return writer
 
 
+@pytest.fixture(scope="module")
+def plain_text(output: Path) -> str:
+    """What the model writes without settings of its own."""
+    plain = writer(output)
+    assert plain.left_out == {}
+    return plain.write("The old").text
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -86,20 +94,18 @@ def always(writer: Writer, tokens: Sequence[int]) -> Writer:
     ids=lambda settings: next(iter(settings)),
 )
 def test_settings_that_are_not_supported_change_nothing_and_are_told(
-    settings: dict[str, Any], output: Path, tmp_path: Path
+    settings: dict[str, Any], output: Path, plain_text: str, tmp_path: Path
 ) -> None:
-    plain = writer(output)
-    assert plain.left_out == {}
     odd = writer(with_settings(output, tmp_path / "odd", **settings))
     assert odd.left_out == settings
-    assert odd.write("The old").text == plain.write("The old").text
+    assert odd.write("The old").text == plain_text
 
 
-def test_options_decide_over_the_model(output: Path, tmp_path: Path) -> None:
+def test_options_decide_over_the_model(output: Path, plain_text: str, tmp_path: Path) -> None:
     own = {"do_sample": True, "temperature": 9.0, "top_p": 0.1, "max_new_tokens": 1, "top_k": 3}
     model = with_settings(output, tmp_path / "own", **own, max_length=4)
     odd = writer(model)
-    assert odd.left_out == {} and odd.write("The old").text == writer(output).write("The old").text
+    assert odd.left_out == {} and odd.write("The old").text == plain_text
     assert writer(model, temperature=1.0).settings["top_k"] == 3
 
 
