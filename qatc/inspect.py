@@ -160,13 +160,18 @@ def _kind(model: nn.Module, template: Template, layers: list[str]) -> LayerKind:
             continue
         kind, where = _role(node)
         node_shape = shape_of(node)
-        shape = tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in node_shape)
+        shape = tuple(_named(str(size), symbols) for size in node_shape)
         sites.append(Site(kind, where, shape, int(node.args[1]), node.kwargs["group_size"]))
     order = {"input": 0, "weight": 1, "key": 2, "value": 3, "embedding": 4}
     sites.sort(key=lambda site: order[site.kind])
     records = tuple(asdict(record) for record in pass_records(gm))
     name = type(model.get_submodule(layers[0])).__name__
     return LayerKind(name, tuple(layers), tuple(sites), records)
+
+
+def _named(size: str, symbols: Mapping[str, str]) -> int | str:
+    """A size as a number where it is one, though export may hold it as an expression."""
+    return int(size) if size.isdigit() else symbols.get(size, size)
 
 
 def _role(node: torch.fx.Node) -> tuple[str, str]:

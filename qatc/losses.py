@@ -50,9 +50,9 @@ def negative_log_likelihood(logits: Tensor, following: Tensor, labelled: Tensor)
     Returns:
         An fp32 scalar, in nats.
     """
-    scores = logits.float()
-    own = scores.gather(-1, following.unsqueeze(-1)).squeeze(-1)
-    return (scores.logsumexp(-1) - own).where(labelled, 0).sum()
+    # Not by logsumexp, which takes a logit of infinity for a number.
+    scores = logits.float().log_softmax(-1)
+    return -scores.gather(-1, following.unsqueeze(-1)).squeeze(-1).where(labelled, 0).sum()
 
 
 def agreements(logits: Tensor, others: Tensor, real: Tensor) -> Tensor:

@@ -194,7 +194,8 @@ def prepare(
         model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
         try:
             _capture_now(model, prepared)
-            refuse_unstorable(model, quantized_parameters(model))
+            at_an_end = {end.weight for end in ends}
+            refuse_unstorable(model, [n for n in quantized_parameters(model) if n not in at_an_end])
         except BaseException:
             restore(model)
             raise

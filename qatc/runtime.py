@@ -152,8 +152,9 @@ _BUILDING = threading.local()
 def _move_to_meta(
     module: nn.Module, name: str, parameter: nn.Parameter | None
 ) -> nn.Parameter | None:
-    if not getattr(_BUILDING, "on_meta", False) or parameter is None:
-        return None  # which leaves the parameter as it is
+    building = getattr(_BUILDING, "on_meta", False)
+    if not building or parameter is None or parameter.device.type == "meta":
+        return None  # which leaves the parameter as it is, tied ones one and the same
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 

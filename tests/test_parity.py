@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qatc.parity as parity
-from qatc import kernels, kv_cache, native, ops, packing, products
+from qatc import kernels, kv_cache, native, ops, packing, products, row_attention
 from qatc.errors import ParityError
 from qatc.global_parity import kl
 from qatc.passes import InsertKVCache
@@ -177,7 +177,7 @@ def _backwards(node: Any) -> list[Any]:
 
 
 _unquantized = InsertKVCache._unquantized
-_attend, _visible = kv_cache._attend_to_codes, kv_cache._visible
+_attend, _visible = kv_cache._attend_to_codes, row_attention.visible
 
 
 def later(visible: Tensor) -> Tensor:
@@ -207,14 +207,14 @@ LOWERED: dict[str, tuple[Any, str, Any, str]] = {
         InsertKVCache, "_unquantized", before_rotation, "key of attention"
     ),
     "mask off by one, which shows a stale slot": (
-        kv_cache, "_visible", broken(_visible, result=later), "attention .prefill"
+        row_attention, "visible", broken(_visible, result=later), "attention .prefill"
     ),
     "a query that does not see itself": (
-        kv_cache, "_visible", broken(_visible, result=lambda v: v & v.roll(-1, -1)),
+        row_attention, "visible", broken(_visible, result=lambda v: v & v.roll(-1, -1)),
         "attention .prefill",
     ),
     "padding that is not masked": (
-        kv_cache, "_visible", broken(_visible, mask=lambda mask: None),
+        row_attention, "visible", broken(_visible, mask=lambda mask: None),
         "attention .decode with padding",
     ),
     "KV codes of another range": (

@@ -70,8 +70,9 @@ def test_head_and_embedding_are_off_unless_asked_for() -> None:
 
 def test_head_and_embedding_follow_the_weights_of_a_target() -> None:
     blocks = Recipe.from_bits("4-8-4", head_bits=8, target="llama.cpp")
-    assert blocks.head == QuantSpec(8, 32) and not blocks.embedding.quantizes
-    assert Recipe.from_dict({"target": "llama.cpp", "head": {"bits": 8}}).head == QuantSpec(8, 32)
+    wanted = QuantSpec(8, 32, scale_dtype="float16")
+    assert blocks.head == wanted and not blocks.embedding.quantizes
+    assert Recipe.from_dict({"target": "llama.cpp", "head": {"bits": 8}}).head == wanted
 
 
 def test_from_bits_takes_any_other_field() -> None:
