@@ -392,7 +392,8 @@ def test_head_and_embedding(shared_model_path: Path, tmp_path: Path) -> None:
     ]
     assert 0 < rounded[0]["kl"] < rounded[1]["kl"]
     assert run("evaluate", target, *common).exit_code == 0
-    assert run("generate", target, "--prompt", "The", "--no-compile").exit_code == 0
+    options = ["--prompt", "The", "--max-new-tokens", "4", "--no-compile"]
+    assert run("generate", target, *options).exit_code == 0
     exported = run("export", target, "--output", tmp_path / "exported")
     assert exported.exit_code == 0 and "a byte each, as transformers reads" in exported.stderr
     refused(2, "need --bits", "evaluate", shared_model_path, "--head-bits", "8", *common)
