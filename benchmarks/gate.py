@@ -3,7 +3,7 @@
 Makes twenty outputs of random models, two of them wide enough to move with their own rounding ties,
 and more of the models that are named, and verifies every one. Planted bugs are in ``tests/``.
 
-    python -m benchmarks.gate [--model DIR ...]
+    python -m benchmarks.gate --threads 1 [--model DIR ...]
 """
 
 from __future__ import annotations
