@@ -41,7 +41,7 @@ from qatc.files import write_json, writing_to
 from qatc.locks import locked
 from qatc.models.load import LoadedModel, check_length
 from qatc.sampling import sequence_random
-from qatc.slots import Plan, Slots, Vocabulary, choose_slots
+from qatc.slots import Plan, Slots, Vocabulary, choose_slots, measure_rate
 
 Strategy = Literal["hybrid", "sample", "greedy"]
 
@@ -112,6 +112,7 @@ def generate_corpus(
     config: GenerationConfig,
     *,
     compile: bool = True,
+    slots: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Corpus:
     """Let the teacher write a corpus, or complete one that was interrupted.
@@ -122,6 +123,8 @@ def generate_corpus(
         output: directory of the corpus; one begun with the same settings is completed.
         config: how to generate.
         compile: whether to compile the decode step.
+        slots: sequences side by side of a new corpus whose config leaves that to be measured, if
+            it has been measured already, see :func:`measure_speed`.
         on_progress: called now and then.
 
     Raises:
@@ -132,9 +135,8 @@ def generate_corpus(
     check_length(teacher.name, teacher.model.config, config.max_length)
     description = describe(teacher, tokenizer, config, compile)
     with corpus_place(output, teacher.name):
-        return _generate(
-            teacher, tokenizer, output, config, _begin(output, description), compile, on_progress
-        )
+        manifest = _begin(output, description)
+        return _generate(teacher, tokenizer, output, config, manifest, compile, slots, on_progress)
 
 
 def _generate(
@@ -144,6 +146,7 @@ def _generate(
     config: GenerationConfig,
     manifest: dict[str, Any],
     compile: bool,
+    measured: int | None,
     on_progress: OnProgress | None,
 ) -> Corpus:
     kept = {s["file"]: s for s in manifest["shards"] if shard_is_whole(output, s)}
@@ -156,7 +159,12 @@ def _generate(
             if entry is None:
                 done = sum(s["sequences"] for s in shards), sum(s["tokens"] for s in shards)
                 if slots is None:
-                    slots = _slots(decoder, vocabulary, config, manifest, output, teacher.model)
+                    if "slots" not in manifest:
+                        device = teacher.model.device
+                        manifest["slots"] = measured or _count_slots(decoder, config, device)
+                        write_json(output / MANIFEST, manifest)
+                    count, length = manifest["slots"], config.max_length
+                    slots = Slots(decoder, vocabulary, count, length, teacher.model.device)
                 shard, before = _Shard(config, vocabulary, number), slots.steps
                 entry = write_shard(output, number, shard.run(slots, on_progress, *done))
                 entry["steps"] = slots.steps - before
@@ -169,28 +177,44 @@ def _generate(
     return Corpus.open(output)
 
 
-def _slots(
-    decoder: Decoder,
-    vocabulary: Vocabulary,
-    config: GenerationConfig,
-    manifest: dict[str, Any],
-    output: Path,
-    model: Any,
-) -> Slots:
-    """Slots, as many as the manifest says or, for a new corpus, as are asked for or measured.
+def _count_slots(decoder: Decoder, config: GenerationConfig, device: Any) -> int:
+    """Slots for a new corpus, as many as are asked for or, measured, as are fast.
 
     A product of matrices may round otherwise with another number of rows, which decides a token now
     and then. So the number is on disk before the first shard is, and is never measured again.
     """
-    if "slots" not in manifest:
-        most = min(config.shard_size, config.sequences)
-        if config.batch_size == "auto":
-            count = choose_slots(decoder, most, config.max_length, model.device)
-        else:
-            count = min(config.batch_size, most)
-        manifest["slots"] = count
-        write_json(output / MANIFEST, manifest)
-    return Slots(decoder, vocabulary, manifest["slots"], config.max_length, model.device)
+    most = min(config.shard_size, config.sequences)
+    if config.batch_size == "auto":
+        return choose_slots(decoder, most, config.max_length, device)
+    return min(config.batch_size, most)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a corpus is going to be written.
+
+    Attributes:
+        slots: sequences side by side.
+        tokens_per_second: of all of them.
+        sequences: that are still to be written.
+    """
+
+    slots: int
+    tokens_per_second: float
+    sequences: int
+
+
+def measure_speed(
+    teacher: LoadedModel, output: Path, config: GenerationConfig, *, compile: bool = True
+) -> Speed:
+    """Measure some steps of what :func:`generate_corpus` is about to do with the same arguments."""
+    manifest = read_manifest(output) if (output / MANIFEST).exists() else {"shards": []}
+    length, device = config.max_length, teacher.model.device
+    with decoding(teacher.model, 1, length, compile=compile) as decoder:
+        slots = manifest.get("slots") or _count_slots(decoder, config, device)
+        rate = measure_rate(decoder, slots, length, device)
+    written = sum(s["sequences"] for s in manifest["shards"] if shard_is_whole(output, s))
+    return Speed(slots, rate, config.sequences - written)
 
 
 def describe(

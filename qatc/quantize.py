@@ -46,7 +46,14 @@ from qatc.evaluate import Metrics, evaluate
 from qatc.export.codes import QuantizedWeight
 from qatc.export.directory import loads_elsewhere, write_model
 from qatc.files import read_json, write_json
-from qatc.generate import check_corpus, corpus_place, describe, generate_corpus, model_fingerprint
+from qatc.generate import (
+    check_corpus,
+    corpus_place,
+    describe,
+    generate_corpus,
+    measure_speed,
+    model_fingerprint,
+)
 from qatc.locks import locked
 from qatc.model_card import license_of, write_card
 from qatc.models import LoadedModel, load_config, load_model, load_tokenizer
@@ -120,6 +127,7 @@ class _Run:
         self.inputs = _versions()
         self.device = pick_device(config.device)
         self.compile = can_compile() if config.compile is None else config.compile
+        self.slots: int | None = None
 
     def run(self) -> QuantizeResult:
         config, observer = self.config, self.observer
@@ -272,11 +280,12 @@ class _Run:
             self.student,
             *(training.batch_size, length, vocabulary),
         )
+        phases = [] if corpus is not None else [self._generation_phase()]
         steps = training.steps - done
         passes = steps * training.accumulate
         held_out = config.eval_sequences + sum(len(rows) for rows in texts.values())
         needed = max(floor, peak_memory(self.device) + optimizer_bytes(self.student))
-        phases = [
+        phases += [
             Phase(
                 f"training {steps} steps of {training.batch_size * training.accumulate} x {length}",
                 passes * batch, passes * cost.step, "--steps",
@@ -289,6 +298,16 @@ class _Run:
         for phase in phases:
             self.observer.note(str(phase))
         self.observer.note(memory_text(needed, self.device, _LESS_MEMORY))
+
+    def _generation_phase(self) -> Phase:
+        """The corpus that is still to be written, at the speed of some of its steps."""
+        config, place = self.config, self.config.data_directory
+        speed = measure_speed(self.teacher, place, config.generation, compile=self.compile)
+        self.slots = speed.slots
+        tokens = speed.sequences * config.generation.max_length
+        title = f"writing at most {speed.sequences} sequences, {speed.slots} side by side"
+        seconds = tokens / speed.tokens_per_second
+        return Phase(title, tokens, seconds, "--samples, --max-length, --data")
 
     def _warn_of_memory(self, floor: int) -> None:
         """Before memory is taken that is not there: the system ends such a process unheard."""
@@ -320,6 +339,7 @@ class _Run:
             config.data_directory,
             config.generation,
             compile=self.compile,
+            slots=self.slots,
             on_progress=lambda sequences, tokens: observer.generated(sequences, total, tokens),
         )
         self.corpus_lock.close()

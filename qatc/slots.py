@@ -247,6 +247,12 @@ def choose_slots(decoder: Decoder, most: int, length: int, device: Any) -> int:
     return best
 
 
+def measure_rate(decoder: Decoder, rows: int, length: int, device: Any) -> float:
+    """Tokens per second of this many slots, in the middle of their sequences."""
+    decoder.resize(max(rows, _LEAST_ROWS))
+    return rows / _measure(decoder, max(rows, _LEAST_ROWS), length, device)[0]
+
+
 def _measure(decoder: Decoder, rows: int, length: int, device: Any) -> tuple[float, int]:
     """Seconds of a step, and bytes that a row takes in the caches and for its logits."""
     tokens = torch.zeros(rows, dtype=torch.long, device=device)

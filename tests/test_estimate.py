@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,19 @@ class Notes(Observer):
 
 def test_a_run_says_what_is_ahead_before_it_does_it(model_path: Path, tmp_path: Path) -> None:
     notes = Notes()
-    quantize(make(model_path, tmp_path / "out"), notes)
+    settings = make(model_path, tmp_path / "out")
+    quantize(settings, notes)
     training = next(i for i, line in enumerate(notes.lines) if line.startswith("training 6 steps"))
+    writing = notes.lines[training - 1]
+    assert writing.startswith("writing at most 24 sequences, 8 side by side: 384 tokens, about")
+    assert "--samples" in writing and "--data" in writing
     assert "6 steps of 4 x 16: 384 tokens, about" in notes.lines[training]
     assert notes.lines[training + 1].startswith("evaluating it three times: 384 tokens, about")
     assert notes.lines[training + 2].startswith("memory: about ")
     assert all("--" in line for line in notes.lines[training : training + 3])
     begun = next(i for i, line in enumerate(notes.lines) if line.startswith("The teacher writes"))
     assert training < begun
+    again = Notes()
+    given = replace(settings, output=tmp_path / "again", data=tmp_path / "out.data")
+    quantize(given, again)
+    assert not any(line.startswith("writing at most") for line in again.lines), "it is there"
