@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from benchmarks import common
+from benchmarks import common, models
 from qatc.decode import decoding
 from qatc.device import load_teacher
 from qatc.models import load_tokenizer
@@ -42,6 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    options.model = models.find(options.model)
     model = load_teacher(options.model, dtype=options.dtype, device="cpu").model
     plain = load_teacher(options.model, dtype=options.dtype, device="cpu").model
     plain.config.eos_token_id = plain.generation_config.eos_token_id = None  # nothing ends early

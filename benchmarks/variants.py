@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import common, llama
+from benchmarks import common, llama, models
 from qatc.recipe import Recipe
 from qatc.runtime import load
 
@@ -51,12 +51,16 @@ class Variant(NamedTuple):
 def add_options(parser: ArgumentParser) -> None:
     """The options that all speed benchmarks have."""
     parser.add_argument("--shape", default="110M", choices=SHAPES)
-    parser.add_argument("--model", type=Path, help="a LLaMA's directory, instead of a shape")
+    parser.add_argument(
+        "--model", type=lambda name: Path(models.find(name)), help="a LLaMA, instead of a shape"
+    )
     parser.add_argument("--name", help="of the result, for --model")
     parser.add_argument("--variants", nargs="*", default=["*"], help="patterns of their names")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--bits", nargs="*", default=BITS)
+    parser.add_argument(
+        "--bits", nargs="*", default=BITS, help="4-8-4+8 has head and embedding in 8 bits as well"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
@@ -118,7 +122,10 @@ def build(options: Namespace, scratch: Path) -> tuple[dict[str, Variant], dict[s
         absent["bf16, QuantizedCache 4 bits"] = reason
     for bits in options.bits:
         source = variants["fp32 eager"].model
-        output = common.random_output(scratch / bits, Recipe.from_bits(bits), source)
+        layers, _, ends = bits.partition("+")
+        own = {"head_bits": int(ends), "embedding_bits": int(ends)} if ends else {}
+        recipe = Recipe.from_bits(layers, **own)  # type: ignore[arg-type]
+        output = common.random_output(scratch / bits, recipe, source)
         loaded = load(output, device=options.device, dtype=torch.bfloat16)
         variants[f"qatc {bits}"] = Variant(loaded)
     return {name: v for name, v in variants.items() if _chosen(name, options)}, absent
