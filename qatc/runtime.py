@@ -26,6 +26,7 @@ from qatc.device import pick_device
 from qatc.errors import CaptureError, CheckpointError, ConfigError
 from qatc.export import QuantizedWeight, load_codes, load_float_state, read_metadata, read_recipe
 from qatc.export.directory import read_config
+from qatc.float_head import flatten_head
 from qatc.graph import matches
 from qatc.kv_cache import first_slots
 from qatc.models import find_regions
@@ -111,6 +112,7 @@ def load(
         model.generation_config = own
     for forward in (*forwards, *at_ends):
         forward.install()
+    flatten_head(model)
     runtime.forwards, runtime.ends = tuple(forwards), tuple(at_ends)
     setattr(model, _RUNTIME, runtime)
     packed = {name: (weight.spec, weight.codes.shape[1]) for name, weight in codes.items()}

@@ -70,6 +70,7 @@ LAYERS = {
     "qatc.end_parity": 5,
     "qatc.evaluate": 5,
     "qatc.export": 5,
+    "qatc.float_head": 4,
     "qatc.forced": 5,
     "qatc.generate": 5,
     "qatc.global_parity": 5,
