@@ -3,7 +3,7 @@
 A prefill of one row asks the head for its last token alone, which is a slice of the hidden states.
 ``torch.nn.functional.linear`` takes such a slice, of three dimensions with the strides of all
 tokens, for a batch of products, and copies the weight for it: on SmolLM2, whose head has 49,152
-rows, that took 45 ms of the 105 ms of a prefill of 128 tokens. As a matrix it is multiplied as it is.
+rows, that took 45 ms of the 105 ms of a prefill of 128 tokens. A matrix is multiplied as it is.
 """
 
 from __future__ import annotations
