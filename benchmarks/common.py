@@ -44,6 +44,11 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def alone(folder: Path) -> dict[str, str]:
+    """An environment in which Python finds the project in ``folder`` first, on one thread."""
+    return os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
 def display_path(path: str) -> str:
     """A path as it may stand in a committed result: within the repository, or the last name."""
     try:

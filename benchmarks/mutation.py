@@ -1,0 +1,135 @@
+"""Would the tests notice? Small faults planted, one at a time, in modules that must have none.
+
+    python -m benchmarks.mutation --sample 25
+
+`cosmic-ray <https://cosmic-ray.readthedocs.io>`_ (``pip install cosmic-ray``, in this environment
+or, with ``--cosmic-ray COMMAND``, in another) turns a ``+`` into a ``-``, a ``<`` into a ``<=``,
+drops a ``not`` and so on, and runs the module's tests. Of every module a sample is drawn by a fixed
+seed. A fault with which all tests pass *survives*: the result lists each with its diff. It is no
+part of CI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+
+TESTS = {
+    "qatc/ops.py": ["tests/test_ops.py"],
+    "qatc/packing.py": ["tests/test_packing.py"],
+    "qatc/kv_cache.py": ["tests/test_kv_cache.py"],
+    "qatc/packed_cache.py": ["tests/test_runtime.py"],
+    "qatc/sampling.py": ["tests/test_sampling.py"],
+    "qatc/checkpoint.py": ["tests/test_checkpoint.py", "tests/test_distill.py"],
+    "qatc/directories.py": ["tests/test_directories.py"],
+    "qatc/files.py": ["tests/test_files.py"],
+    "qatc/settings.py": ["tests/test_settings.py"],
+    "qatc/export/codes.py": ["tests/export"],
+    "qatc/export/compressed_tensors.py": ["tests/export"],
+}
+"""Modules, and the tests that are to notice."""
+
+SECONDS = 300.0
+"""After which a run of the tests counts as noticed: the fault made them hang."""
+
+
+def main() -> None:
+    """Run the benchmark and write its result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=int, default=25, help="faults per module")
+    parser.add_argument("--module", action="append", choices=TESTS, help="these alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--cosmic-ray", default="cosmic-ray")
+    options = parser.parse_args()
+    modules = options.module or list(TESTS)
+    file = common.RESULTS / "mutation.json"
+    found: dict[str, Any] = json.loads(file.read_text())["modules"] if file.exists() else {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for module, result in zip(
+            modules, pool.map(lambda m: run(m, options), modules), strict=True
+        ):
+            found[module] = result
+            print(module, {key: result[key] for key in ("planted", "noticed")}, flush=True)
+            common.save("mutation", {"seed": options.seed, "total": total(found), "modules": found})
+
+
+def total(modules: dict[str, Any]) -> dict[str, Any]:
+    """The score of all modules."""
+    planted, noticed = (sum(m[key] for m in modules.values()) for key in ("planted", "noticed"))
+    return {"planted": planted, "noticed": noticed, "share": round(noticed / max(1, planted), 3)}
+
+
+def run(module: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Plant a sample of faults in a copy of the project."""
+    with tempfile.TemporaryDirectory(prefix="qatc-mutation-") as scratch:
+        copy, session = Path(scratch) / "project", Path(scratch) / "session.sqlite"
+        ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__")
+        shutil.copytree(common.ROOT, copy, symlinks=True, ignore=ignored)
+        tests = " ".join([sys.executable, "-m pytest -x -q -p no:cacheprovider", *TESTS[module]])
+        config = Path(scratch) / "config.toml"
+        config.write_text(
+            f'[cosmic-ray]\nmodule-path = "{module}"\ntimeout = {SECONDS}\nexcluded-modules = []\n'
+            f'test-command = "{tests}"\n[cosmic-ray.distributor]\nname = "local"\n'
+        )
+
+        def call(*arguments: str) -> str:
+            done = subprocess.run(
+                [options.cosmic_ray, *arguments], cwd=copy, check=True, text=True,
+                stdout=subprocess.PIPE, env=common.alone(copy),
+            )  # fmt: skip
+            return done.stdout
+
+        call("init", str(config), str(session))
+        call("baseline", str(config))  # the tests pass where nothing is planted
+        possible = keep_some(session, options.sample, options.seed)
+        call("exec", str(config), str(session))
+        items = [json.loads(line) for line in call("dump", str(session)).splitlines()]
+    survivors = [
+        {"line": item["mutations"][0]["start_pos"][0], "diff": changed_lines(result["diff"])}
+        for item, result in items
+        if result["test_outcome"] == "survived"
+    ]
+    return {
+        "tests": TESTS[module],
+        "possible": possible,
+        "planted": len(items),
+        "noticed": len(items) - len(survivors),
+        "survived": survivors,
+    }
+
+
+def keep_some(session: Path, count: int, seed: int) -> int:
+    """Leave ``count`` faults of a session, drawn at random; how many there were."""
+    with sqlite3.connect(session) as connection:
+        jobs = sorted(row[0] for row in connection.execute("SELECT job_id FROM work_items"))
+        order = connection.execute(
+            "SELECT job_id FROM mutation_specs ORDER BY module_path, operator_name, occurrence"
+        )
+        names = [row[0] for row in order]
+        kept = set(random.Random(seed).sample(names, min(count, len(names))))
+        for name in set(jobs) - kept:
+            connection.execute("DELETE FROM mutation_specs WHERE job_id = ?", (name,))
+            connection.execute("DELETE FROM work_items WHERE job_id = ?", (name,))
+    return len(jobs)
+
+
+def changed_lines(diff: str) -> list[str]:
+    """The lines that a diff takes away and adds."""
+    lines = diff.splitlines()
+    return [x for x in lines if x[:1] in "+-" and x[:3] not in ("+++", "---") and x[1:].strip()]
+
+
+if __name__ == "__main__":
+    main()
