@@ -84,8 +84,17 @@ def run(model: str, bits: str, base: Path, data: Path, extra: list[str]) -> dict
         "training_seconds": metadata["training_seconds"],
         "learning_rate": metadata["learning_rate"],
         "compute_dtype": metadata["compute_dtype"],
-        "log": [line.replace(str(base), "").replace(model, "MODEL") for line in log],
+        "log": [
+            plain(line, {str(data): "CORPUS", str(base): "OUT", model: "MODEL"}) for line in log
+        ],
     }
+
+
+def plain(line: str, names: dict[str, str]) -> str:
+    """A line without the paths of this machine."""
+    for path, name in names.items():
+        line = line.replace(path, name)
+    return line
 
 
 def call(command: list[str]) -> tuple[str, list[str]]:
