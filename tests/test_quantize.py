@@ -53,6 +53,7 @@ def make(model: Path, output: Path, **changes: Any) -> QuantizeConfig:
         "training": TrainingConfig(steps=6, batch_size=4, checkpoint_every=2),
         "eval_sequences": 8,
         "compile": False,
+        "verify": False,  # seconds a run; tests of the gate ask for it
     }
     return QuantizeConfig(**(settings | changes))
 
@@ -60,7 +61,8 @@ def make(model: Path, output: Path, **changes: Any) -> QuantizeConfig:
 @pytest.fixture(scope="module")
 def done(shared_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run."""
-    return quantize(make(shared_model_path, tmp_path_factory.mktemp("quantize") / "out"))
+    output = tmp_path_factory.mktemp("quantize") / "out"
+    return quantize(make(shared_model_path, output, verify=True))
 
 
 def weights(output: Path) -> bytes:
@@ -133,7 +135,7 @@ def test_a_tied_weight_of_which_only_the_head_is_quantized(
     stored = AutoModelForCausalLM.from_pretrained(shared_model_path, dtype=torch.bfloat16)
     source = save(tmp_path / "bf16", stored, AutoTokenizer.from_pretrained(shared_model_path))
     recipe = Recipe.from_bits("4-8-4", head_bits=8)
-    result = quantize(make(source, tmp_path / "out", recipe=recipe))
+    result = quantize(make(source, tmp_path / "out", recipe=recipe, verify=True))
     head = load_codes(result.output)["lm_head.weight"]
     table = load_float_state(result.output)["model.embed_tokens.weight"]
     assert table.dtype is torch.bfloat16
@@ -180,7 +182,7 @@ def test_teacher_and_student_are_gone_when_the_output_is_verified(
     alive: list[int] = []
     before = models()
     monkeypatch.setattr("qatc.quantize.verify", counted)
-    quantize(make(shared_model_path, tmp_path / "out"))
+    quantize(make(shared_model_path, tmp_path / "out", verify=True))
     assert alive == [0]
 
 
@@ -266,7 +268,7 @@ class TestAfterTraining:
         fails: Any,
         error: type[BaseException],
     ) -> None:
-        config, notes = make(shared_model_path, tmp_path / "out"), Notes()
+        config, notes = make(shared_model_path, tmp_path / "out", verify=True), Notes()
         with monkeypatch.context() as patch, pytest.raises(error) as raised:
             patch.setattr(f"qatc.quantize.{place}", fails)
             quantize(config, notes)
@@ -288,7 +290,7 @@ class TestAfterTraining:
     def test_a_failing_evaluation_keeps_the_training_too(
         self, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        config, notes = make(shared_model_path, tmp_path / "out"), Notes()
+        config, notes = make(shared_model_path, tmp_path / "out", verify=True), Notes()
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(_Run, "_trained", bug)
             quantize(config, notes)
@@ -299,7 +301,7 @@ class TestAfterTraining:
     def test_without_the_gate_the_output_is_marked(
         self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        config = make(shared_model_path, tmp_path / "out")
+        config = make(shared_model_path, tmp_path / "out", verify=True)
         with monkeypatch.context() as patch, pytest.raises(ParityError):
             patch.setattr("qatc.quantize.verify", failing_gate)
             quantize(config)
@@ -317,7 +319,9 @@ class TestAfterTraining:
     ) -> None:
         shutil.copytree(done.output, tmp_path / "out")
         before = contents(tmp_path / "out")
-        config = make(shared_model_path, tmp_path / "out", overwrite=True, data=done.data)
+        config = make(
+            shared_model_path, tmp_path / "out", overwrite=True, data=done.data, verify=True
+        )
         monkeypatch.setattr("qatc.quantize.verify", failing_gate)
         with pytest.raises(ParityError):
             quantize(config)
@@ -326,7 +330,7 @@ class TestAfterTraining:
     def test_a_newer_version_may_write_what_an_older_one_trained(
         self, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        config = make(shared_model_path, tmp_path / "out")
+        config = make(shared_model_path, tmp_path / "out", verify=True)
         with monkeypatch.context() as patch, pytest.raises(ParityError):
             patch.setattr("qatc.quantize.verify", failing_gate)
             patch.setattr("qatc.quantize.package_version", lambda package: f"{package} of old")
@@ -373,7 +377,7 @@ class TestInputs:
     ) -> None:
         text = Path(shutil.copy(text_file, tmp_path / "text.txt"))
         data = tmp_path / "data"
-        config = make(model_path, tmp_path / "out", eval_text=text, data=data, verify=False)
+        config = make(model_path, tmp_path / "out", eval_text=text, data=data)
         interrupted(config)
         before = contents(config.partial)
         self.change(name, config)
@@ -436,7 +440,7 @@ class TestPlaces:
         self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Refused before anything is loaded, and the first one ends as if nothing had happened."""
-        config = make(shared_model_path, tmp_path / "out", verify=False)
+        config = make(shared_model_path, tmp_path / "out")
         take = Distiller._step
         refused: list[str] = []
 
@@ -462,7 +466,7 @@ class TestPlaces:
     def test_a_corpus_is_not_written_twice_at_once(
         self, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        config = make(shared_model_path, tmp_path / "one", data=tmp_path / "data", verify=False)
+        config = make(shared_model_path, tmp_path / "one", data=tmp_path / "data")
         other = dataclasses.replace(config, output=tmp_path / "two")
         started, refused = generate_corpus, []
 
@@ -487,7 +491,7 @@ class TestPlaces:
     def test_a_finished_corpus_serves_two_runs_at_once(
         self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        config = make(shared_model_path, tmp_path / "out", data=done.data, verify=False)
+        config = make(shared_model_path, tmp_path / "out", data=done.data)
         with locked(done.data):
             assert weights(quantize(config).output) == weights(done.output)
 
