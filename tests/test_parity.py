@@ -363,7 +363,7 @@ def test_a_failure_leaves_no_output(
     from tests.test_quantize import make
 
     monkeypatch.setattr(kernels, "ops", Module(ops, quantize=rounded_scale))
-    config = make(shared_model_path, tmp_path / "out", integer_forward=False)
+    config = make(shared_model_path, tmp_path / "out", integer_forward=False, verify=True)
     with pytest.raises(ParityError, match="do not use the output"):
         quantize(config)
     assert not config.output.exists() and config.partial.exists()
