@@ -9,7 +9,8 @@ integers, and compares them on text that the model writes itself, in fp32 and un
    computed there, when it is given what the trained graph was given (:mod:`qatc.local_parity`);
 3. *global*: left to itself it is no further from the trained graph than that is from its own forms
    which sum in another order (:mod:`qatc.global_parity`);
-4. *cached*: the same in pieces; and it says the same bits after a reload in a new process.
+4. *cached*: the same in pieces, and by the decoding program (:mod:`qatc.decode_program`); and it
+   says the same bits after a reload in a new process.
 
 The verdict rests on the first two and the last, which hold exactly at any depth. What is compared
 from end to end is mostly a measure of the model: how much its own rounding ties move it.
@@ -17,6 +18,7 @@ from end to end is mostly a measure of the model: how much its own rounding ties
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -43,6 +45,7 @@ from qatc.recipe import Recipe
 from qatc.runtime import load, runtime_of
 
 ROWS, LENGTH = 9, 40
+PROGRAM_ROWS, PROGRAM_STEPS = 5, 12
 KL_SHARE = 0.02
 
 
@@ -101,6 +104,7 @@ def verify(
         restore(reference)  # a prepared model is a cycle, which would live on
         del reference, in_float, exact
         _cached(lowered, texts, on_integers)
+        _programmed(lowered, texts)
         checks += texts.checks
         if reload:
             checks.append(_reloaded(directory, on_integers, ids, device, trust_remote_code))
@@ -197,6 +201,28 @@ def _cached(lowered: Any, texts: Texts, wanted: Tensor) -> None:
             start += size
         what = f"{title} from one forward without a cache"
         texts.judge("cached", what, wanted, torch.cat(outs, 1))
+
+
+def _programmed(lowered: Any, texts: Texts) -> None:
+    """Take steps by the decoding program, where there is one, each from what the graphs held."""
+    decode = runtime_of(lowered).decode
+    program = None if decode is None else decode.program()
+    if decode is None or program is None:
+        return
+    assert program.applies(), "nothing else may answer for it"
+    half = texts.ids.shape[1] // 2
+    wanted, got = [], []
+    for row in texts.ids[:PROGRAM_ROWS].split(1):
+        cache = lowered(input_ids=row[:, :half], use_cache=True).past_key_values
+        steps = []
+        for new in row[:, half : half + PROGRAM_STEPS].split(1, 1):
+            own = copy.deepcopy(cache)
+            graphs = lowered(input_ids=new, past_key_values=cache, use_cache=True).logits
+            steps.append((graphs, decode(new, past_key_values=own, use_cache=True).logits))
+        wanted.append(torch.cat([graphs for graphs, _ in steps], 1))
+        got.append(torch.cat([logits for _, logits in steps], 1))
+    what = "the decoding program from the graphs, step by step"
+    texts.judge("cached", what, torch.cat(wanted), torch.cat(got))
 
 
 _RELOAD = """

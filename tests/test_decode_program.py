@@ -13,6 +13,8 @@ from torch import Tensor
 
 import qatc
 from qatc import program
+from qatc.decode_program import DecodeProgram
+from qatc.parity import verify
 from qatc.recipe import Recipe
 from qatc.runtime import runtime_of
 from qatc.usage import decoding_report
@@ -101,6 +103,34 @@ def test_architectures(kind: str, tmp_path: Path) -> None:
         tmp_path / "o", Recipe.from_bits("4-8-4"), make(kind, **ARCHITECTURES[kind])
     )
     assert agrees(*compare(output, IDS, 5, torch.float32), 1e-4)
+
+
+BUGS: dict[str, Any] = {
+    "the position of the token before": lambda run: (
+        lambda self, token, position, cache: run(self, token, max(0, position - 1), cache)
+    ),
+    "another token": lambda run: (
+        lambda self, token, position, cache: run(self, (token + 1) % 112, position, cache)
+    ),
+    "logits of a float more": lambda run: (
+        lambda self, token, position, cache: run(self, token, position, cache) * 1.5
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_gate_finds_a_program_that_is_wrong(
+    bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = make_output(tmp_path / "o", Recipe.from_bits("4-8-4"))
+    monkeypatch.setattr(DecodeProgram, "__call__", BUGS[bug](DecodeProgram.__call__))
+    failed = [c.what for c in verify(output, reload=False).checks if not c.passed]
+    assert failed == ["the KL divergence of the decoding program from the graphs, step by step"]
+
+
+def test_the_gate_passes_a_program_that_is_right(tmp_path: Path) -> None:
+    report = verify(make_output(tmp_path / "o", Recipe.from_bits("4-8-4")), reload=False)
+    assert report.passed and any("the decoding program" in c.what for c in report.checks)
 
 
 def test_what_a_program_does_not_do_goes_to_the_graphs(tmp_path: Path) -> None:
