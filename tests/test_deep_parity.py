@@ -111,8 +111,9 @@ def test_a_deep_model_passes(tmp_path: Path) -> None:
     assert report.passed
     own = [c.figure for c in report.checks if "the trained graph from itself" in c.what]
     limits = [c.limit for c in report.checks if c.what.startswith("the KL") and c.limit]
-    assert len(own) == 2 and len(limits) == 4
-    assert limits == [max(parity.KL_SHARE * 0.05, MARGIN * max(own))] * 4
+    by_program = any("the decoding program" in c.what for c in report.checks)  # needs a compiler
+    assert len(own) == 2 and len(limits) == 4 + by_program
+    assert set(limits) == {max(parity.KL_SHARE * 0.05, MARGIN * max(own))}
 
 
 def test_further_than_the_own_ties_is_too_far() -> None:
