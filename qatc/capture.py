@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -164,7 +165,9 @@ def capture(
 def _export(
     module: nn.Module, leaves: Sequence[Any], inputs: tuple[int, ...], spec: pytree.TreeSpec
 ) -> torch.export.ExportedProgram:
-    with torch.no_grad():
+    # Fake tensors remember what an operator gives only to be asked again for the same sizes, and
+    # every export has symbols of its own: the memory costs a third of the time and never answers.
+    with torch.no_grad(), dynamo_config.patch(fake_tensor_cache_enabled=False):
         return torch.export.export(
             _Flat(module, leaves, inputs, spec),
             tuple(leaves[i] for i in inputs),
