@@ -71,6 +71,18 @@ def test_nothing_to_restore(run: Run) -> None:
     assert run.checkpoints.latest() is None
 
 
+def test_the_same_step_again_takes_the_place_of_the_first(run: Run) -> None:
+    """A run may be stopped at the step that it has just saved."""
+    run.train(3)
+    run.save(3)
+    run.train(1)
+    run.save(3)
+    state = run.state()
+    run.train(1)
+    assert run.restore() == 3
+    assert all(torch.equal(a, b) for a, b in zip(run.state(), state, strict=True))
+
+
 def test_keeps_the_last_ones(run: Run) -> None:
     for step in (5, 10, 15, 100):
         run.train(1)

@@ -17,7 +17,7 @@ import qatc
 from qatc import native
 from qatc.errors import CaptureError, CheckpointError, ConfigError, PassError
 from qatc.export import load_reference, read_recipe
-from qatc.packed_cache import PackedLayer
+from qatc.packed_cache import SLOTS, PackedLayer, round_up
 from qatc.parity import verify
 from qatc.passes import pass_records
 from qatc.preparation import can_compile, prepare, recipe_allows_integers
@@ -238,6 +238,11 @@ def test_a_cache_of_another_batch(outputs: dict[str, Path]) -> None:
     got = model(input_ids=IDS[:1], past_key_values=cache, use_cache=True).logits
     wanted = logits(model, IDS[:1])
     assert (got - wanted).abs().max().item() <= 1e-4 * wanted.abs().max().item()
+
+
+def test_no_slots_more_than_a_full_block() -> None:
+    rounded = [round_up(n) for n in (1, SLOTS - 1, SLOTS, SLOTS + 1, 3 * SLOTS)]
+    assert rounded == [SLOTS, SLOTS, SLOTS, 2 * SLOTS, 3 * SLOTS]
 
 
 def test_a_cache_grows_past_its_window(outputs: dict[str, Path]) -> None:
