@@ -41,9 +41,15 @@ TESTS = {
 }
 """Modules, and the tests that are to notice."""
 
+_ANNOTATION = "an annotation, which nothing evaluates"
+_ENUM = "members of an enum are equal where they are the same"
 WHY = {
-    "    scale: float | None = None,": "an annotation, which nothing evaluates",
-    "    def __init__(self, window: int | None = None) -> None:": "the same",
+    "    scale: float | None = None,": _ANNOTATION,
+    "    def __init__(self, window: int | None = None) -> None:": _ANNOTATION,
+    "def refuse_overlap(places: Mapping[str, Path], sources: Mapping[str, str | Path | None])"
+    " -> None:": _ANNOTATION,
+    "    if not path.exists() and markers.mark_of(replaced) is Mark.REPLACED:": _ENUM,
+    "    if markers.mark_of(path) is Mark.REMOVING:": _ENUM,
     "        if self.tensors and self.tensors[0].shape[0] != batch:": "both tensors have one batch",
     "    rows = max(1, _VALUES // logits.shape[1])": "a block's size, which changes no result",
 }

@@ -77,7 +77,7 @@ def test_the_same_step_again_takes_the_place_of_the_first(run: Run) -> None:
     run.save(3)
     run.train(1)
     run.save(3)
-    state = run.state()
+    state = [tensor.clone() for tensor in run.state()]
     run.train(1)
     assert run.restore() == 3
     assert all(torch.equal(a, b) for a, b in zip(run.state(), state, strict=True))
