@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -109,6 +111,21 @@ class TestJson:
         with pytest.raises(DataError) as raised:
             files.read_json(path)
         assert str(raised.value) == f"cannot read {path}: No such file or directory"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_only_a_directory_may_be_one_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError):
+        files.sync(tmp_path / "file")
+    with pytest.raises(OSError) if number == errno.EIO else contextlib.nullcontext():
+        files.sync(tmp_path)
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:

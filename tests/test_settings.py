@@ -152,6 +152,28 @@ def test_inputs_become_known_one_after_the_other(config: QuantizeConfig) -> None
         check_run(config, {"the corpus c": "4" * 64})
 
 
+def test_more_inputs_become_known_beside_those_that_are(config: QuantizeConfig) -> None:
+    begin_run(config, {"model": "1"})
+    begin_run(config, {"model": "1", "corpus": "2"})
+    assert recorded_inputs(config) == {"model": "1", "corpus": "2"}
+
+
+def test_the_folders_above_are_made(config: QuantizeConfig, tmp_path: Path) -> None:
+    deep = replace(config, output=tmp_path / "not" / "yet" / "there")
+    begin_run(deep)
+    assert deep.partial.is_dir()
+
+
+def test_a_folder_in_which_nothing_can_be_made(
+    config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one without the right to write, or without the right to go into it."""
+    for right in (os.W_OK, os.X_OK):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="written to"):
+            patch.setattr(os, "access", lambda path, asked, right=right: not asked & right)
+            check_places(config)
+
+
 def test_another_version_may_write_what_is_trained(config: QuantizeConfig) -> None:
     begin_run(config, INPUTS)
     trained_file(config).write_text("{}")

@@ -38,6 +38,13 @@ def random_weight(spec: QuantSpec, rows: int, width: int, seed: int = 0) -> Quan
     return QuantizedWeight(torch.from_numpy(codes.astype(np.int8)), scale, spec)
 
 
+def test_a_weight_is_a_value_that_stays_and_is_itself_alone() -> None:
+    one, other = (random_weight(QuantSpec(4), 3, 8) for _ in range(2))
+    assert len({one, one, other}) == 2 and one != other
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.codes = other.codes  # type: ignore[misc]
+
+
 @st.composite
 def weights(draw: st.DrawFn, bits: st.SearchStrategy[int]) -> QuantizedWeight:
     group_size = draw(st.none() | st.integers(1, 9))
