@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common
-from qatc.recipe import Recipe
+from qatc.recipe.recipe import Recipe
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def first_tokens(directory: Path) -> dict[str, Any]:
     """Seconds until the first and the second token, and graphs compiled."""
     from torch._dynamo.utils import counters
 
-    from qatc.runtime import load
+    from qatc.runtime.model import load
 
     started = time.perf_counter()
     model: Any = load(directory)

@@ -17,7 +17,7 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
-    from qatc.quantize import package_version
+    from qatc.quantize.run import package_version
 
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -59,8 +59,8 @@ def display_path(path: str) -> str:
 
 def random_output(directory: Path, recipe: Any, model: Any) -> Path:
     """An output as ``qatc quantize`` writes it, of a model that was only rounded."""
-    from qatc.export import QuantizedWeight, write_model
-    from qatc.preparation import prepare, quantized_specs, restore
+    from qatc.models.preparation import prepare, quantized_specs, restore
+    from qatc.output import QuantizedWeight, write_model
 
     prepare(model, recipe, compile=False)
     state = model.state_dict()

@@ -24,7 +24,7 @@ from transformers.cache_utils import QuantizedCache
 
 from benchmarks import common, llama, variants
 from benchmarks.variants import Variant
-from qatc.usage import memory
+from qatc.report.usage import memory
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import display_path, random_output, save
-from qatc.parity import verify
-from qatc.preparation import prepare, restore
-from qatc.recipe import Recipe
-from qatc.spec import QuantSpec
+from qatc.evaluation.parity import verify
+from qatc.models.preparation import prepare, restore
+from qatc.recipe.recipe import Recipe
+from qatc.recipe.spec import QuantSpec
 
 GROUPS = dataclasses.replace(Recipe.from_bits("4-8-4"), weights=QuantSpec(4, 16))
 GROUPED_INPUTS = dataclasses.replace(Recipe.from_bits("4-8-8"), activations=QuantSpec(8, 16))

@@ -22,10 +22,10 @@ import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks import common, models
-from qatc.decode import decoding
-from qatc.device import load_teacher
+from qatc.data.decode import decoding
+from qatc.data.slots import Plan, Slots, Vocabulary, choose_slots
 from qatc.models import load_tokenizer
-from qatc.slots import Plan, Slots, Vocabulary, choose_slots
+from qatc.models.load import load_teacher
 
 
 def main() -> None:

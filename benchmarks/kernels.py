@@ -19,8 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import common, variants
-from qatc import kernels, ops, packing
-from qatc.spec import QuantSpec
+from qatc.kernels import packed_linear
+from qatc.numerics import minmax, packing
+from qatc.recipe.spec import QuantSpec
 
 BEYOND_CACHES = 256 * 2**20
 """Bytes of weights that are read before one is read again."""
@@ -66,22 +67,22 @@ def measure(
     torch._dynamo.reset()
     outputs, inputs = shape
     device = options.device
-    phase: kernels.Phase = "decode" if rows <= 8 else "prefill"
+    phase: packed_linear.Phase = "decode" if rows <= 8 else "prefill"
     specs = QuantSpec(bits, group), QuantSpec(activation_bits)
-    site = kernels.Site(*specs, outputs, inputs, device)
+    site = packed_linear.Site(*specs, outputs, inputs, device)
     weight = torch.randn(shape, device=device) * inputs**-0.5
-    codes, scale = ops.quantize(weight, site.weights, snap=True)
+    codes, scale = minmax.quantize(weight, site.weights, snap=True)
     packed = packing.pack(codes, bits)
     sizes = (rows, 1, inputs) if phase == "decode" else (1, rows, inputs)
     x = torch.randn(sizes, device=device)
     values = x.flatten(0, 1).double()
     if site.activations.quantizes:
-        x_codes, x_scale = ops.quantize(x.flatten(0, 1), site.activations)
+        x_codes, x_scale = minmax.quantize(x.flatten(0, 1), site.activations)
         values = x_codes.double() * x_scale
     groups = scale.double().repeat_interleave(inputs // scale.shape[1], 1)
     exact = values @ (codes.double() * groups).t()
     steps: dict[str, Callable[[], Any]] = {}
-    for kernel in kernels.KERNELS:
+    for kernel in packed_linear.KERNELS:
         if phase in kernel.phases and kernel.obstacle(site) is None:
             steps[kernel.name] = over_copies(compiled(kernel, x, scale, site), packed)
     steps["bf16 linear"] = over_copies(lambda w: F.linear(x.bfloat16(), w), weight.bfloat16())
@@ -90,7 +91,7 @@ def measure(
     for step in steps.values():
         step()
     times = variants.medians(variants.take_turns(steps, options.rounds, 3, device))
-    chosen = kernels.choose(site, phase).kernel.name
+    chosen = packed_linear.choose(site, phase).kernel.name
     largest = exact.abs().max()
     errors = {
         name: float((step().flatten(0, 1) - exact).abs().max() / largest)
@@ -121,14 +122,14 @@ def over_copies(run: Callable[[Any], Any], weight: Any) -> Callable[[], Any]:
 
 
 def compiled(
-    kernel: kernels.Kernel, x: Any, scale: Any, site: kernels.Site
+    kernel: packed_linear.Kernel, x: Any, scale: Any, site: packed_linear.Site
 ) -> Callable[[Any], Any]:
     """A kernel as it runs in a compiled layer."""
     run = torch.compile(lambda x, packed, scale: kernel.run(x, packed, scale, None, site))
     return lambda packed: run(x, packed, scale)
 
 
-def int4pack(x: Any, codes: Any, scale: Any, site: kernels.Site) -> Callable[[], Any]:
+def int4pack(x: Any, codes: Any, scale: Any, site: packed_linear.Site) -> Callable[[], Any]:
     """torch's int4 kernel, fed raw codes with unit scales so that its products are exact."""
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 2)
     group = next(g for g in (256, 128, 64, 32) if site.inputs % g == 0)
@@ -136,7 +137,7 @@ def int4pack(x: Any, codes: Any, scale: Any, site: kernels.Site) -> Callable[[],
     ones[..., 0] = 1
 
     def run(x: Any, packed: Any) -> Any:
-        x_codes, x_scale = ops.quantize(x.flatten(0, -2), site.activations)
+        x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
         sums = torch.ops.aten._weight_int4pack_mm_for_cpu(x_codes.bfloat16(), packed, group, ones)
         return (sums.float() * x_scale * scale.t()).view(*x.shape[:-1], site.outputs)
 

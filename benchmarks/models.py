@@ -23,8 +23,8 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qatc.directories import complete_directory
 from qatc.errors import CheckpointError, ConfigError, QatcError
+from qatc.storage.directories import complete_directory
 
 
 class Package(NamedTuple):

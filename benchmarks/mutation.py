@@ -27,17 +27,25 @@ from typing import Any
 from benchmarks import common
 
 TESTS = {
-    "qatc/ops.py": ["tests/test_ops.py", "tests/test_preparation.py", "-k", "ops or small_weights"],
-    "qatc/packing.py": ["tests/test_packing.py"],
-    "qatc/kv_cache.py": ["tests/test_kv_cache.py"],
-    "qatc/packed_cache.py": ["tests/test_runtime.py"],
-    "qatc/sampling.py": ["tests/test_sampling.py"],
-    "qatc/checkpoint.py": ["tests/test_checkpoint.py", "tests/test_distill.py"],
-    "qatc/directories.py": ["tests/test_directories.py"],
-    "qatc/files.py": ["tests/test_files.py"],
-    "qatc/settings.py": ["tests/test_settings.py"],
-    "qatc/export/codes.py": ["tests/export"],
-    "qatc/export/compressed_tensors.py": ["tests/export"],
+    "qatc/numerics/minmax.py": [
+        "tests/numerics/test_minmax.py",
+        "tests/models/test_preparation.py",
+        "-k",
+        "minmax or small_weights",
+    ],
+    "qatc/numerics/packing.py": ["tests/numerics/test_packing.py"],
+    "qatc/kernels/cached_attention.py": ["tests/kernels/test_cached_attention.py"],
+    "qatc/runtime/cache.py": ["tests/runtime/test_model.py"],
+    "qatc/data/sampling.py": ["tests/data/test_sampling.py"],
+    "qatc/training/checkpoint.py": [
+        "tests/training/test_checkpoint.py",
+        "tests/training/test_distill.py",
+    ],
+    "qatc/storage/directories.py": ["tests/storage/test_directories.py"],
+    "qatc/storage/files.py": ["tests/storage/test_files.py"],
+    "qatc/quantize/settings.py": ["tests/quantize/test_settings.py"],
+    "qatc/output/codes.py": ["tests/output"],
+    "qatc/output/compressed_tensors.py": ["tests/output"],
 }
 """Modules, and the tests that are to notice."""
 

@@ -114,7 +114,7 @@ def call(command: list[str]) -> tuple[str, list[str]]:
 
 def recovered(models: dict[str, Any]) -> float | None:
     """Recovery of perplexity, in percent."""
-    from qatc.evaluate import recovery
+    from qatc.evaluation.metrics import recovery
 
     full, rounded, trained = (models[m]["perplexity"] for m in ("full precision", "RTN", "QAT"))
     return recovery(full, rounded, trained)

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common, llama, models
-from qatc.recipe import Recipe
-from qatc.runtime import load
+from qatc.recipe.recipe import Recipe
+from qatc.runtime.model import load
 
 SHAPES = {
     "110M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,

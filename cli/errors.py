@@ -12,7 +12,7 @@ import typer
 
 from qatc.cli.terminal import print_error
 from qatc.errors import ConfigError, QatcError
-from qatc.signals import Terminated, raising
+from qatc.machine.signals import Terminated, raising
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def evaluate(
         elif head_bits is not None or embedding_bits is not None:
             raise ConfigError("--head-bits and --embedding-bits need --bits beside them")
         terminal.quiet_libraries()
-        from qatc.assess import AssessConfig, assess
+        from qatc.evaluation.evaluate import AssessConfig, assess
 
         config = AssessConfig(
             model=model,

@@ -30,9 +30,9 @@ def export(
     with readable_errors("interrupted; nothing was written"):
         terminal.quiet_libraries()
         from qatc.errors import PassError
-        from qatc.export import export as run
-        from qatc.export import loads_elsewhere
-        from qatc.parity import verify
+        from qatc.evaluation.parity import verify
+        from qatc.output import export as run
+        from qatc.output import loads_elsewhere
 
         def check(directory: Path) -> None:
             try:

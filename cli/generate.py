@@ -56,7 +56,7 @@ def generate(
                 f" at most 1; got {max_new_tokens}, {temperature:g} and {top_p:g}"
             )
         terminal.quiet_libraries()
-        from qatc.writing import Writer
+        from qatc.runtime.generate_text import Writer
 
         writer = Writer(
             model,
@@ -87,7 +87,7 @@ def generate(
 
 def _talk(writer: object) -> None:
     from qatc.cli import terminal
-    from qatc.writing import Writer
+    from qatc.runtime.generate_text import Writer
 
     assert isinstance(writer, Writer)
     writer.require_chat_template()

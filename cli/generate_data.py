@@ -43,10 +43,10 @@ def generate_data(
     with readable_errors("interrupted; the same command goes on from the last complete shard"):
         greedy = options.parse_range(greedy_tokens)
         terminal.quiet_libraries()
-        from qatc.device import load_teacher
-        from qatc.generate import GenerationConfig, corpus_place, generate_corpus
+        from qatc.data.generate import GenerationConfig, corpus_place, generate_corpus
         from qatc.models import load_tokenizer
-        from qatc.preparation import can_compile
+        from qatc.models.load import load_teacher
+        from qatc.models.preparation import can_compile
 
         config = GenerationConfig(
             sequences=samples,

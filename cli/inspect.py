@@ -12,7 +12,7 @@ from qatc.cli.errors import readable_errors
 from qatc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qatc.inspect import Plan, Site
+    from qatc.report.plan import Plan, Site
 
 
 def inspect(
@@ -61,7 +61,7 @@ def inspect(
             bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits
         )
         terminal.quiet_libraries()
-        from qatc.inspect import inspect_model
+        from qatc.report.plan import inspect_model
 
         plan = inspect_model(model, chosen, trust_remote_code=trust_remote_code)
     if json:
@@ -74,8 +74,8 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
     from dataclasses import asdict
 
     from qatc.cli import terminal
-    from qatc.runtime import load
-    from qatc.usage import decoding_report, kernel_report, memory
+    from qatc.report.usage import decoding_report, kernel_report, memory
+    from qatc.runtime.model import load
 
     loaded = load(output, compile=False, trust_remote_code=trust_remote_code)
     terminal.warn_unverified(output)

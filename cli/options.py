@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qatc.errors import ConfigError
-from qatc.recipe import DEFAULT_SKIP, Recipe
+from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
 
 Model = Annotated[
     str, typer.Option("--model", help="Hub name or directory of the model.", show_default=False)

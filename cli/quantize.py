@@ -9,8 +9,8 @@ import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
-from qatc.directories import refuse_overlap
 from qatc.errors import ConfigError
+from qatc.storage.directories import refuse_overlap
 
 
 def quantize(
@@ -107,11 +107,11 @@ def quantize(
         if resume and not output.with_name(output.name + ".partial").exists():
             raise ConfigError(f"there is no unfinished run of {output} to resume; drop --resume")
         terminal.quiet_libraries()
-        from qatc.distill import TrainingConfig
-        from qatc.generate import GenerationConfig
-        from qatc.quantize import quantize as run
-        from qatc.report import figure_rows
-        from qatc.settings import QuantizeConfig
+        from qatc.data.generate import GenerationConfig
+        from qatc.quantize.run import quantize as run
+        from qatc.quantize.settings import QuantizeConfig
+        from qatc.report.markdown import figure_rows
+        from qatc.training.distill import TrainingConfig
 
         config = QuantizeConfig(
             model=model,

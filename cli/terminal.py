@@ -19,8 +19,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from qatc.files import to_json
 from qatc.progress import Observer
+from qatc.storage.files import to_json
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -64,7 +64,7 @@ def note(text: str) -> None:
 
 def warn_unverified(output: Path) -> None:
     """Say so on stderr if an output was not compared with what was trained."""
-    from qatc.export.directory import why_unverified
+    from qatc.output.directory import why_unverified
 
     reason = why_unverified(output)
     if reason is not None:

@@ -27,8 +27,8 @@ def verify(
 
     with readable_errors():
         terminal.quiet_libraries()
-        from qatc.device import pick_device
-        from qatc.parity import verify as run
+        from qatc.evaluation.parity import verify as run
+        from qatc.machine.device import pick_device
 
         report = run(model, device=pick_device(device), trust_remote_code=trust_remote_code)
         if json:

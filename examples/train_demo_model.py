@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from qatc.directories import complete_directory, refuse_existing
 from qatc.errors import QatcError
+from qatc.storage.directories import complete_directory, refuse_existing
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "demo-model"
 BOS, EOS = "<s>", "</s>"

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from qatc.graph import Attention, aten, find_attentions, shape_of
+from qatc.graph.nodes import Attention, aten, find_attentions, shape_of
 from qatc.passes.base import Edits, GraphPass
 
 _ASSERTS = (

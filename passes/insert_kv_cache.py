@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
-from qatc.graph import (
+from qatc.graph.nodes import (
     Attention,
     argument,
     find_attentions,
@@ -18,10 +18,10 @@ from qatc.graph import (
     quantizer_of,
     shape_of,
 )
-from qatc.kv_cache import cache_shapes, cached_attention, quantized_attention
+from qatc.kernels.cached_attention import cache_shapes, cached_attention, quantized_attention
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class InsertKVCache(GraphPass):
 
     - in full precision ``key_cache`` and ``value_cache`` ``[B, Hkv, S, D]``; quantized
       ``key_codes``, ``key_scale``, ``value_codes`` and ``value_scale``, see
-      :func:`qatc.kv_cache.quantized_attention`;
+      :func:`qatc.kernels.cached_attention.quantized_attention`;
     - ``positions`` int64 ``[B, T]``;
     - if it is ``masked``, ``cache_mask`` bool ``[B, 1, T, S]``.
 

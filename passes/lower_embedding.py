@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from qatc import embedding
 from qatc.errors import PassError
-from qatc.graph import Embedding, as_node, find_embeddings, shape_of
+from qatc.graph.nodes import Embedding, as_node, find_embeddings, shape_of
+from qatc.kernels import packed_embedding
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.lower_linear import add_packed_inputs, spec_of
 from qatc.passes.quantize_embeddings import QuantizeEmbeddings
@@ -41,7 +41,7 @@ class LowerEmbedding(GraphPass):
                     " needs it in float; leave the embedding in full precision"
                 )
             gm.graph.erase_node(table)
-        done = sum(node.target is embedding.PACKED_EMBEDDING for node in gm.graph.nodes)
+        done = sum(node.target is packed_embedding.PACKED_EMBEDDING for node in gm.graph.nodes)
         return Edits(matched=done, edited=len(sites))
 
 
@@ -50,7 +50,7 @@ def _replace(gm: GraphModule, site: Embedding, packed: Node, scale: Node) -> Non
     for reader in site.readers:
         with gm.graph.inserting_before(reader):
             new = gm.graph.call_function(
-                embedding.PACKED_EMBEDDING,
+                packed_embedding.PACKED_EMBEDDING,
                 (site.node.args[1], packed, scale, width, spec_of(reader).bits),
                 {"dtype": site.node.meta["val"].dtype},
             )

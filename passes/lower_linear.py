@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from qatc import integer, kernels, packing
 from qatc.errors import PassError
-from qatc.graph import (
+from qatc.graph.nodes import (
     argument,
     find_integer_linears,
     find_linears,
@@ -18,9 +17,11 @@ from qatc.graph import (
     quantizer_of,
     shape_of,
 )
+from qatc.kernels import integer_linear, packed_linear
+from qatc.numerics import packing
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.quantize_weights import QuantizeWeights
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 
 PACKED, SCALE = "_packed", "_scale"
 """What the names of packed codes and scales add to the name of the weight that they replace."""
@@ -32,7 +33,7 @@ class LowerLinear(GraphPass):
 
     The weight, a graph input, gives way to two: its packed codes, named like the weight with
     ``_packed`` added, and its scales, with ``_scale``. No float copy is left. Kernels are taken
-    from :data:`qatc.kernels.KERNELS`.
+    from :data:`qatc.kernels.packed_linear.KERNELS`.
 
     Args:
         device: type of the device that the graph will run on.
@@ -57,17 +58,21 @@ class LowerLinear(GraphPass):
                     " which needs it in float; add it to the recipe's skip"
                 )
             gm.graph.erase_node(weight)
-        done = sum(node.target is kernels.PACKED_LINEAR for node in gm.graph.nodes)
+        done = sum(node.target is packed_linear.PACKED_LINEAR for node in gm.graph.nodes)
         return Edits(matched=done, edited=len(lowered))
 
     def _replace(self, gm: GraphModule, found: dict[str, Any], packed: Node, scale: Node) -> None:
         outputs, inputs = (int(size) for size in shape_of(found["weight"]))
-        site = kernels.Site(found["weights"], found["activations"], outputs, inputs, self.device)
-        prefill, decode = (kernels.choose(site, phase).kernel.name for phase in kernels.PHASES)
+        site = packed_linear.Site(
+            found["weights"], found["activations"], outputs, inputs, self.device
+        )
+        prefill, decode = (
+            packed_linear.choose(site, phase).kernel.name for phase in packed_linear.PHASES
+        )
         node = found["node"]
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(
-                kernels.PACKED_LINEAR,
+                packed_linear.PACKED_LINEAR,
                 (
                     *(found["x"], packed, scale, found["bias"], inputs),
                     *(site.activations.bits, site.weights.bits),
@@ -88,7 +93,7 @@ class LowerLinear(GraphPass):
 def _site(node: Node) -> dict[str, Any] | None:
     """What a quantized linear is made of, whether it is computed on integers or in float."""
     bias = argument(node, 2, "bias", None)
-    if node.target is integer.INTEGER_LINEAR:
+    if node.target is integer_linear.INTEGER_LINEAR:
         x, weight, _, x_bits, weight_bits = node.args
         activations = QuantSpec(x_bits, None, node.kwargs["x_range"])  # type: ignore[arg-type]
         weights = QuantSpec(weight_bits, None, node.kwargs["weight_range"])  # type: ignore[arg-type]

@@ -7,9 +7,8 @@ from typing import Literal
 
 from torch.fx import GraphModule, Node
 
-from qatc import ops
 from qatc.errors import PassError
-from qatc.graph import (
+from qatc.graph.nodes import (
     Attention,
     find_attentions,
     find_projections,
@@ -17,10 +16,11 @@ from qatc.graph import (
     is_fake_quantize,
     parameter_name,
 )
+from qatc.numerics import minmax
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class QuantizeKV(GraphPass):
                 else:
                     check_groups(self.spec, source, f"the {self.site} site of keys and values")
                     sites.setdefault(source, []).append(user)
-        kwargs = ops.fake_quantize_kwargs(self.spec, snap_scale=False)
+        kwargs = minmax.fake_quantize_kwargs(self.spec, snap_scale=False)
         for source, users in sites.items():
-            insert_between(source, users, ops.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+            insert_between(source, users, minmax.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
         for attention, query in zip(attentions, queries, strict=True):
             attention.node.update_arg(0, query)  # which may be the key as well
         return Edits(matched=len(sites) + done, edited=len(sites))

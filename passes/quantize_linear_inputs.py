@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from qatc import ops
 from qatc.errors import PassError
-from qatc.graph import find_quantizable, insert_between, is_fake_quantize, shape_of
+from qatc.graph.nodes import find_quantizable, insert_between, is_fake_quantize, shape_of
+from qatc.numerics import minmax
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class QuantizeLinearInputs(GraphPass):
                 continue
             check_groups(self.spec, linear.input, f"the input of {linear.parameter}")
             users.setdefault(linear.input, []).append(linear.node)
-        kwargs = ops.fake_quantize_kwargs(self.spec, snap_scale=False)
+        kwargs = minmax.fake_quantize_kwargs(self.spec, snap_scale=False)
         for source, linears in users.items():
-            insert_between(source, linears, ops.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+            insert_between(source, linears, minmax.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
         return Edits(matched=len(users) + done, edited=len(users))
 
     def nothing_matched(self) -> str:

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from qatc import ops
-from qatc.graph import find_quantizable, insert_between, is_quantized
+from qatc.graph.nodes import find_quantizable, insert_between, is_quantized
+from qatc.numerics import minmax
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class QuantizeWeights(GraphPass):
                 continue
             check_groups(self.spec, linear.weight, linear.parameter)
             users.setdefault(linear.weight, []).append(linear.node)
-        kwargs = ops.fake_quantize_kwargs(self.spec, snap_scale=True)
+        kwargs = minmax.fake_quantize_kwargs(self.spec, snap_scale=True)
         for weight, linears in users.items():
-            insert_between(weight, linears, ops.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+            insert_between(weight, linears, minmax.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
         return Edits(matched=len(users) + done, edited=len(users))
 
     def nothing_matched(self) -> str:

@@ -6,8 +6,15 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from qatc import integer
-from qatc.graph import Linear, argument, find_integer_linears, find_linears, quantizer_of, shape_of
+from qatc.graph.nodes import (
+    Linear,
+    argument,
+    find_integer_linears,
+    find_linears,
+    quantizer_of,
+    shape_of,
+)
+from qatc.kernels import integer_linear
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs
 from qatc.passes.quantize_weights import QuantizeWeights
@@ -45,7 +52,7 @@ def _is_exact(linear: Linear) -> bool:
         return False
     whole_rows = all(argument(node, 2, "group_size", 0) == 0 for node in (x, weight))
     width = shape_of(linear.weight)[1]
-    return whole_rows and int(width) <= integer.LARGEST_WIDTH
+    return whole_rows and int(width) <= integer_linear.LARGEST_WIDTH
 
 
 def _replace(gm: GraphModule, linear: Linear) -> None:
@@ -61,7 +68,7 @@ def _replace(gm: GraphModule, linear: Linear) -> None:
         kwargs["weight_scale_dtype"] = weight.kwargs["scale_dtype"]
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(
-            integer.INTEGER_LINEAR,
+            integer_linear.INTEGER_LINEAR,
             (x.args[0], weight.args[0], bias, x.args[1], weight.args[1]),
             kwargs,
         )

@@ -13,23 +13,23 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qatc.errors import QatcError as QatcError
-    from qatc.export import load_codes as load_codes
-    from qatc.parity import verify as verify
-    from qatc.preparation import prepare as prepare
-    from qatc.preparation import restore as restore
-    from qatc.recipe import Recipe as Recipe
-    from qatc.runtime import load as load
-    from qatc.spec import QuantSpec as QuantSpec
+    from qatc.evaluation.parity import verify as verify
+    from qatc.models.preparation import prepare as prepare
+    from qatc.models.preparation import restore as restore
+    from qatc.output import load_codes as load_codes
+    from qatc.recipe.recipe import Recipe as Recipe
+    from qatc.recipe.spec import QuantSpec as QuantSpec
+    from qatc.runtime.model import load as load
 
 _EXPORTS = {
     "QatcError": "qatc.errors",
-    "QuantSpec": "qatc.spec",
-    "Recipe": "qatc.recipe",
-    "load": "qatc.runtime",
-    "load_codes": "qatc.export",
-    "prepare": "qatc.preparation",
-    "restore": "qatc.preparation",
-    "verify": "qatc.parity",
+    "QuantSpec": "qatc.recipe.spec",
+    "Recipe": "qatc.recipe.recipe",
+    "load": "qatc.runtime.model",
+    "load_codes": "qatc.output",
+    "prepare": "qatc.models.preparation",
+    "restore": "qatc.models.preparation",
+    "verify": "qatc.evaluation.parity",
 }
 
 __all__ = [

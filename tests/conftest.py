@@ -26,10 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qatc.export import QuantizedWeight, write_model
-from qatc.parity import verify
-from qatc.preparation import prepare, quantized_specs, restore
-from qatc.recipe import Recipe
+from qatc.evaluation.parity import verify
+from qatc.models.preparation import prepare, quantized_specs, restore
+from qatc.output import QuantizedWeight, write_model
+from qatc.recipe.recipe import Recipe
 
 torch.set_num_threads(1)
 
@@ -179,7 +179,7 @@ def _no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     The command line, which the tests start as a process, does both.
     """
-    monkeypatch.setattr("qatc.quantize.verify", partial(verify, reload=False))
+    monkeypatch.setattr("qatc.quantize.run.verify", partial(verify, reload=False))
 
 
 def run_until_killed(function: Callable[[], object], by: int = signal.SIGKILL) -> None:

@@ -19,96 +19,41 @@ import qatc
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qatc"
 
-# A module may import from its own layer and from lower ones. A package stands for all modules in
-# it; "qatc" alone is qatc/__init__.py, which offers the API of layer 5.
-LAYERS = {
-    "qatc.cpu": 1,
-    "qatc.directories": 1,
-    "qatc.errors": 1,
-    "qatc.files": 1,
-    "qatc.locks": 1,
-    "qatc.markers": 1,
-    "qatc.signals": 1,
-    "qatc.spec": 1,
-    "qatc.compilation": 2,
-    "qatc.embedding": 2,
-    "qatc.graph": 2,
-    "qatc.integer": 2,
-    "qatc.kernels": 2,
-    "qatc.kv_cache": 2,
-    "qatc.native": 2,
-    "qatc.ops": 2,
-    "qatc.packing": 2,
-    "qatc.products": 2,
-    "qatc.row_attention": 2,
-    "qatc.program": 2,
-    "qatc.translation": 2,
-    "qatc.passes": 3,
-    "qatc.capture": 4,
-    "qatc.causality": 4,
-    "qatc.constants": 4,
-    "qatc.decode": 4,
-    "qatc.device": 4,
-    "qatc.models": 4,
-    "qatc.preparation": 4,
-    "qatc.probes": 4,
-    "qatc.recipe": 4,
-    "qatc.structure": 4,
-    "qatc.targets": 1,
-    "qatc.toolchain": 1,
-    "qatc.templates": 4,
-    "qatc.traces": 4,
-    "qatc.vocabulary": 4,
-    "qatc": 5,
-    "qatc.assess": 5,
-    "qatc.checkpoint": 5,
-    "qatc.checks": 5,
-    "qatc.data": 5,
-    "qatc.decode_program": 5,
-    "qatc.distill": 5,
-    "qatc.estimate": 5,
-    "qatc.end_parity": 5,
-    "qatc.evaluate": 5,
-    "qatc.export": 5,
-    "qatc.float_head": 4,
-    "qatc.forced": 5,
-    "qatc.generate": 5,
-    "qatc.global_parity": 5,
-    "qatc.inspect": 5,
-    "qatc.local_parity": 5,
-    "qatc.losses": 5,
-    "qatc.model_card": 5,
-    "qatc.packed_cache": 5,
-    "qatc.parity": 5,
-    "qatc.progress": 5,
-    "qatc.quantize": 5,
-    "qatc.report": 5,
-    "qatc.runtime": 5,
-    "qatc.saving": 5,
-    "qatc.sampling": 2,
-    "qatc.settings": 5,
-    "qatc.slots": 5,
-    "qatc.testing": 5,
-    "qatc.text_stream": 5,
-    "qatc.usage": 5,
-    "qatc.writing": 5,
-    "qatc.cli": 6,
-}
-PACKAGES = {"qatc.cli", "qatc.export", "qatc.models", "qatc.passes"}
+PIPELINE = (
+    *("recipe", "numerics", "kernels", "graph", "passes", "models", "data", "training", "output"),
+    *("runtime", "evaluation", "report", "quantize", "cli"),
+)
+"""Packages in the order of the pipeline: one imports only those before it, and the helpers."""
 
-# Libraries and the layers that may import them.
+HELPERS = {"errors", "machine", "progress", "storage", "testing"}
+"""Import one another only."""
+
+OFFERS = "qatc"
+"""The API, ``qatc/__init__.py``: it may import all, and all may import it for the version."""
+
+# Libraries and the packages that may import them.
+_MODEL_SIDE = {*PIPELINE[PIPELINE.index("models") :], "machine"}
 LIBRARIES = {
-    "transformers": {4, 5, 6},
-    "lm_eval": {4, 5, 6},
-    "rich": {6},
-    "typer": {6},
+    "transformers": _MODEL_SIDE,
+    "lm_eval": _MODEL_SIDE,
+    "rich": {"cli"},
+    "typer": {"cli"},
 }
+LARGEST_PACKAGE = 12
 
 
-def layer_of(module: str) -> int | None:
-    """Layer of a module, or None if the table does not know it."""
-    package = ".".join(module.split(".")[:2])
-    return LAYERS.get(package if package in PACKAGES else module)
+def package_of(module: str) -> str:
+    """The package of ``qatc`` that a module is in, or the helper that it is."""
+    return module.split(".")[1] if "." in module else OFFERS
+
+
+def may_import(module: str, other: str) -> bool:
+    """Whether ``module`` may import ``other``, both of qatc."""
+    own, target = package_of(module), package_of(other)
+    if OFFERS in (own, target) or own == target or target in HELPERS:
+        return True
+    known = own in PIPELINE and target in PIPELINE
+    return known and PIPELINE.index(target) < PIPELINE.index(own)
 
 
 def modules() -> dict[str, Path]:
@@ -139,16 +84,14 @@ def imports(source: str, module: str, is_package: bool, known: set[str]) -> Iter
 
 def violations(source: str, module: str, is_package: bool, known: set[str]) -> list[str]:
     """What ``module`` imports and may not."""
-    layer = layer_of(module)
-    assert layer is not None
     found = []
     for name in imports(source, module, is_package, known):
-        if name.split(".")[0] == "qatc":
-            target = layer_of(name)
-            if target is None or target > layer:
-                found.append(f"{module} (layer {layer}) imports {name} (layer {target})")
-        elif layer not in LIBRARIES.get(name.split(".")[0], {layer}):
-            found.append(f"{module} (layer {layer}) imports {name}")
+        top = name.split(".")[0]
+        if top == "qatc":
+            if not may_import(module, name):
+                found.append(f"{module} imports {name}")
+        elif package_of(module) not in LIBRARIES.get(top, {package_of(module)}):
+            found.append(f"{module} imports {name}")
     return found
 
 
@@ -162,22 +105,35 @@ def test_link_leads_to_the_folder_at_the_top(name: str) -> None:
     assert Path(module.__file__).resolve() == ROOT / name / "__init__.py"
 
 
-def test_every_module_has_a_layer() -> None:
-    unknown = [name for name in modules() if layer_of(name) is None]
-    assert not unknown, f"add to LAYERS in {Path(__file__).name}: {', '.join(sorted(unknown))}"
+def test_every_module_has_a_place() -> None:
+    unknown = {package_of(name) for name in modules()} - {*PIPELINE, *HELPERS, OFFERS}
+    assert not unknown, f"add to PIPELINE in {Path(__file__).name}: {', '.join(sorted(unknown))}"
 
 
-@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_every_package_says_what_it_is_for_and_is_no_attic() -> None:
+    for package in (*PIPELINE, "machine", "storage"):
+        folder = PACKAGE / package
+        purpose = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert purpose and purpose.splitlines()[0].endswith("."), package
+        files = [path for path in folder.glob("*.py") if not path.name.startswith("__")]
+        assert len(files) <= LARGEST_PACKAGE, f"{package} has {len(files)} files"
+
+
+def test_tests_stand_as_what_they_test_does() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    assert folders <= {*PIPELINE, *HELPERS}
+
+
+@pytest.mark.parametrize("package", PIPELINE)
 def test_packages_are_found_through_the_links(package: str) -> None:
-    assert any(name.startswith(package) for name in modules())
+    assert any(name.startswith(f"qatc.{package}.") for name in modules())
 
 
-def test_modules_import_only_from_their_own_or_lower_layers() -> None:
+def test_packages_import_only_those_before_them() -> None:
     found = modules()
     wrong = [
         line
         for module, path in sorted(found.items())
-        if layer_of(module) is not None
         for line in violations(
             path.read_text(encoding="utf-8"), module, path.name == "__init__.py", set(found)
         )
@@ -188,37 +144,39 @@ def test_modules_import_only_from_their_own_or_lower_layers() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("qatc.ops", "from qatc.recipe import Recipe"),
-        ("qatc.ops", "from qatc import recipe"),
-        ("qatc.ops", "import qatc.recipe"),
-        ("qatc.ops", "import qatc"),
-        ("qatc.ops", "from . import recipe"),
-        ("qatc.ops", "from .recipe import Recipe"),
-        ("qatc.ops", "from qatc.unheard_of import thing"),
-        ("qatc.passes.some_pass", "from qatc.recipe import Recipe"),
-        ("qatc.passes.some_pass", "from ..recipe import Recipe"),
+        ("qatc.numerics.minmax", "from qatc.graph.nodes import find_linears"),
+        ("qatc.numerics.minmax", "from qatc.graph import nodes"),
+        ("qatc.numerics.minmax", "import qatc.graph.nodes"),
+        ("qatc.numerics.minmax", "from ..graph.nodes import find_linears"),
+        ("qatc.numerics.minmax", "from qatc.unheard_of import thing"),
+        ("qatc.storage.files", "from qatc.recipe.spec import QuantSpec"),
+        ("qatc.passes.some_pass", "from qatc.models.load import load_model"),
+        ("qatc.passes.some_pass", "from ..models import load"),
         ("qatc.passes.some_pass", "def late():\n    import transformers.models"),
         ("qatc.passes.some_pass", "from lm_eval import tasks"),
-        ("qatc.report", "from rich.table import Table"),
-        ("qatc.report", "import typer"),
-        ("qatc.report", "from qatc.cli import main"),
+        ("qatc.report.plan", "from rich.table import Table"),
+        ("qatc.report.plan", "import typer"),
+        ("qatc.report.plan", "from qatc.cli import main"),
     ],
 )
-def test_an_import_from_a_higher_layer_is_noticed(module: str, source: str) -> None:
-    assert len(violations(source, module, False, {"qatc.recipe", "qatc.cli.main"})) == 1
+def test_an_import_from_further_down_is_noticed(module: str, source: str) -> None:
+    known = {"qatc.graph.nodes", "qatc.models.load", "qatc.cli.main"}
+    assert len(violations(source, module, False, known)) == 1
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("qatc.graph", "from qatc import ops"),
+        ("qatc.graph.nodes", "from qatc.numerics import minmax"),
+        ("qatc.graph.nodes", "from qatc.graph.capture import Template"),
         ("qatc.passes.some_pass", "from qatc.passes.base import GraphPass\nimport torch"),
-        ("qatc.report", "import transformers"),
+        ("qatc.report.plan", "import transformers"),
         ("qatc.cli.main", "import rich, typer\nfrom qatc import Recipe"),
+        ("qatc.models.load", "from qatc.storage import files\nfrom qatc.errors import QatcError"),
     ],
 )
-def test_an_import_from_a_lower_layer_is_fine(module: str, source: str) -> None:
-    assert violations(source, module, False, {"qatc.ops"}) == []
+def test_an_import_from_further_up_is_fine(module: str, source: str) -> None:
+    assert violations(source, module, False, {"qatc.numerics.minmax"}) == []
 
 
 def run(*command: str, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -229,7 +187,7 @@ def run(*command: str, cwd: Path = ROOT, stdin: str = "") -> subprocess.Complete
     "code",
     [
         "import qatc",
-        "import qatc.errors, qatc.spec, qatc.recipe, qatc.files",
+        "import qatc.errors, qatc.recipe.spec, qatc.recipe.recipe, qatc.storage.files",
         "import sys; sys.argv = ['qatc', '--help']; from qatc.cli.main import main; main()",
     ],
 )

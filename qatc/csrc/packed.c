@@ -1,7 +1,7 @@
 /* Products with packed integer codes: the codes are unpacked in registers, or a row at a time in the
  * cache of a core, and no more than that is ever written to memory.
  *
- * The layout is that of qatc/packing.py: a code of b bits, made unsigned by adding 2^(b-1), is cut
+ * The layout is that of qatc/numerics/packing.py: a code of b bits, made unsigned by adding 2^(b-1), is cut
  * into planes of 4, 2 and 1 bits, the low bits first; a plane of p bits holds, in byte j, the j-th
  * value of each of the 8 / p equal parts of the row. 8 bits are plain int8.
  *
@@ -113,7 +113,7 @@ void unpack_row(const uint8_t *restrict plane, int8_t *restrict row, int64_t wid
 void qatc_packed_product(const int8_t *x, const uint8_t *w, int32_t *out, int64_t rows,
                          int64_t stride, int64_t outputs, int64_t width, int64_t bytes, int bits,
                          int threads) {
-    int32_t sums[16]; /* MAX_ROWS of qatc/native.py */
+    int32_t sums[16]; /* MAX_ROWS of qatc/kernels/native.py */
     for (int64_t m = 0; m < rows; m++) {
         sums[m] = 0;
         for (int64_t k = 0; k < width; k++) sums[m] += x[m * stride + k];

@@ -1,6 +1,6 @@
 /* One decoding step of a whole model: a list of steps, run by a team of threads in one call.
  *
- * qatc/program.py makes the list from the graphs of a model; its opcodes and fields are those here.
+ * qatc/runtime/program.py makes the list from the graphs of a model; its opcodes and fields are those here.
  * All values are fp32 in memory, rounded to bf16 where a graph of that dtype rounds.
  *
  * Small steps are run by every thread for itself, in memory of its own: that costs less than to
@@ -305,7 +305,7 @@ static void embed_packed(const step *s, const place_of *here) {
     if (s->rounds) round_all(out, width);
 }
 
-/* The contract of qatc/ops.py: scale = max|x| / steps, 1 for zeros; code = round(x / scale). */
+/* The contract of qatc/numerics/minmax.py: scale = max|x| / steps, 1 for zeros; code = round(x / scale). */
 static void quantize_row(const float *restrict x, int8_t *restrict codes, float *scale_out,
                          int64_t count, float steps, float low, float high) {
     uint32_t largest = 0;
@@ -469,7 +469,7 @@ static inline __attribute__((always_inline)) void unpack_floats(const uint8_t *r
     }
 }
 
-/* The layout of qatc/packing.py. */
+/* The layout of qatc/numerics/packing.py. */
 static void pack_row(const int8_t *codes, uint8_t *plane, int64_t width, int bits) {
     if (bits == 8) {
         memcpy(plane, codes, (size_t)width);

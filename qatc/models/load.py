@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qatc.errors import CheckpointError, ConfigError, DataError
-from qatc.files import read_json
+from qatc.machine.device import check_dtype, pick_device, pick_dtype
 from qatc.models.support import refuse_adapter, softcapping
+from qatc.storage.files import read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -255,3 +256,14 @@ def _explain(reason: str, config: Any) -> str:
 
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def load_teacher(
+    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a full-precision model in the dtype that ``qatc quantize`` computes in."""
+    check_dtype(dtype)
+    device = pick_device(device)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    compute = pick_dtype(dtype, device, config)  # type: ignore[arg-type]  # checked
+    return load_model(name, dtype=compute, device=device, trust_remote_code=trust_remote_code)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qatc.errors import CheckpointError, ConfigError, DataError
-from qatc.files import read_json
+from qatc.storage.files import read_json
 
 if TYPE_CHECKING:
     import torch

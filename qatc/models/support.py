@@ -13,7 +13,7 @@ from torch import nn
 
 from qatc.errors import ConfigError
 from qatc.models.regions import find_regions
-from qatc.recipe import Recipe
+from qatc.recipe.recipe import Recipe
 
 
 def refuse_adapter(name: str) -> None:

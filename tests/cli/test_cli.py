@@ -15,11 +15,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from qatc import native
 from qatc.cli.main import app
-from qatc.decode import Decoder
-from qatc.distill import Distiller
-from qatc.parity import Check, ParityReport
+from qatc.data.decode import Decoder
+from qatc.evaluation.parity import Check, ParityReport
+from qatc.kernels import native
+from qatc.training.distill import Distiller
 
 TINY = ["--samples", "24", "--max-length", "16", "--eval-samples", "8", "--steps", "4"]
 TINY += ["--batch-size", "4", "--generation-batch-size", "8", "--no-compile"]
@@ -289,7 +289,7 @@ def test_a_terminal_of_ascii(output: Path) -> None:
 
 def test_json_has_no_nan(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Check("global", "something", float("nan"), 1.0)
-    monkeypatch.setattr("qatc.parity.verify", lambda *_, **__: ParityReport((found,)))
+    monkeypatch.setattr("qatc.evaluation.parity.verify", lambda *_, **__: ParityReport((found,)))
     result = run("verify", output, "--json")
     assert result.exit_code == 1
 

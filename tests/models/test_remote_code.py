@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 import qatc
 from qatc.cli.main import app
 from qatc.errors import CheckpointError, ConfigError
-from qatc.export import export, load_reference
-from qatc.parity import verify
+from qatc.evaluation.parity import verify
+from qatc.output import export, load_reference
 from tests.conftest import make_llama, save
 
 FILES = {
@@ -122,7 +122,7 @@ def test_the_output_runs_its_code(output: Path, tmp_path: Path) -> None:
 def test_every_command_takes_the_flag(
     command: list[str], output: Path, text_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("qatc.parity._reloaded", lambda *_: verify_passes())
+    monkeypatch.setattr("qatc.evaluation.parity._reloaded", lambda *_: verify_passes())
     places = {"TEXT": str(text_file), "NEW": str(tmp_path / "new")}
     arguments = [command[0], str(output), *(places.get(a, a) for a in command[1:])]
     refused = CliRunner().invoke(app, arguments)
@@ -134,7 +134,7 @@ def test_every_command_takes_the_flag(
 
 
 def verify_passes() -> Any:
-    from qatc.parity import Check
+    from qatc.evaluation.parity import Check
 
     return Check("cached", "not looked at here, but when the output was made", 0, 0)
 

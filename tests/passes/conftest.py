@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from qatc.capture import Template, capture
+from qatc.graph.capture import Template, capture
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,

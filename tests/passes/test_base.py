@@ -22,7 +22,7 @@ from qatc.passes import (
     QuantizeWeights,
     pass_records,
 )
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qatc.graph import find_attentions, shape_of
+from qatc.graph.nodes import find_attentions, shape_of
 from qatc.passes import Canonicalize
 from qatc.testing import check_pass, count_ops
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from qatc.errors import PassError
-from qatc.kv_cache import cached_attention, quantized_attention
+from qatc.kernels.cached_attention import cached_attention, quantized_attention
 from qatc.passes import Canonicalize, InsertKVCache, QuantizeKV
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
 
 

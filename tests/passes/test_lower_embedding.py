@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qatc import packing
-from qatc.capture import capture
 from qatc.errors import PassError
-from qatc.ops import quantize
+from qatc.graph.capture import capture
+from qatc.numerics import packing
+from qatc.numerics.minmax import quantize
 from qatc.passes import LowerEmbedding, QuantizeEmbeddings
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
 
 IDS = torch.tensor([[0, 3, 3], [5, 1, 0]])

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from qatc.errors import PassError
-from qatc.ops import quantize
-from qatc.packing import pack
+from qatc.numerics.minmax import quantize
+from qatc.numerics.packing import pack
 from qatc.passes import LowerLinear, QuantizeLinearInputs, QuantizeWeights, UseIntegerForward
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
 
 
@@ -88,7 +88,7 @@ def test_a_weight_read_elsewhere_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x) + self.inner.weight.sum()
 
-    from qatc.capture import capture
+    from qatc.graph.capture import capture
 
     gm = capture(Tied(), (torch.randn(3, 4),), {}).graph_module
     QuantizeWeights()(gm)

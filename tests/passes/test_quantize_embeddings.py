@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qatc.capture import capture
 from qatc.errors import PassError
-from qatc.ops import fake_quantize
+from qatc.graph.capture import capture
+from qatc.numerics.minmax import fake_quantize
 from qatc.passes import Canonicalize, QuantizeEmbeddings
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
 
 IDS = torch.tensor([[0, 3, 3], [5, 1, 0]])

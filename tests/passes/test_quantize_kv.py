@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qatc.errors import PassError
-from qatc.graph import find_attentions, find_linears, is_fake_quantize, shape_of
+from qatc.graph.nodes import find_attentions, find_linears, is_fake_quantize, shape_of
 from qatc.passes import Canonicalize, QuantizeKV, QuantizeWeights
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from qatc.errors import PassError
-from qatc.graph import find_linears, is_fake_quantize
-from qatc.ops import fake_quantize
+from qatc.graph.nodes import find_linears, is_fake_quantize
+from qatc.numerics.minmax import fake_quantize
 from qatc.passes import QuantizeLinearInputs
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
 
 

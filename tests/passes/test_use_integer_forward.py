@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from qatc.errors import PassError
-from qatc.graph import find_integer_linears, weight_sites
-from qatc.integer import INTEGER_LINEAR
-from qatc.ops import quantize
+from qatc.graph.nodes import find_integer_linears, weight_sites
+from qatc.kernels.integer_linear import INTEGER_LINEAR
+from qatc.numerics.minmax import quantize
 from qatc.passes import Pipeline, QuantizeLinearInputs, QuantizeWeights, UseIntegerForward
-from qatc.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
 
 

@@ -1,0 +1,1 @@
+"""What is trained on: the corpus that the teacher writes."""

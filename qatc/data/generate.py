@@ -1,0 +1,378 @@
+"""The teacher writes its corpus: batched, resumable, byte-identical for a seed and slots.
+
+Sequences decode side by side in *slots*, see :mod:`qatc.data.slots`. Every sequence is drawn from
+random numbers of its own, derived from the seed and its number, and every shard begins with empty
+slots. An interrupted run therefore continues with the first missing shard and ends with the same
+bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from torch import Tensor
+
+import qatc
+from qatc.data.corpus import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Corpus,
+    Tokens,
+    prefix_tokens,
+    read_manifest,
+    shard_is_whole,
+    tokenizer_fingerprint,
+    write_shard,
+)
+from qatc.data.decode import Decoder, decoding
+from qatc.data.sampling import sequence_random
+from qatc.data.slots import Plan, Slots, Vocabulary, choose_slots, measure_rate
+from qatc.errors import ConfigError, DataError
+from qatc.models.load import LoadedModel, check_length
+from qatc.storage.directories import refuse_overlap
+from qatc.storage.files import write_json, writing_to
+from qatc.storage.locks import locked
+
+Strategy = Literal["hybrid", "sample", "greedy"]
+
+OnProgress = Callable[[int, int], None]
+"""Called with the number of sequences and of tokens written or generated so far."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How a corpus is generated.
+
+    Args:
+        sequences: how many sequences.
+        max_length: tokens per sequence at most, the beginning-of-sequence token included.
+        strategy: ``hybrid`` (greedy start, then sampling), ``sample`` or ``greedy``.
+        greedy_tokens: least and greatest number of greedy tokens of ``hybrid``, drawn for each
+            sequence.
+        seed: of everything that is drawn, any number from 0.
+        batch_size: sequences decoded side by side; ``"auto"`` for as many as are fast here and fit
+            into half of the free memory. The manifest says how many they were (``slots``).
+        shard_size: sequences per shard, the unit of resuming.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    sequences: int = 4096
+    max_length: int = 256
+    strategy: Strategy = "hybrid"
+    greedy_tokens: tuple[int, int] = (3, 5)
+    seed: int = 0
+    batch_size: int | Literal["auto"] = "auto"
+    shard_size: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("sequences", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0; got {self.seed}")
+        if self.batch_size != "auto" and self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, or auto; got {self.batch_size}")
+        if self.max_length < 4:
+            raise ConfigError(f"max_length must be at least 4; got {self.max_length}")
+        if self.strategy not in get_args(Strategy):
+            raise ConfigError(
+                f"strategy must be one of {', '.join(get_args(Strategy))}; got {self.strategy!r}"
+            )
+        low, high = self.greedy_tokens
+        if not 0 <= low <= high:
+            raise ConfigError(f"greedy_tokens must be a range such as 3 to 5; got {low} to {high}")
+
+    @property
+    def shards(self) -> int:
+        """How many shards the corpus has."""
+        return -(-self.sequences // self.shard_size)
+
+    def shard_sequences(self, shard: int) -> int:
+        """How many sequences this shard has."""
+        return min(self.shard_size, self.sequences - shard * self.shard_size)
+
+
+@torch.inference_mode()
+def generate_corpus(
+    teacher: LoadedModel,
+    tokenizer: Any,
+    output: Path,
+    config: GenerationConfig,
+    *,
+    compile: bool = True,
+    slots: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Corpus:
+    """Let the teacher write a corpus, or complete one that was interrupted.
+
+    Args:
+        teacher: the full-precision model.
+        tokenizer: its tokenizer.
+        output: directory of the corpus; one begun with the same settings is completed.
+        config: how to generate.
+        compile: whether to compile the decode step.
+        slots: sequences side by side of a new corpus whose config leaves that to be measured, if
+            it has been measured already, see :func:`measure_speed`.
+        on_progress: called now and then.
+
+    Raises:
+        ConfigError: ``output`` holds something else or is being written by another run, or the
+            model cannot take ``max_length``.
+        CheckpointError: the disk cannot be written.
+    """
+    check_length(teacher.name, teacher.model.config, config.max_length)
+    description = describe(teacher, tokenizer, config, compile)
+    with corpus_place(output, teacher.name):
+        manifest = _begin(output, description)
+        return _generate(teacher, tokenizer, output, config, manifest, compile, slots, on_progress)
+
+
+def _generate(
+    teacher: LoadedModel,
+    tokenizer: Any,
+    output: Path,
+    config: GenerationConfig,
+    manifest: dict[str, Any],
+    compile: bool,
+    measured: int | None,
+    on_progress: OnProgress | None,
+) -> Corpus:
+    kept = {s["file"]: s for s in manifest["shards"] if shard_is_whole(output, s)}
+    shards: list[dict[str, Any]] = []
+    vocabulary = Vocabulary.of(tokenizer, teacher.model)
+    slots: Slots | None = None
+    with decoding(teacher.model, 1, config.max_length, compile=compile) as decoder:
+        for number in range(config.shards):
+            entry = kept.get(f"shard-{number:05d}.parquet")
+            if entry is None:
+                done = sum(s["sequences"] for s in shards), sum(s["tokens"] for s in shards)
+                if slots is None:
+                    if "slots" not in manifest:
+                        device = teacher.model.device
+                        manifest["slots"] = measured or _count_slots(decoder, config, device)
+                        write_json(output / MANIFEST, manifest)
+                    count, length = manifest["slots"], config.max_length
+                    slots = Slots(decoder, vocabulary, count, length, teacher.model.device)
+                shard, before = _Shard(config, vocabulary, number), slots.steps
+                entry = write_shard(output, number, shard.run(slots, on_progress, *done))
+                entry["steps"] = slots.steps - before
+            shards.append(entry)
+            manifest["shards"] = shards
+            manifest["complete"] = number + 1 == config.shards
+            write_json(output / MANIFEST, manifest)
+            if on_progress is not None:
+                on_progress(sum(s["sequences"] for s in shards), sum(s["tokens"] for s in shards))
+    return Corpus.open(output)
+
+
+def _count_slots(decoder: Decoder, config: GenerationConfig, device: Any) -> int:
+    """Slots for a new corpus, as many as are asked for or, measured, as are fast.
+
+    A product of matrices may round otherwise with another number of rows, which decides a token now
+    and then. So the number is on disk before the first shard is, and is never measured again.
+    """
+    most = min(config.shard_size, config.sequences)
+    if config.batch_size == "auto":
+        return choose_slots(decoder, most, config.max_length, device)
+    return min(config.batch_size, most)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a corpus is going to be written.
+
+    Attributes:
+        slots: sequences side by side.
+        tokens_per_second: of all of them.
+        sequences: that are still to be written.
+    """
+
+    slots: int
+    tokens_per_second: float
+    sequences: int
+
+
+def measure_speed(
+    teacher: LoadedModel, output: Path, config: GenerationConfig, *, compile: bool = True
+) -> Speed:
+    """Measure some steps of what :func:`generate_corpus` is about to do with the same arguments."""
+    manifest = read_manifest(output) if (output / MANIFEST).exists() else {"shards": []}
+    length, device = config.max_length, teacher.model.device
+    with decoding(teacher.model, 1, length, compile=compile) as decoder:
+        slots = manifest.get("slots") or _count_slots(decoder, config, device)
+        rate = measure_rate(decoder, slots, length, device)
+    written = sum(s["sequences"] for s in manifest["shards"] if shard_is_whole(output, s))
+    return Speed(slots, rate, config.sequences - written)
+
+
+def describe(
+    teacher: LoadedModel, tokenizer: Any, config: GenerationConfig, compile: bool
+) -> dict[str, Any]:
+    """What decides a corpus, as its manifest says it; :func:`check_corpus` compares it."""
+    settings = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they come back
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": teacher.name,
+        "model_fingerprint": model_fingerprint(teacher.model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "prompt_tokens": len(prefix_tokens(tokenizer)) + 1,
+        **settings,
+        "dtype": str(teacher.model.dtype).removeprefix("torch."),
+        "compile": compile,
+        "qatc_version": qatc.__version__,
+        "torch_version": torch.__version__,
+        "transformers_version": transformers.__version__,
+    }
+
+
+_INFORMATIVE = ("model",)
+_HOW_COMPUTED = ("dtype", "compile", "qatc_version", "torch_version", "transformers_version")
+"""They decide the last bits, and so the bytes of an unfinished corpus; of a whole one no more."""
+
+
+@contextmanager
+def corpus_place(output: Path, model: str) -> Iterator[None]:
+    """Hold ``output`` for a corpus of ``model``, a name or directory; it may be held already.
+
+    Raises:
+        ConfigError: ``output`` overlaps the model, holds something else than a corpus, or is being
+            written by another run.
+        CheckpointError: it cannot be written.
+    """
+    refuse_overlap({"the corpus": output}, {"the model": model})
+    with locked(output):
+        _found(output)
+        yield
+
+
+def _begin(output: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """The manifest to go on with: a new one, or that of the same run."""
+    found = check_corpus(output, description)
+    if found is None:
+        with writing_to(output):
+            output.mkdir(parents=True, exist_ok=True)
+        found = {**description, "shards": [], "complete": False}
+        write_json(output / MANIFEST, found)
+    return found
+
+
+def _found(output: Path) -> dict[str, Any] | None:
+    """The manifest that is there, if any."""
+    if not output.exists() or (output.is_dir() and _is_empty(output)):
+        return None
+    try:
+        return read_manifest(output)
+    except DataError as error:
+        raise ConfigError(
+            f"the output {output} exists and is not a corpus to go on with; choose another place"
+        ) from error
+
+
+def check_corpus(output: Path, description: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest at ``output``, or None if there is nothing yet.
+
+    Raises:
+        ConfigError: it does not fit ``description``, see :func:`describe`.
+    """
+    found = _found(output)
+    if found is None:
+        return None
+    for key, value in description.items():
+        if key in _INFORMATIVE or found.get(key) == value:
+            continue
+        if key in _HOW_COMPUTED and found["complete"]:
+            continue
+        difference = f"with {key} {found.get(key)!r}, not {value!r}"
+        if key.endswith("_fingerprint"):
+            difference = f"by another {key.removesuffix('_fingerprint')}, that of {found['model']}"
+        raise ConfigError(
+            f"the corpus {output} was made {difference}; choose another place, or remove that one"
+            " first"
+        )
+    return found
+
+
+def _is_empty(directory: Path) -> bool:
+    """Whether there is nothing in it but what a killed run may have left of a first manifest."""
+    return all(path.name == f"{MANIFEST}.writing" for path in directory.iterdir())
+
+
+def model_fingerprint(model: Any) -> str:
+    """A hash of a model's configuration and of every value of its parameters and buffers.
+
+    The values are read as fp32, so that a bf16 checkpoint has one fingerprint in whatever dtype it
+    was loaded. Every byte counts: a sample would miss a change in place. That takes a second per
+    4 GB on each core (with SHA instructions), beside which loading the model takes longer.
+    """
+    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    stored = model.state_dict()
+    tensors = dict(model.named_parameters()) | {
+        name: buffer for name, buffer in model.named_buffers() if name in stored
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
+        for name, found in zip(tensors, pool.map(_tensor_digest, tensors.values()), strict=True):
+            digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + found)
+    return digest.hexdigest()
+
+
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+"""Entries of a config that say how it was loaded, and not what the model computes."""
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    """Hash of a tensor's values, some at a time, so that no second copy of it is made."""
+    digest = hashlib.sha256()
+    for part in tensor.detach().reshape(-1).split(1 << 22):
+        digest.update((part.float() if part.is_floating_point() else part).cpu().numpy())
+    return digest.digest()
+
+
+class _Shard:
+    """One shard: what is drawn for its sequences, and those that have ended.
+
+    Every sequence is drawn from random numbers of its own, so that it is the same in whatever shard
+    and beside whatever others it stands, as far as the model's logits are.
+    """
+
+    def __init__(self, config: GenerationConfig, vocabulary: Vocabulary, number: int) -> None:
+        self.config, self.vocabulary = config, vocabulary
+        self.first, self.count = number * config.shard_size, config.shard_sequences(number)
+        self.finished: dict[int, Tokens] = {}
+
+    def run(self, slots: Slots, on_progress: OnProgress | None, *done: int) -> list[Tokens]:
+        """All sequences of the shard; ``done``, what is before it, is for ``on_progress``."""
+
+        def report() -> None:
+            if on_progress is not None and slots.steps % 16 == 0:
+                ended = sum(len(s) for s in self.finished.values())
+                on_progress(done[0] + len(self.finished), done[1] + ended + slots.tokens)
+
+        plans = (self._plan(self.first + i) for i in range(self.count))
+        slots.run(plans, self.finished.__setitem__, report)
+        return [self.finished[i] for i in range(self.count)]
+
+    def _plan(self, number: int) -> Plan:
+        config, ordinary = self.config, self.vocabulary.ordinary
+        random = sequence_random(config.seed, number)
+        first = ordinary[int(random.random() * len(ordinary))]
+        prompt = [*self.vocabulary.prefix, first]
+        low, high = config.greedy_tokens
+        greedy = low + int(random.random() * (high - low + 1))
+        sample_from = (
+            len(prompt)
+            + {"hybrid": greedy, "sample": 0, "greedy": config.max_length}[config.strategy]
+        )
+        return Plan(prompt, sample_from, random.random(config.max_length))

@@ -1,0 +1,1 @@
+"""How good, and how faithful: metrics, and the parity gate."""

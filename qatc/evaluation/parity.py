@@ -1,0 +1,262 @@
+"""The parity gate: what runs on integers is what was trained.
+
+``verify`` loads an output twice, as the graph that was trained and as the graph that runs on
+integers, and compares them on text that the model writes itself, in fp32 and uncompiled:
+
+1. *stored*: codes, scales and float tensors are those of the trained model, bit for bit;
+2. *local*: the lowered model, run without a cache, in one piece, in chunks, token by token and with
+   padding, computes at every linear, every K/V site and every attention what the trained graph
+   computed there, when it is given what the trained graph was given
+   (:mod:`qatc.evaluation.layer_parity`);
+3. *global*: left to itself it is no further from the trained graph than that is from its own forms
+   which sum in another order (:mod:`qatc.evaluation.global_parity`);
+4. *cached*: the same in pieces, and by the decoding program
+   (:mod:`qatc.runtime.decode_program`); and it says the same bits after a reload in a new process.
+
+The verdict rests on the first two and the last, which hold exactly at any depth. What is compared
+from end to end is mostly a measure of the model: how much its own rounding ties move it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatc.errors import ParityError
+from qatc.evaluation.checks import Check, ParityReport
+from qatc.evaluation.end_parity import compare_ends
+from qatc.evaluation.global_parity import Texts, exact_sums, score
+from qatc.evaluation.layer_parity import LIMITS, compare_in_float, compare_on_integers
+from qatc.models.preparation import prepare, recipe_allows_integers, restore
+from qatc.numerics import packing
+from qatc.numerics.minmax import quantize
+from qatc.output import load_float_state, load_reference, read_metadata, read_recipe
+from qatc.output.directory import digest_of, read_stored
+from qatc.passes.lower_linear import PACKED, SCALE
+from qatc.recipe.recipe import Recipe
+from qatc.runtime.model import load, runtime_of
+
+ROWS, LENGTH = 9, 40
+PROGRAM_ROWS, PROGRAM_STEPS = 5, 12
+KL_SHARE = 0.02
+
+
+def verify(
+    directory: Path | str,
+    *,
+    trained: Mapping[str, Tensor] | None = None,
+    device: str = "cpu",
+    reload: bool = True,
+    trust_remote_code: bool = False,
+) -> ParityReport:
+    """Compare an output's integer model with the graph that was trained.
+
+    Args:
+        directory: an output of ``qatc quantize``.
+        trained: the trained state dict, if it is at hand: the stored codes must be its codes.
+        device: torch device.
+        reload: load the output in a new process as well.
+        trust_remote_code: run the code that comes with the model.
+
+    Returns:
+        All checks, in order. Nothing is raised for one that fails; see
+        :meth:`ParityReport.require`.
+
+    Raises:
+        CheckpointError: the directory is no complete output.
+        ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
+        PassError: the recipe has no integer runtime.
+    """
+    directory = Path(directory)
+    recipe, metadata = read_recipe(directory), read_metadata(directory)
+    trust = {"trust_remote_code": trust_remote_code}
+    lowered = load(directory, device=device, dtype=torch.float32, compile=False, **trust)
+    checks = [_stored(lowered, directory, recipe, metadata, trained)]
+    reference = load_reference(directory, **trust).to(device)  # type: ignore[arg-type]
+    prepare(reference, recipe, compile=False, integer_forward=False)
+    ids = _write_text(lowered, device)
+    with torch.no_grad():
+        texts = Texts(ids, _least_kl(metadata))
+        checks += compare_in_float(reference, lowered, recipe, ids)
+        checks += _ends(reference, lowered, ids)
+        in_float, on_integers = score(reference, ids), score(lowered, ids)
+        with exact_sums(reference):
+            exact = score(reference, ids)
+        texts.neighbour("the trained graph from itself with exact sums", in_float, exact)
+        if recipe_allows_integers(recipe):
+            prepare(restore(reference), recipe, compile=False, integer_forward=True)
+            checks += compare_on_integers(reference, lowered, recipe, ids)
+            trained_so = score(reference, ids)
+            what = "the trained graph from itself on integers"
+            texts.neighbour(what, in_float, trained_so)
+            what = "the lowered graph from the trained one on integers"
+            texts.judge("global", what, trained_so, on_integers)
+        what = "the lowered graph from the trained one in float"
+        texts.judge("global", what, in_float, on_integers)
+        restore(reference)  # a prepared model is a cycle, which would live on
+        del reference, in_float, exact
+        _cached(lowered, texts, on_integers)
+        _programmed(lowered, texts)
+        checks += texts.checks
+        if reload:
+            checks.append(_reloaded(directory, on_integers, ids, device, trust_remote_code))
+    return ParityReport(tuple(checks))
+
+
+def _least_kl(metadata: Mapping[str, Any]) -> float:
+    """2 % of the KL divergence to the teacher, where it was measured."""
+    figures = metadata.get("figures", {})
+    measured = [models["QAT"]["kl"] for models in figures.values() if "QAT" in models]
+    return KL_SHARE * max([float(kl) for kl in measured if kl], default=0.05)
+
+
+def _stored(
+    model: nn.Module,
+    directory: Path,
+    recipe: Recipe,
+    metadata: Mapping[str, Any],
+    trained: Mapping[str, Tensor] | None,
+) -> Check:
+    """What the loaded model holds, by the digests taken when it was written, or by the masters."""
+    held = dict(model.state_dict(keep_vars=True)) | dict(model.named_buffers())
+    wrong = []
+    specs = {name: spec for name, (spec, _) in read_stored(directory).items()}
+    for name, digest in metadata["digests"].items():
+        packed = held.get(name + PACKED)
+        if packed is None:
+            continue
+        codes = packing.unpack(packed, specs[name].bits, _width(model, name))
+        same = digest_of(codes, held[name + SCALE]) == digest
+        if same and trained is not None:
+            wanted, scale = quantize(trained[name].detach(), specs[name], snap=True)
+            same = torch.equal(codes.cpu(), wanted.cpu())
+            same = same and torch.equal(held[name + SCALE].cpu(), scale.cpu())
+        if not same:
+            wrong.append(name)
+    for name, value in load_float_state(directory).items():
+        if digest_of(value) != metadata["float_digests"].get(name):
+            wrong.append(name)
+    what = "number of stored tensors that are not the trained ones"
+    return Check("stored", what, len(wrong), 0, wrong[0] if wrong else None)
+
+
+def _width(model: nn.Module, name: str) -> int:
+    runtime = runtime_of(model)
+    for forward in (*runtime.forwards, *runtime.ends):
+        shapes = {f"{forward.name}.{n}": p.shape for n, p in forward.prototype.named_parameters()}
+        if name in shapes:
+            return int(shapes[name][1])
+    raise AssertionError(f"no layer has {name}")
+
+
+@torch.no_grad()
+def _write_text(model: Any, device: str) -> Tensor:
+    """Rows that the model samples itself, from one token each; the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
+    ids = torch.randint(vocabulary, (ROWS, 1), generator=generator).to(device)
+    cache, new = None, ids
+    for _ in range(min(LENGTH, limit - 1) - 1):
+        out = model(input_ids=new, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        probabilities = out.logits[:, -1].float().softmax(-1).nan_to_num(1 / vocabulary).cpu()
+        new = torch.multinomial(probabilities, 1, generator=generator).to(device)
+        ids = torch.cat([ids, new], 1)
+    return ids
+
+
+def _ends(reference: Any, lowered: Any, ids: Tensor) -> list[Check]:
+    found = list(compare_ends(reference, lowered, ids))
+    if not found:
+        return []
+    wrong = [place for place, figure in found if not figure <= LIMITS["linear"]]
+    worst = max(figure for _, figure in found)
+    what = "the output of the quantized head or embedding, relative to its largest"
+    return [Check("local", what, worst, LIMITS["linear"], wrong[0] if wrong else None)]
+
+
+def _cached(lowered: Any, texts: Texts, wanted: Tensor) -> None:
+    """Feed the texts in pieces."""
+    length = texts.ids.shape[1]
+    half = length // 2
+    for title, chunks in (
+        ("a chunked prefill", [half, length - half]),
+        ("token by token", [1] * length),
+    ):
+        cache, outs, start = None, [], 0
+        for size in chunks:
+            new = texts.ids[:, start : start + size]
+            out = lowered(input_ids=new, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            outs.append(out.logits)
+            start += size
+        what = f"{title} from one forward without a cache"
+        texts.judge("cached", what, wanted, torch.cat(outs, 1))
+
+
+def _programmed(lowered: Any, texts: Texts) -> None:
+    """Take steps by the decoding program, where there is one, each from what the graphs held."""
+    decode = runtime_of(lowered).decode
+    program = None if decode is None else decode.program()
+    if decode is None or program is None:
+        return
+    assert program.applies(), "nothing else may answer for it"
+    half = texts.ids.shape[1] // 2
+    wanted, got = [], []
+    for row in texts.ids[:PROGRAM_ROWS].split(1):
+        cache = lowered(input_ids=row[:, :half], use_cache=True).past_key_values
+        steps = []
+        for new in row[:, half : half + PROGRAM_STEPS].split(1, 1):
+            own = copy.deepcopy(cache)
+            graphs = lowered(input_ids=new, past_key_values=cache, use_cache=True).logits
+            steps.append((graphs, decode(new, past_key_values=own, use_cache=True).logits))
+        wanted.append(torch.cat([graphs for graphs, _ in steps], 1))
+        got.append(torch.cat([logits for _, logits in steps], 1))
+    what = "the decoding program from the graphs, step by step"
+    texts.judge("cached", what, torch.cat(wanted), torch.cat(got))
+
+
+_RELOAD = """
+import json, sys, torch
+from pathlib import Path
+from qatc.evaluation.global_parity import score
+from qatc.evaluation.parity import fingerprint
+from qatc.runtime.model import load
+torch.set_num_threads(int(sys.argv[3]))
+options = {"device": sys.argv[4], "trust_remote_code": sys.argv[5] == "trust"}
+model = load(Path(sys.argv[1]), dtype=torch.float32, compile=False, **options)
+with torch.no_grad():
+    print(fingerprint(score(model, torch.tensor(json.loads(sys.argv[2]), device=sys.argv[4]))))
+"""
+
+
+def _reloaded(
+    directory: Path, logits: Tensor, ids: Tensor, device: str, trust_remote_code: bool
+) -> Check:
+    arguments = [str(directory), json.dumps(ids.tolist()), str(torch.get_num_threads()), device]
+    arguments.append("trust" if trust_remote_code else "")
+    done = subprocess.run(
+        [sys.executable, "-c", _RELOAD, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise ParityError(f"{directory} cannot be loaded in a new process: {last[0]}")
+    printed = done.stdout.split()
+    same = bool(printed) and printed[-1] == fingerprint(logits)
+    what = "the bits of the logits after a reload in a new process"
+    return Check("cached", what, 0 if same else 1, 0)
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

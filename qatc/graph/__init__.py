@@ -1,0 +1,1 @@
+"""A layer as a graph: captured, shared by its kind, compiled."""

@@ -1,0 +1,98 @@
+"""What of a module decides its graph, and what of it a graph would leave out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from qatc.errors import CaptureError
+
+
+class Structure:
+    """What must be equal for two modules to share a graph, whatever their arguments.
+
+    Attributes:
+        constants: what Python code may branch on, see :mod:`qatc.graph.constants`.
+        tensors: names, shapes, dtypes and devices of parameters and buffers, and which are one.
+        skip: names of the parameters that stay in full precision.
+    """
+
+    __slots__ = ("_hash", "constants", "skip", "tensors")
+
+    def __init__(
+        self, constants: tuple[Any, ...], tensors: tuple[Any, ...], skip: tuple[str, ...]
+    ) -> None:
+        self.constants, self.tensors, self.skip = constants, tensors, skip
+        self._hash = hash((constants, tensors, skip))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return (
+            isinstance(other, Structure)
+            and self._hash == other._hash
+            and (self.constants, self.tensors, self.skip)
+            == (other.constants, other.tensors, other.skip)
+        )
+
+    def differences(self, other: Structure) -> list[str]:
+        """Names of the attributes and tensors that differ."""
+        pairs = ((self.constants, other.constants), (self.tensors, other.tensors))
+        changed = {
+            ".".join(str(part) for part in entry[:2] if isinstance(part, str) and part)
+            for mine, others in pairs
+            for entry in {*mine} ^ {*others}
+        }
+        return sorted(changed - {""})
+
+
+def every_parameter(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return module.named_parameters(remove_duplicate=False)
+
+
+def every_tensor(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, of those that are tied every one."""
+    return [*every_parameter(module), *module.named_buffers(remove_duplicate=False)]
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+
+
+def hooks_inside(module: nn.Module) -> list[dict[int, Any]]:
+    """The hooks of everything inside ``module``: its own are called, as ever."""
+    inside = itertools.islice(module.modules(), 1, None)
+    return [hooks for child in inside for hooks in hooks_of(child)]
+
+
+def refuse_hooks(module: nn.Module, name: str) -> None:
+    """Raise ``CaptureError`` if a submodule has hooks, which would silently not be called.
+
+    Those that transformers puts everywhere, to collect what :meth:`TemplateForward.check_call`
+    refuses to give, do nothing without being asked.
+    """
+    found = [
+        f"{name}.{path}" if name else path
+        for path, child in itertools.islice(module.named_modules(), 1, None)
+        for hooks in hooks_of(child)
+        if any(getattr(hook, "__module__", "") != _COLLECTING for hook in hooks.values())
+    ]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CaptureError(
+            f"there are hooks on {', '.join(found[:3])}{more}, which would never be called, as"
+            f" {name or 'the module'} runs as one captured graph; remove them, put them on"
+            f" {name or 'the module'} itself, or call qatc.restore(model) first"
+        )
+
+
+_COLLECTING = "transformers.utils.output_capturing"

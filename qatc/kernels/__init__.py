@@ -1,0 +1,1 @@
+"""How codes are multiplied, looked up and attended to."""

@@ -1,0 +1,187 @@
+"""Attention over a preallocated KV cache, in full precision or as packed integer codes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qatc.kernels import row_attention
+from qatc.numerics import minmax, packing
+from qatc.recipe.spec import QuantSpec, Range
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Write new keys and values into the cache, then attend to everything up to each query.
+
+    Every row of the batch has its own positions, so rows may be at different lengths. Slots beyond
+    a query's position are masked, whatever they hold: a row is reused by starting at 0 again. A
+    single query without a mask goes to :mod:`qatc.kernels.row_attention`.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        key: ``[B, Hkv, T, D]``, with Hkv dividing Hq.
+        value: ``[B, Hkv, T, D]``.
+        key_cache: ``[B, Hkv, S, D]``, changed in place.
+        value_cache: ``[B, Hkv, S, D]``, changed in place.
+        positions: int64 ``[B, T]``: the slot of each new token, below S.
+        mask: bool ``[B or 1, 1, T, S]``: which slots a query may see, besides those up to its own;
+            its own it always sees, so that no row is without any.
+        scale: factor on the scores; ``None`` for ``D ** -0.5``.
+
+    Returns:
+        ``[B, Hq, T, D]``.
+    """
+    if query.shape[2] == 1 and mask is None:
+        out: Tensor = torch.ops.qatc.row_attention(
+            *(query, key, value, key_cache, value_cache, positions),
+            query.shape[-1] ** -0.5 if scale is None else scale,
+        )
+        return out
+    row_attention.write(key_cache, key, positions)
+    row_attention.write(value_cache, value, positions)
+    visible = row_attention.visible(positions, key_cache.shape[2], mask)
+    return F.scaled_dot_product_attention(
+        query, key_cache, value_cache, attn_mask=visible, scale=scale, enable_gqa=True
+    )
+
+
+def quantized_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    positions: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bits: int,
+    range: Range = "restricted",
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`cached_attention` over integer codes, one scale per token and head.
+
+    New keys and values are quantized once, when they are written. A single query reads the codes
+    as they are: the scales of the keys are folded into the scores, those of the values into the
+    probabilities, and no dequantized copy of the cache is made. Several queries at once, a
+    prefill, share a dequantized copy of the slots in use.
+
+    Args:
+        query, key, value, positions, mask, scale: as for :func:`cached_attention`.
+        key_codes, value_codes: ``[B, Hkv, S, packed_width(D, bits)]``, uint8, or int8 for 8 bits;
+            changed in place.
+        key_scale, value_scale: fp32 ``[B, Hkv, S, 1]``, changed in place.
+        bits: 2 to 8.
+        range: of the codes.
+
+    Returns:
+        ``[B, Hq, T, D]``.
+    """
+    spec = QuantSpec(bits, None, range)
+    rows = torch.arange(query.shape[0], device=query.device).unsqueeze(1)
+    for new, codes, scales in ((key, key_codes, key_scale), (value, value_codes, value_scale)):
+        new_codes, new_scale = minmax.quantize(new, spec)
+        codes[rows, :, positions] = packing.pack(new_codes, bits).transpose(1, 2)
+        scales[rows, :, positions] = new_scale.transpose(1, 2)
+    visible = row_attention.visible(positions, key_codes.shape[2], mask)
+    if query.shape[2] == 1:
+        return _attend_to_codes(
+            *(query, key_codes, key_scale, value_codes, value_scale, visible),
+            bits=bits,
+            value_width=value.shape[-1],
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        )
+    dtype = query.dtype
+    keys, values = (
+        minmax.dequantize(packing.unpack(codes, bits, width), scales, dtype)
+        for codes, scales, width in (
+            (key_codes, key_scale, key.shape[-1]),
+            (value_codes, value_scale, value.shape[-1]),
+        )
+    )
+    return F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+    )
+
+
+def _attend_to_codes(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    visible: Tensor,
+    *,
+    bits: int,
+    value_width: int,
+    scale: float,
+) -> Tensor:
+    batch, heads, _, width = query.shape
+    dtype = query.dtype
+    groups = key_codes.shape[1]
+    query = torch.ops.qatc.materialize(query.float() * scale)
+    grouped = query.view(batch, groups, heads // groups, 1, width)
+    keys = _signed_parts(key_codes, bits, width)
+    scores = sum(
+        (piece.unsqueeze(2) * part).sum(-1)
+        for piece, part in zip(keys, grouped.chunk(len(keys), -1), strict=True)
+    )
+    scores = scores * key_scale.squeeze(-1).unsqueeze(2)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    weights = torch.ops.qatc.materialize(scores.softmax(-1) * value_scale.squeeze(-1).unsqueeze(2))
+    values = _signed_parts(value_codes, bits, value_width)
+    parts = [(weights.unsqueeze(-1) * piece.unsqueeze(2)).sum(-2) for piece in values]
+    return torch.cat(parts, -1).view(batch, heads, 1, -1).to(dtype)
+
+
+_LIBRARY = torch.library.Library("qatc", "FRAGMENT")
+_LIBRARY.define("materialize(Tensor x) -> Tensor")
+_LIBRARY.impl("materialize", lambda x: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("qatc::materialize", torch.empty_like, lib=_LIBRARY)
+"""A copy that Inductor does not look into. It would fuse the query, from its projection's integers
+on, into the reduction over the keys and compute it anew for each of them (two to three times slower
+at 4096 tokens), and likewise the probabilities into that over the values."""
+
+
+def _signed_parts(codes: Tensor, bits: int, width: int) -> list[Tensor]:
+    """The codes as fp32, in consecutive parts of the last dimension where that saves a copy."""
+    unsigned = packing.parts(codes, bits, width)
+    if unsigned is None:
+        return [packing.unpack(codes, bits, width).float()]
+    return [(part - (1 << (bits - 1))).float() for part in unsigned]
+
+
+def first_slots(tensors: list[Tensor], slots: int) -> list[Tensor]:
+    """Views of the first slots of cache tensors ``[B, Hkv, S, ...]``, for a compiled graph.
+
+    Their batch and their slots are marked as sizes that change. For one graph to serve all sizes,
+    S must be larger than ``slots`` ever is: Inductor compiles a graph of its own for contiguous
+    views.
+    """
+    views = [tensor[:, :, :slots] for tensor in tensors]
+    for view in views:
+        torch._dynamo.maybe_mark_dynamic(view, (0, 2))
+    return views
+
+
+def cache_shapes(spec: QuantSpec, width: int) -> tuple[tuple[int, torch.dtype], ...]:
+    """Last dimension and dtype of the tensors that a quantized K or V cache is made of.
+
+    Args:
+        spec: bits of the cache, 2 to 8.
+        width: head dimension.
+    """
+    codes = torch.int8 if spec.bits == 8 else torch.uint8
+    return (packing.packed_width(width, spec.bits), codes), (1, torch.float32)

@@ -1,0 +1,33 @@
+"""Embedding tables as packed codes: rows are looked up, unpacked and scaled.
+
+``torch.ops.qatc.packed_embedding`` computes what a lookup in the quantized table computes. Only
+the rows of a batch are unpacked; the table itself is never there in float.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qatc.numerics import minmax, packing
+
+_LIBRARY = torch.library.Library("qatc", "FRAGMENT")
+_LIBRARY.define(
+    "packed_embedding(Tensor ids, Tensor packed, Tensor scale, int width, int bits, *,"
+    " ScalarType dtype) -> Tensor"
+)
+
+
+def _packed_embedding(
+    ids: Tensor, packed: Tensor, scale: Tensor, width: int, bits: int, *, dtype: torch.dtype
+) -> Tensor:
+    codes = packing.unpack(F.embedding(ids, packed), bits, width)
+    return minmax.dequantize(codes, F.embedding(ids, scale), dtype)
+
+
+_LIBRARY.impl("packed_embedding", _packed_embedding, "CompositeImplicitAutograd")
+
+PACKED_EMBEDDING = torch.ops.qatc.packed_embedding.default
+"""``(ids [...], packed [V, bytes], scale [V, G], K, bits, *, dtype) -> [..., K]``: ``code * scale``
+of the rows that ``ids`` names, computed in fp32 and rounded once to ``dtype``."""

@@ -1,0 +1,1 @@
+"""What the machine has: processor, device, compilers, and the signals that it sends."""

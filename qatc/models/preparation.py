@@ -1,0 +1,395 @@
+"""Put the transformed, compiled graph under a model's layers, and take it away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from qatc.errors import CaptureError, ConfigError
+from qatc.graph import compilation
+from qatc.graph.capture import Template
+from qatc.graph.causality import why_not_causal
+from qatc.graph.nodes import weight_sites
+from qatc.graph.templates import TemplateForward, TemplateStore
+from qatc.kernels import integer_linear
+from qatc.models import find_regions, is_transformers_model
+from qatc.models.support import refuse_stacked_weights, refuse_unstorable, refuse_unsupported
+from qatc.models.vocabulary import End, head_recipe, quantized_ends
+from qatc.numerics import minmax
+from qatc.passes import (
+    Canonicalize,
+    GraphPass,
+    Pipeline,
+    QuantizeEmbeddings,
+    QuantizeKV,
+    QuantizeLinearInputs,
+    QuantizeWeights,
+    UseIntegerForward,
+)
+from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
+from qatc.recipe.spec import QuantSpec
+
+_PREPARED = "_qatc_prepared"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What :func:`prepare` put on a model.
+
+    Attributes:
+        store, forwards: templates and forwards of the decoder layers.
+        ends: forwards of the head and of the embedding, as far as they are quantized, each with a
+            store of its own.
+    """
+
+    recipe: Recipe
+    store: TemplateStore
+    forwards: tuple[TemplateForward, ...]
+    use_cache: tuple[tuple[Any, Any], ...]
+    integer_forward: bool
+    ends: tuple[tuple[End, TemplateForward], ...] = ()
+
+    def stores(self) -> tuple[TemplateStore, ...]:
+        """All stores of templates."""
+        return (self.store, *(forward.store for _, forward in self.ends))
+
+    def templates(self) -> Iterator[Template]:
+        """The templates captured so far."""
+        return (template for store in self.stores() for template in store)
+
+
+def training_pipeline(
+    recipe: Recipe,
+    skip: tuple[str, ...] = (),
+    linears: bool = True,
+    integer_forward: bool = False,
+) -> Pipeline:
+    """The passes that make a training graph for ``recipe``.
+
+    Args:
+        recipe: what is quantized and how.
+        skip: patterns of parameter names, relative to the captured module, that stay in full
+            precision.
+        linears: whether the module has linear layers that are not skipped.
+        integer_forward: whether those are computed on integers; the recipe must allow it, see
+            :func:`why_no_integer_forward`.
+    """
+    passes: list[GraphPass] = [Canonicalize()]
+    if linears and recipe.activations.quantizes:
+        passes.append(QuantizeLinearInputs(recipe.activations, skip))
+    if linears and recipe.weights.quantizes:
+        passes.append(QuantizeWeights(recipe.weights, skip))
+    if recipe.kv.quantizes:
+        passes.append(QuantizeKV(recipe.kv, recipe.kv_site))
+    if linears and integer_forward:
+        passes.append(UseIntegerForward())
+    return Pipeline(tuple(passes))
+
+
+def head_pipeline(recipe: Recipe, integer_forward: bool = False) -> Pipeline:
+    """The passes that make a training graph of the output head."""
+    own = head_recipe(recipe)
+    integers = integer_forward and recipe_allows_integers(own)
+    return training_pipeline(own, integer_forward=integers)
+
+
+def embedding_pipeline(recipe: Recipe) -> Pipeline:
+    """The passes that make a training graph of the token embedding."""
+    return Pipeline((Canonicalize(), QuantizeEmbeddings(recipe.embedding)))
+
+
+def prepare(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    compile: bool | None = None,
+    compute_dtype: torch.dtype | None = None,
+    integer_forward: bool | None = None,
+) -> nn.Module:
+    """Let the layers of ``model`` run the quantized graph, for training or evaluation.
+
+    The decoder layers of a Hugging Face causal LM, or any other module as a whole, get a
+    ``forward`` that runs a captured, transformed and compiled graph with the module's own
+    parameters. Nothing else changes: the module tree, the state dict, tied weights and the hooks
+    of the layers stay as they are. :func:`restore` undoes it.
+
+    Attributes may be changed afterwards: a graph is captured for what they are now. What is added
+    afterwards, such as LoRA adapters of peft, stays in full precision, around quantized weights.
+    Hooks on modules inside a layer would not be called, and are refused.
+
+    A Hugging Face model is captured at once, on a tiny batch; other arguments (a mask, say) and
+    other modules when they are first met. Batch and sequence are symbols: one graph serves all
+    batch sizes and lengths (Inductor makes further kernels only for a size of 1).
+
+    Args:
+        model: a transformers causal LM loaded with ``attn_implementation="sdpa"``, or any module
+            that ``torch.export`` accepts.
+        recipe: what is quantized and how.
+        compile: whether to compile the graphs with Inductor; ``None``: if this machine can.
+        compute_dtype: float dtype of the layers' computation when it is not that of the
+            parameters, e.g. bf16 over fp32 masters. The layers' results have that dtype as well,
+            so call the model under ``torch.autocast`` of the same dtype, for the head's sake.
+        integer_forward: compute quantized linears on int8 codes with an exact product, as integer
+            kernels will; ``None``: where the recipe allows it and this machine is fast at it.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ConfigError: the model is prepared already, a skip pattern names no parameter, the
+            recipe does not allow the integer forward that was asked for, or it quantizes a head or
+            an embedding that the model does not have (see
+            :func:`qatc.models.vocabulary.quantized_ends`).
+        CaptureError: a layer cannot be captured, or is none of a causal decoder.
+        PassError: a pass found nothing to quantize.
+    """
+    if any("base_layer" in module._modules for module in model.modules()):
+        raise ConfigError(
+            "the model has adapters (LoRA, say), which would be quantized like its own weights;"
+            " prepare it first and add them then: get_peft_model(qatc.prepare(model, recipe), ...)"
+        )
+    if hasattr(model, _PREPARED):
+        raise ConfigError("the model is prepared already; call qatc.restore(model) first")
+    _refuse_idle_patterns(model, recipe)
+    if is_transformers_model(model):
+        refuse_unsupported(model)
+        if recipe.weights.quantizes:
+            refuse_stacked_weights(model, recipe)
+    _refuse_lost_scales(model, recipe)
+    ends = quantized_ends(model, recipe)
+    obstacle = why_no_integer_forward(recipe, _device_of(model))
+    if integer_forward is None:
+        integer_forward = obstacle is None
+    elif integer_forward and not recipe_allows_integers(recipe):
+        raise ConfigError(f"no integer forward: {obstacle}; leave integer_forward to None or False")
+    on_integers = integer_forward
+    compiler = inductor if (can_compile() if compile is None else compile) else None
+    store = TemplateStore(
+        transform=lambda gm, owner: _transform(gm, owner, recipe, on_integers),
+        compile=compiler,
+        compute_dtype=compute_dtype,
+    )
+    forwards = []
+    for name, region in find_regions(model):
+        prefix = f"{name}." if name else ""
+        skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
+        forwards.append(TemplateForward(region, name, store, skip))
+    at_ends = []
+    for end in ends:
+        if end.role == "head":
+            pipeline = head_pipeline(recipe, on_integers)
+            own = TemplateStore(_run(pipeline), compiler, compute_dtype)
+        else:  # a table is rounded from its masters, and the layers cast what they get
+            own = TemplateStore(_run(embedding_pipeline(recipe)), compiler)
+        at_ends.append((end, TemplateForward(end.module, end.name, own)))
+    for forward in (*forwards, *(forward for _, forward in at_ends)):
+        forward.install()
+    switched = tuple(_switch_cache_off(model))
+    prepared = Prepared(recipe, store, tuple(forwards), switched, on_integers, tuple(at_ends))
+    setattr(model, _PREPARED, prepared)
+    if is_transformers_model(model):
+        model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
+        try:
+            _capture_now(model, prepared)
+            at_an_end = {end.weight for end in ends}
+            refuse_unstorable(model, [n for n in quantized_parameters(model) if n not in at_an_end])
+        except BaseException:
+            restore(model)
+            raise
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give the layers of ``model`` their original forward back; the parameters stay trained."""
+    prepared = prepared_state(model)
+    for forward in (*prepared.forwards, *(forward for _, forward in prepared.ends)):
+        forward.remove()
+    for config, value in prepared.use_cache:
+        config.use_cache = value
+    model.__dict__.pop("save_pretrained", None)
+    delattr(model, _PREPARED)
+    return model
+
+
+def prepared_state(model: nn.Module) -> Prepared:
+    """What :func:`prepare` put on ``model``."""
+    prepared = getattr(model, _PREPARED, None)
+    if prepared is None:
+        raise ConfigError("the model is not prepared; call qatc.prepare(model, recipe) first")
+    assert isinstance(prepared, Prepared)
+    return prepared
+
+
+def quantized_parameters(model: nn.Module) -> list[str]:
+    """Names of the weights that a prepared model quantizes, see :func:`quantized_specs`."""
+    return list(quantized_specs(model))
+
+
+def quantized_specs(model: nn.Module) -> dict[str, QuantSpec]:
+    """The weights that a prepared model quantizes by name, layers first, and how.
+
+    Only graphs captured so far count: run the model once before. A tied weight is there under the
+    name of each of its users that quantizes it.
+    """
+    prepared = prepared_state(model)
+    found: dict[str, QuantSpec] = {}
+    for forward in prepared.forwards:
+        prefix = f"{forward.name}." if forward.name else ""
+        for template in prepared.store.of(forward):
+            for name in weight_sites(template.graph_module):
+                found[prefix + name] = prepared.recipe.weights
+    for end, _ in prepared.ends:
+        found[end.weight] = getattr(prepared.recipe, end.role)
+    return found
+
+
+@torch.no_grad()
+def _capture_now(model: nn.Module, prepared: Prepared) -> None:
+    """Run a tiny batch, so that what cannot be captured or quantized is known at once."""
+    compiler, dtype = prepared.store.compile, prepared.store.compute_dtype
+    calls: list[tuple[TemplateForward, Any, Any]] = []
+
+    def note(forward: TemplateForward, module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((forward, args, dict(kwargs)))
+
+    hooks = [
+        forward.module.register_forward_pre_hook(partial(note, forward), with_kwargs=True)
+        for forward in prepared.forwards
+    ]
+    for store in prepared.stores():
+        store.compile, store.dry_run = None, True
+    ids = torch.zeros((2, 8), dtype=torch.long, device=next(model.parameters()).device)
+    try:
+        with torch.autocast(ids.device.type, dtype, dtype is not None):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _refuse_uncacheable(model, prepared.store, calls)
+    for store in prepared.stores():
+        store.compile, store.dry_run = compiler, False
+    for template in prepared.templates():
+        if compiler is not None:
+            template.call = compiler(template.graph_module)
+
+
+def _refuse_uncacheable(
+    model: nn.Module, store: TemplateStore, calls: list[tuple[TemplateForward, Any, Any]]
+) -> None:
+    """Raise ``CaptureError`` if a layer could not decode from a cache of keys and values."""
+    looked_at: set[int] = set()
+    for forward, args, kwargs in calls:
+        template, leaves = forward.find(args, kwargs, store)
+        if id(template) in looked_at:
+            continue
+        looked_at.add(id(template))
+        inputs = [*forward.parameters(template), *(leaves[i] for i in template.inputs)]
+        reason = why_not_causal(template.graph_module, inputs)
+        if reason is not None:
+            raise CaptureError(
+                f"{forward.name} ({type(forward.module).__name__}) {reason}; qatc quantizes causal"
+                f" language models of attention layers, and {type(model).__name__} as configured is"
+                " none: choose another model"
+            )
+
+
+def can_compile() -> bool:
+    """Whether Inductor can build kernels here; :mod:`qatc.graph.compilation` says why not."""
+    return compilation.obstacle() is None
+
+
+def inductor(gm: GraphModule) -> Callable[..., Any]:
+    """Compile a template's graph."""
+    return compilation.compile_graph(gm.forward)  # a module would be called as one
+
+
+def why_no_integer_forward(recipe: Recipe, device: torch.device) -> str | None:
+    """Why :func:`prepare` computes linears in float if it is left to choose, or None."""
+    if not recipe_allows_integers(recipe):
+        if recipe.weights.group_size or recipe.activations.group_size:
+            return "groups have several scales in one sum"
+        return "weights or activations are not quantized"
+    if not integer_linear.is_fast(device):
+        return f"this {device.type} has no fast int8 product"
+    return None
+
+
+def recipe_allows_integers(recipe: Recipe) -> bool:
+    """Whether quantized linears are products of integers with one scaling."""
+    specs = (recipe.weights, recipe.activations)
+    return all(spec.quantizes and not spec.group_size for spec in specs)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _run(pipeline: Pipeline) -> Callable[[GraphModule, TemplateForward], None]:
+    """The transform of a store whose templates all take the same passes."""
+
+    def transform(gm: GraphModule, owner: TemplateForward) -> None:
+        pipeline(gm)
+
+    return transform
+
+
+def _transform(
+    gm: GraphModule, owner: TemplateForward, recipe: Recipe, integer_forward: bool
+) -> None:
+    weights = [n for n, p in owner.module.named_parameters() if p.dim() == 2]
+    skip = owner.skipped()
+    linears = any(name not in skip for name in weights)
+    training_pipeline(recipe, skip, linears, integer_forward)(gm)
+
+
+def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in recipe.skip:
+        only = Recipe(skip=(pattern,))
+        if pattern not in DEFAULT_SKIP and not any(only.skips(name) for name in names):
+            raise ConfigError(
+                f"the skip pattern {pattern!r} matches no parameter; names look like"
+                f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
+            )
+
+
+def _refuse_lost_scales(model: nn.Module, recipe: Recipe) -> None:
+    """A runtime that stores scales in fp16 would turn small weights to nothing."""
+    for name, region in find_regions(model):
+        for own, parameter in region.named_parameters():
+            full = f"{name}.{own}" if name else own
+            if parameter.dim() != 2 or recipe.skips(full):
+                continue
+            lost = minmax.why_scales_are_lost(parameter, recipe.weights)
+            if lost is not None:
+                raise ConfigError(
+                    f"{full} is not for the target {recipe.target}: {lost}; choose another target"
+                    f" (qatc, transformers, vllm), or keep it in float with --skip {full!r}"
+                )
+
+
+def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Captured layers take no KV cache: generate recomputes, with the same numerics."""
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        if config is not None and hasattr(config, "use_cache"):
+            yield config, config.use_cache
+            config.use_cache = False
+
+
+def _save_pretrained(model: Any, *arguments: Any, **options: Any) -> None:
+    """``save_pretrained`` of a prepared model, with its own ``use_cache`` in the saved config."""
+    switched = prepared_state(model).use_cache
+    try:
+        for config, value in switched:
+            config.use_cache = value
+        type(model).save_pretrained(model, *arguments, **options)
+    finally:
+        for config, _ in switched:
+            config.use_cache = False

@@ -1,0 +1,1 @@
+"""Scales, codes and rounding: the contract that training and every runtime share."""

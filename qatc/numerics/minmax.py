@@ -1,0 +1,237 @@
+"""The numerics: scales, codes, and the one fake-quant op that training graphs hold.
+
+``torch.ops.qatc.fake_quantize`` is what the passes insert. It is registered once, as a *composite*
+op: a graph shows and serialises it as a single node, while Inductor sees through it and fuses the
+row maximum, the rounding and whatever stands around them into one kernel.
+
+Rounding has no useful gradient, so training uses the straight-through estimator (Bengio et al.,
+arXiv 1308.3432): forward is the rounded value, backward is the identity, and nothing is zeroed.
+Written ``q.detach() + (x - x.detach())`` this is exact in every dtype: the bracket is exactly zero.
+The more common ``x + (q - x).detach()`` rounds twice, and in bf16 it moves values off the grid.
+
+All functions work on the last dimension. ``group_size`` values of it share a scale; 0 stands for
+the whole row.
+
+**The contract**, bit for bit the same on every device, compiled and not, for a row of ``x``:
+
+1. ``scale = float32(float64(max|x|) / steps)``. In fp64 it does not matter whether a device divides
+   or, as CUDA and Inductor for it do, multiplies by the rounded reciprocal: the quotient of an
+   fp32 number and ``steps`` is never within two units of fp64's last place of a value at which the
+   rounding to fp32 turns over. On a CPU it is what an fp32 division gives.
+2. A scale below 2^-124 becomes 1, and the codes zero: the row is one of zeros. Devices differ in
+   whether they flush numbers below 2^-126 to zero, and no code depends on it then.
+3. A scale is no larger than lets the largest code times it stay finite in the dtype of ``x``.
+4. A weight's scale is then rounded to the nearest bf16 value, ties to even; where fp16 must hold it
+   as well (``spec.scale_dtype``), one below 2^-17 is rounded up to a multiple of 2^-24 instead.
+5. ``code = round_half_to_even(float32(x) / scale)``, clamped to the range, with the division of
+   IEEE 754, ``div.rn.f32``. Eager divisions of two tensors are that; those that Inductor makes for
+   a GPU are it with :data:`COMPILE_OPTIONS` only.
+6. The value is ``float32(code) * scale``, rounded once to the dtype of ``x``.
+
+Infinity and NaN in ``x`` give NaN, so that they are noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+import torch.compiler.config
+from torch import Tensor
+
+from qatc.errors import ConfigError
+from qatc.recipe.spec import QuantSpec, Range, ScaleDType
+
+MIN_SCALE = 2.0**-124
+"""The smallest scale, of weights and others: values that devices may flush are less than half of
+it."""
+
+FP16_STEP = 2.0**-24
+"""The distance of neighbouring fp16 numbers below 2^-14."""
+
+COMPILE_OPTIONS: dict[str, bool] = {"eager_numerics.division_rounding": True}
+"""Options of ``torch.compile`` with which compiled graphs keep the contract on every device."""
+
+
+def compute_scale(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> Tensor:
+    """MinMax scale of every row or group of ``x``.
+
+    Args:
+        x: float tensor ``[..., K]``.
+        spec: bits, range and group size; ``group_size`` must divide K.
+        snap: round the scale to the nearest value that bf16 and ``spec.scale_dtype`` hold, as
+            weights need it, so that every runtime stores the very scale that was trained with.
+
+    Returns:
+        fp32 tensor ``[..., K / group_size]`` (``[..., 1]`` for whole rows), at least
+        :data:`MIN_SCALE`. A row of zeros, or of less than a scale can hold, has scale 1.
+    """
+    amax = _in_groups(x, spec.group_size or 0).float().abs().amax(dim=-1)
+    exact = amax.double() / spec.steps
+    scale = torch.where(exact < MIN_SCALE, 1.0, exact).float()
+    if snap:
+        scale = _snap(scale, spec)
+    scale = scale.clamp(max=largest_scale(spec, x.dtype, snap=snap))
+    return torch.where(amax.isfinite(), scale, amax)
+
+
+def largest_scale(spec: QuantSpec, dtype: torch.dtype, *, snap: bool) -> float:
+    """The largest scale that ``spec`` allows values of ``dtype``; see :func:`compute_scale`."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max) / -spec.code_min
+    if snap and spec.scale_dtype == "float16":
+        largest = min(largest, torch.finfo(torch.float16).max)
+    digits = 8 if snap else 24
+    unit = 2.0 ** (math.frexp(largest)[1] - digits)
+    return math.floor(largest / unit) * unit
+
+
+def why_scales_are_lost(weight: Tensor, spec: QuantSpec) -> str | None:
+    """Why ``spec.scale_dtype`` cannot hold the scales of a weight, or None if it can.
+
+    Single rows or groups that are small get the smallest steps there are, and lose little beside
+    the others; a weight that is small as a whole would be lost.
+    """
+    if not spec.quantizes or spec.scale_dtype != "float16":
+        return None
+    largest = float(weight.detach().abs().max())
+    scale = largest / spec.steps
+    if 0 < scale < 2.0**-17 or scale > largest_scale(spec, weight.dtype, snap=True):
+        return f"its largest value is {largest:.3g}, whose scale fp16 cannot hold"
+    return None
+
+
+def _snap(scale: Tensor, spec: QuantSpec) -> Tensor:
+    snapped = _round_to_bf16(scale)
+    if spec.scale_dtype == "bfloat16":
+        return snapped
+    # Multiples of fp16's step: seven bits of them at most, which bf16 holds as well. Upwards, since
+    # a step may be much of the scale, and a smaller scale cuts off the largest values.
+    stepped = (scale / FP16_STEP).ceil() * FP16_STEP
+    return torch.where(scale < 2.0**-17, stepped, snapped)
+
+
+def _round_to_bf16(scale: Tensor) -> Tensor:
+    """The nearest bf16 values of positive fp32 numbers, ties to even, as fp32.
+
+    Done on the bits, since Inductor leaves out a cast to bf16 and back.
+    """
+    bits = scale.view(torch.int32)
+    odd = (bits >> 16) & 1
+    return ((bits + 0x7FFF + odd) & -0x10000).view(torch.float32)
+
+
+def quantize(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes and scales of ``x``.
+
+    Returns:
+        ``(codes, scale)``: int8 ``[..., K]`` and fp32 ``[..., K / group_size]``.
+    """
+    assert spec.quantizes, "16 bits have no codes"
+    scale = compute_scale(x, spec, snap=snap)
+    codes = _round_to_codes(_in_groups(x, spec.group_size or 0), scale.unsqueeze(-1), spec)
+    return codes.flatten(-2).to(torch.int8), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``code * scale``, computed in fp32 and rounded once to ``dtype``.
+
+    Args:
+        codes: integer tensor ``[..., K]``.
+        scale: fp32 tensor ``[..., G]`` with G dividing K.
+    """
+    groups: Tensor = codes.unflatten(-1, (scale.shape[-1], -1)).float()
+    return torch.flatten(groups * scale.unsqueeze(-1), -2).to(dtype)
+
+
+def _in_groups(x: Tensor, group_size: int) -> Tensor:
+    if group_size == 0:
+        return x.unsqueeze(-2)
+    width = x.shape[-1]
+    if width % group_size:
+        raise ConfigError(
+            f"group_size {group_size} does not divide the {width} values of a row;"
+            " choose a divisor, or null for one scale per row"
+        )
+    groups: Tensor = x.unflatten(-1, (width // group_size, group_size))
+    return groups
+
+
+def _round_to_codes(groups: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    codes = torch.round(groups.float() / scale)  # torch.round: half to even
+    return codes.clamp(spec.code_min, spec.code_max)
+
+
+def _tag_compiled_code(package: Path) -> None:
+    """Let the caches of ``torch.compile`` tell one version of the numerics from another.
+
+    A compiled graph is found again on disk by its nodes, and a node names an op, not its body: a
+    kernel of an older body would be served without a word.
+    """
+    folders = ("recipe", "numerics", "kernels")
+    sources = (path for folder in folders for path in sorted((package / folder).glob("*.py")))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    config = torch.compiler.config
+    config.cache_key_tag = f"{config.cache_key_tag}qatc-{digest[:16]};"
+
+
+_tag_compiled_code(Path(__file__).parents[1])
+
+_LIBRARY = torch.library.Library("qatc", "DEF")
+_LIBRARY.define(
+    "fake_quantize(Tensor x, int bits, *, int group_size=0, str range='restricted',"
+    " bool snap_scale=False, str scale_dtype='bfloat16') -> Tensor"
+)
+
+
+def _fake_quantize(
+    x: Tensor,
+    bits: int,
+    *,
+    group_size: int = 0,
+    range: Range = "restricted",
+    snap_scale: bool = False,
+    scale_dtype: ScaleDType = "bfloat16",
+) -> Tensor:
+    spec = QuantSpec(bits, group_size or None, range, scale_dtype)
+    if not spec.quantizes:
+        return x.clone()
+    values = x.detach()
+    groups = _in_groups(values, group_size)
+    scale = compute_scale(values, spec, snap=snap_scale).unsqueeze(-1)
+    quantized = (_round_to_codes(groups, scale, spec) * scale).flatten(-2).to(x.dtype)
+    return quantized + (x - values)
+
+
+_LIBRARY.impl("fake_quantize", _fake_quantize, "CompositeImplicitAutograd")
+
+FAKE_QUANTIZE = torch.ops.qatc.fake_quantize.default
+"""The op that the passes insert: ``(x, bits, *, group_size, range, snap_scale, scale_dtype) ->
+x-like``."""
+
+
+def fake_quantize(x: Tensor, spec: QuantSpec, *, snap_scale: bool = False) -> Tensor:
+    """Quantize and dequantize ``x`` with a straight-through gradient.
+
+    Args:
+        x: float tensor ``[..., K]`` of any float dtype; the result has the same shape and dtype.
+        spec: bits, range and group size; 16 bits returns ``x`` itself.
+        snap_scale: round scales as those of weights are (see :func:`compute_scale`).
+    """
+    if not spec.quantizes:
+        return x
+    result: Tensor = FAKE_QUANTIZE(x, spec.bits, **fake_quantize_kwargs(spec, snap_scale))
+    return result
+
+
+def fake_quantize_kwargs(spec: QuantSpec, snap_scale: bool) -> dict[str, int | str | bool]:
+    """The keyword arguments of :data:`FAKE_QUANTIZE` for ``spec``."""
+    kwargs: dict[str, int | str | bool] = {
+        "group_size": spec.group_size or 0,
+        "range": spec.range,
+        "snap_scale": snap_scale,
+    }
+    if snap_scale and spec.scale_dtype != "bfloat16":
+        kwargs["scale_dtype"] = spec.scale_dtype
+    return kwargs

@@ -1,0 +1,508 @@
+"""The directory that qatc writes: an ordinary Hugging Face model plus ``qatc.json``.
+
+==========================  ====================================================================
+``config.json``             the model's config, with ``quantization_config``
+``generation_config.json``  if the model has one
+tokenizer files             if a tokenizer was given
+``model.safetensors``       codes, scales and the tensors that stay float; or shards and their index
+``qatc.json``               the recipe, the quantized weights, and where they come from
+``README.md``               the model card
+``*.py``                    the model's own code, if it has some and is trusted
+==========================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qatc.errors import CheckpointError, ConfigError, DataError
+from qatc.models.load import require_finite
+from qatc.models.remote_code import build_model, copy_code, require_trust
+from qatc.models.vocabulary import End, are_tied, find_ends, untie
+from qatc.output import compressed_tensors
+from qatc.output.codes import QuantizedWeight
+from qatc.output.model_card import write_card
+from qatc.recipe.recipe import Recipe
+from qatc.recipe.spec import FLOAT_BITS, QuantSpec
+from qatc.storage.directories import complete_directory, recover, refuse_existing, refuse_overlap
+from qatc.storage.files import read_json, write_json
+from qatc.storage.locks import locked
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+FORMAT_VERSION = 3
+
+_READABLE = (2, 3)
+"""Version 2 knows no quantized head or embedding, and is read as what it says."""
+
+_OWN_KEYS = (
+    *("format_version", "layout", "recipe", "quantized"),
+    *("digests", "float_digests", "specs"),
+)
+
+
+def write_model(
+    directory: Path,
+    *,
+    config: PreTrainedConfig,
+    state: Mapping[str, Tensor],
+    weights: Mapping[str, QuantizedWeight],
+    recipe: Recipe,
+    metadata: Mapping[str, Any],
+    generation_config: GenerationConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    trust_remote_code: bool = False,
+    portable: bool = False,
+) -> None:
+    """Write a quantized model into an empty directory (see the module's table).
+
+    Args:
+        directory: exists and is empty; see :func:`qatc.storage.files.complete_directory`.
+        config: the model's config; a ``quantization_config`` of its own is replaced.
+        state: the model's float state dict. Entries of quantized weights are not written, and of
+            tied weights only one.
+        weights: the quantized weights by parameter name. A tied weight is there under the name of
+            each of its users that quantizes it; where only one does, the written model is untied.
+        recipe: what the model was trained with.
+        metadata: further entries of ``qatc.json``, as plain data.
+        generation_config, tokenizer: saved beside the model, if given.
+        max_shard_bytes: larger models are split into files of this size.
+        trust_remote_code: the model runs its own code, which is copied into the directory.
+        portable: store the codes of head and embedding where transformers finds them, which takes
+            more space: those of a tied weight twice, and those of the table a byte each. Otherwise
+            such a model is for :func:`qatc.load` alone, and says so to others.
+
+    Raises:
+        ConfigError: a quantized weight is tied to another than the head's or the embedding's, or
+            its module is neither a linear nor an embedding.
+        CheckpointError: the weights cannot be written.
+    """
+    specs = (recipe.weights, recipe.head, recipe.embedding)
+    assert all(weight.spec in specs for weight in weights.values()), "another recipe's"
+    # Without storage: tells the linear layers and the tied weights by their names.
+    skeleton = _build_model(config, "meta", torch.float32, trust_remote_code)
+    ends, ties = find_ends(skeleton), dict(skeleton.all_tied_weights_keys)
+    as_codes = [getattr(recipe, end.role).quantizes for end in ends]
+    if are_tied(ends) and any(as_codes) and (portable or not all(as_codes)):
+        weights = _with_tied(weights, ties) if all(as_codes) else weights
+        config, ties = copy.deepcopy(config), {}
+        untie(config)
+    tensors = _drop_tied(state, weights, ties)
+    weights = _drop_tied_codes(weights, ties)
+    layouts = {name: compressed_tensors.layout_of(w.spec) for name, w in weights.items()}
+    tables = [e.weight for e in ends if e.role == "embedding" and e.weight in weights]
+    if portable:  # transformers finds no packed codes in an embedding
+        layouts |= dict.fromkeys(tables, compressed_tensors.PLAIN)
+    floats = [value for value in tensors.values() if value.is_floating_point()]
+    dtype = max(floats, key=Tensor.numel).dtype if floats else torch.float32
+    tensors |= compressed_tensors.pack(weights, dtype=dtype, layouts=layouts)
+
+    plain_config = json.loads(config.to_json_string())
+    plain_config.pop("quantization_config", None)
+    # What transformers loads in by itself, scales included: fp16 may be too coarse for those.
+    exact = compressed_tensors.loads_exactly_in(weights, dtype)
+    plain_config["dtype"] = str(dtype if exact else torch.float32).removeprefix("torch.")
+    plain_config["architectures"] = [type(skeleton).__name__]
+    plain_config.pop("auto_map", None)  # of code that did not run, and is not here
+    if auto_map := copy_code(skeleton, directory):
+        plain_config["auto_map"] = auto_map
+    if weights:
+        plain_config["quantization_config"] = compressed_tensors.quantization_config(
+            recipe,
+            compressed_tensors.find_float_linears(skeleton, weights),
+            _declared_ends(ends, weights, layouts, recipe, are_tied(ends) and bool(ties)),
+        )
+    write_json(directory / "config.json", dict(sorted(plain_config.items())))
+    if generation_config is not None:
+        plain = json.loads(generation_config.to_json_string())
+        write_json(directory / "generation_config.json", plain)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    _write_tensors(directory, tensors, max_shard_bytes)
+    layout = compressed_tensors.joined(layouts.values()) if weights else "float"
+    digests = {name: digest_of(w.codes, w.scale) for name, w in sorted(weights.items())}
+    packed = {k for n, own in layouts.items() for k in compressed_tensors.tensor_names(n, own)}
+    floats_stored = {n: digest_of(t) for n, t in sorted(tensors.items()) if n not in packed}
+    own = (
+        *(FORMAT_VERSION, layout, recipe.to_dict(), sorted(weights)),
+        *(digests, floats_stored),
+        {
+            end.weight: asdict(weights[end.weight].spec) | {"layout": layouts[end.weight]}
+            for end in ends
+            if end.weight in weights
+        },
+    )
+    write_json(directory / "qatc.json", {**metadata, **dict(zip(_OWN_KEYS, own, strict=True))})
+    write_card(directory)
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """A short fingerprint of the bits of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        found.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        found.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def _build_model(
+    config: PreTrainedConfig, device: str, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    with torch.device(device):
+        return build_model(config, dtype, trust_remote_code=trust_remote_code)
+
+
+def _declared_ends(
+    ends: list[End],
+    weights: Mapping[str, QuantizedWeight],
+    layouts: Mapping[str, str],
+    recipe: Recipe,
+    tied: bool,
+) -> dict[str, tuple[QuantSpec, QuantSpec, str]]:
+    """What ``config.json`` says of head and embedding: spec of weight and input, and layout."""
+    found = {}
+    for end in ends:
+        if end.weight in weights:
+            inputs = recipe.activations if end.role == "head" else QuantSpec(FLOAT_BITS)
+            layout = layouts[end.weight]
+            if tied or (end.role == "embedding" and layout != compressed_tensors.PLAIN):
+                layout = compressed_tensors.OWN_LAYOUT
+            found[end.name] = (weights[end.weight].spec, inputs, layout)
+    return found
+
+
+def _drop_tied_codes(
+    weights: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
+) -> dict[str, QuantizedWeight]:
+    """The weights without those that are stored under the name of another one."""
+    kept = dict(weights)
+    for name, source in tied.items():
+        if name in kept and source in kept:
+            one, other = kept.pop(name), kept[source]
+            same = one.spec == other.spec and torch.equal(one.codes, other.codes)
+            assert same and torch.equal(one.scale, other.scale), f"{name} is not {source}"
+    return kept
+
+
+def _drop_tied(
+    state: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The tensors to be stored in float: nothing quantized, and each tied weight once."""
+    kept = {name: value.detach() for name, value in state.items() if name not in weights}
+    for name, source in tied.items():
+        if name in weights and source in weights:
+            continue
+        if name in weights or source in weights:
+            raise ConfigError(
+                f"{name} and {source} are one tied weight, which cannot be quantized;"
+                " add both to the recipe's skip"
+            )
+        if name in kept:
+            value = kept.pop(name)
+            assert torch.equal(kept.setdefault(source, value), value), f"{name} is not {source}"
+    return kept
+
+
+def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_bytes: int) -> None:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, value in sorted(tensors.items()):
+        if shards[-1] and size + value.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += value.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(value.nbytes for value in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(directory / "model.safetensors.index.json", index)
+    for file, names in zip(files, shards, strict=True):
+        # Cloned because safetensors refuses tensors that share a storage.
+        shard = {n: tensors[n].cpu().clone(memory_format=torch.contiguous_format) for n in names}
+        path = directory / file
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot write {path}: {error}; free some space") from error
+        shutil.copymode(directory / "config.json", path)  # save_file makes it private
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """The content of ``qatc.json``.
+
+    Raises:
+        CheckpointError: ``directory`` is no output of qatc, is damaged, or has a version that this
+            qatc does not know.
+    """
+    path = directory / "qatc.json"
+    if not directory.exists():
+        recover(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give an output of qatc quantize")
+    if not path.exists():
+        raise CheckpointError(
+            f"{directory} is no output of qatc (it has no qatc.json); make one with qatc quantize"
+        )
+    metadata = _read_mapping(path)
+    version = metadata.get("format_version")
+    if version not in _READABLE:
+        raise CheckpointError(
+            f"{path} has format_version {version!r}, and this qatc reads"
+            f" {' and '.join(map(str, _READABLE))};"
+            " use the qatc that wrote it, or quantize again"
+        )
+    metadata.setdefault("specs", {})
+    if not metadata.keys() >= set(_OWN_KEYS):
+        raise CheckpointError(f"{path} is damaged: it must hold {', '.join(_OWN_KEYS)}")
+    return metadata
+
+
+def why_unverified(directory: Path) -> str | None:
+    """Why an output was not compared with what was trained; None if it was.
+
+    Raises:
+        CheckpointError: as :func:`read_metadata`.
+    """
+    parity = read_metadata(directory).get("parity", {})
+    return str(parity["reason"]) if parity.get("passed", True) is None else None
+
+
+def read_recipe(directory: Path) -> Recipe:
+    """The recipe that the model was trained with; raises as :func:`read_metadata`."""
+    try:
+        return Recipe.from_dict(read_metadata(directory)["recipe"])
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / 'qatc.json'}: {error}") from error
+
+
+def load_codes(directory: Path) -> dict[str, QuantizedWeight]:
+    """The quantized weights by parameter name: the very codes and scales that were written.
+
+    Raises:
+        CheckpointError: as :func:`read_metadata`, or a weight file or tensor is missing or damaged.
+    """
+    tensors, stored = _read_tensors(directory, quantized=True), read_stored(directory)
+    found: dict[str, QuantizedWeight] = {}
+    for name, (spec, layout) in stored.items():
+        own = compressed_tensors.tensor_names(name, layout)
+        found |= compressed_tensors.unpack({key: tensors[key] for key in own}, spec, layout)
+    return found
+
+
+def read_stored(directory: Path) -> dict[str, tuple[QuantSpec, str]]:
+    """How each stored weight is quantized, and its layout, by name.
+
+    Raises:
+        CheckpointError: as :func:`read_metadata`.
+    """
+    metadata, weights = read_metadata(directory), read_recipe(directory).weights
+    stored = {
+        name: (weights, compressed_tensors.layout_of(weights)) for name in metadata["quantized"]
+    }
+    try:
+        for name, plain in metadata["specs"].items():
+            layout = str(plain.pop("layout"))
+            stored[name] = (QuantSpec(**plain), layout)
+    except (ConfigError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{directory / 'qatc.json'}: {error}") from error
+    return stored
+
+
+def loads_elsewhere(directory: Path) -> bool:
+    """Whether runtimes that read compressed-tensors can load this output as it is.
+
+    They cannot where the codes of a head or an embedding are stored as only :func:`qatc.load`
+    reads them; :func:`export` writes a form that they can.
+    """
+    config = _read_mapping(directory / "config.json").get("quantization_config") or {}
+    groups = dict(config.get("config_groups", {})).values()
+    return all(group["format"] != compressed_tensors.OWN_LAYOUT for group in groups)
+
+
+def load_float_state(directory: Path) -> dict[str, Tensor]:
+    """The tensors that are not quantized, as stored; raises as :func:`load_codes`."""
+    return _read_tensors(directory, quantized=False)
+
+
+def _read_tensors(directory: Path, *, quantized: bool) -> dict[str, Tensor]:
+    stored = read_stored(directory)
+    expected = {
+        k for n, (_, own) in stored.items() for k in compressed_tensors.tensor_names(n, own)
+    }
+    paths = [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        places = _read_mapping(index).get("weight_map", {})
+        paths = sorted({directory / file for file in places.values()})
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                wanted = [key for key in file.keys() if (key in expected) == quantized]
+                tensors.update({key: file.get_tensor(key) for key in wanted})
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing; copy or write the model again") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or cut off ({error}); copy or write the model again"
+            ) from error
+    require_finite(tensors, str(directory))
+    missing = sorted(expected - tensors.keys()) if quantized else []
+    if missing:
+        raise CheckpointError(f"{directory} has no tensor {missing[0]}; write the model again")
+    return tensors
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(path))
+    except (DataError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy or write it again") from error
+
+
+def load_reference(
+    directory: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The plain Hugging Face model with the weights ``code * scale``; inputs are not quantized.
+
+    Raises:
+        CheckpointError: as :func:`load_codes`, or the tensors are not those of the config.
+        ConfigError: as :func:`read_config`.
+    """
+    codes, state = load_codes(directory), load_float_state(directory)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    model = _build_model(config, "cpu", dtype, trust_remote_code)
+    own = model.state_dict()
+    codes = _with_tied(codes, model.all_tied_weights_keys)
+    given = codes.keys() | state.keys()
+    odd = sorted((own.keys() - given - model.all_tied_weights_keys.keys()) | (given - own.keys()))
+    if odd:
+        raise CheckpointError(
+            f"{directory} does not hold the tensors of its config: {len(odd)} are missing or left"
+            f" over, among them {odd[0]}; copy or write the model again"
+        )
+    for name in sorted(given):
+        own[name].copy_(codes[name].dequantize(dtype) if name in codes else state[name])
+    model.eval()
+    return model
+
+
+def _with_tied(
+    codes: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
+) -> dict[str, QuantizedWeight]:
+    """The weights under the names of all that are tied to them as well."""
+    return {**codes, **{name: codes[s] for name, s in tied.items() if s in codes}}
+
+
+def read_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
+    """
+    from transformers import AutoConfig
+
+    require_trust(directory, trust_remote_code)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"cannot read the config in {directory}: {reason}") from error
+    return config
+
+
+FORMATS: dict[str, Callable[..., None]] = {
+    "compressed-tensors": partial(write_model, portable=True)
+}
+"""Writers of an empty directory by the name of the format, called as :func:`write_model` is."""
+
+
+def export(
+    source: Path,
+    output: Path,
+    *,
+    format: str = "compressed-tensors",
+    overwrite: bool = False,
+    verify: Callable[[Path], None] | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the qatc output ``source`` in a format (a key of :data:`FORMATS`); return ``output``.
+
+    The output is complete or, when anything is raised, as it was. ``verify`` is called with the
+    source before anything is written, and raises if it is not to be exported.
+
+    Raises:
+        ConfigError: the format is unknown, ``output`` exists or would replace ``source``, or the
+            model has code of its own, and ``trust_remote_code`` is false.
+        CheckpointError: ``source`` cannot be read or ``output`` cannot be written.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}; valid formats: {', '.join(FORMATS)}")
+    refuse_overlap({"the output": output}, {"the source": source})
+    with locked(output):
+        refuse_existing(output, overwrite)
+        _export(source, output, format, overwrite, verify, trust_remote_code)
+    return output
+
+
+def _export(
+    source: Path,
+    output: Path,
+    format: str,
+    overwrite: bool,
+    verify: Callable[[Path], None] | None,
+    trust_remote_code: bool,
+) -> None:
+    metadata, recipe = read_metadata(source), read_recipe(source)
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    if verify is not None:
+        verify(source)
+    weights, state = load_codes(source), load_float_state(source)
+    with complete_directory(output, overwrite=overwrite) as staging:
+        copy_companions(source, staging)
+        FORMATS[format](
+            staging,
+            config=config,
+            state=state,
+            weights=weights,
+            recipe=recipe,
+            metadata=own_metadata(metadata),
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`write_model` takes as ``metadata`` to write ``qatc.json`` again."""
+    return {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copy what :func:`write_model` does not write: generation config, tokenizer, the report."""
+    for path in source.iterdir():
+        own = path.name in ("config.json", "qatc.json") or ".safetensors" in path.name
+        if path.is_file() and not own:
+            shutil.copyfile(path, directory / path.name)

@@ -1,0 +1,422 @@
+"""The model card: what an output is, read off its own files, as the ``README.md`` of its directory.
+
+A card outlives the run that wrote it, and is what a hub shows. So nothing in it comes from settings
+that were meant: sizes, dtypes and numbers of weights are those of the stored tensors, everything
+else is in ``qatc.json`` and ``config.json``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from qatc.storage.files import read_json, write_atomically
+
+CARD = "README.md"
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+_LAYOUTS = ("pack-quantized", "int-quantized")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the weight files of an output hold.
+
+    Attributes:
+        weights: how many quantized weight tensors there are.
+        parameters: numbers in them.
+        code_bytes, scale_bytes: that their codes and scales take.
+        scales: how many scales there are.
+        float_parameters: numbers that are not quantized.
+        float_bytes: that these take.
+        float_dtypes: their dtypes, the one of most numbers first.
+    """
+
+    weights: int
+    parameters: int
+    code_bytes: int
+    scale_bytes: int
+    scales: int
+    float_parameters: int
+    float_bytes: int
+    float_dtypes: tuple[str, ...]
+
+
+def measure(directory: Path) -> Stored:
+    """Count the tensors of an output, from the headers of its weight files."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    shapes: dict[str, int] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                view = file.get_slice(name)
+                found[name] = (view.get_dtype(), tuple(view.get_shape()))
+                if name.endswith("_shape"):
+                    shapes[name.removesuffix("_shape")] = math.prod(file.get_tensor(name).tolist())
+    quantized = [n.removesuffix("_scale") for n in found if n.endswith(".weight_scale")]
+    codes = [f"{name}_packed" if name in shapes else name for name in quantized]
+    scales = [f"{name}_scale" for name in quantized]
+    aside = {*codes, *scales, *(f"{name}_shape" for name in shapes)}
+    by_dtype: dict[str, int] = {}
+    for name, (dtype, shape) in found.items():
+        if name not in aside:
+            label = _DTYPES.get(dtype, dtype.lower())
+            by_dtype[label] = by_dtype.get(label, 0) + math.prod(shape)
+
+    def size(names: Sequence[str]) -> int:
+        return sum(_BYTES[found[name][0]] * math.prod(found[name][1]) for name in names)
+
+    return Stored(
+        weights=len(quantized),
+        parameters=sum(shapes.get(name) or math.prod(found[name][1]) for name in quantized),
+        code_bytes=size(codes),
+        scale_bytes=size(scales),
+        scales=sum(math.prod(found[name][1]) for name in scales),
+        float_parameters=sum(by_dtype.values()),
+        float_bytes=size([name for name in found if name not in aside]),
+        float_dtypes=tuple(sorted(by_dtype, key=lambda label: -by_dtype[label])),
+    )
+
+
+def license_of(model: str) -> dict[str, str]:
+    """What the card of a model says about its license; nothing if there is no card at hand.
+
+    Args:
+        model: a directory, or a hub name; of that, only what is in the local cache is looked at.
+    """
+    import yaml
+    from huggingface_hub import try_to_load_from_cache
+
+    card: Any = Path(model) / CARD
+    if not Path(model).is_dir():
+        card = try_to_load_from_cache(model, CARD) if _HUB_NAME.fullmatch(model) else None
+    if not isinstance(card, (str, Path)) or not Path(card).is_file():
+        return {}
+    text = Path(card).read_text(encoding="utf-8-sig", errors="replace")
+    found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    try:
+        front = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}  # somebody else's card, which need not be valid
+    names = ("license", "license_name", "license_link")
+    given = front if isinstance(front, dict) else {}
+    return {name: given[name] for name in names if isinstance(given.get(name), str)}
+
+
+def write_card(directory: Path) -> None:
+    """Write the card of a complete output beside its files, in place of an older one."""
+    card = make_card(
+        read_json(directory / "qatc.json"), read_json(directory / "config.json"), measure(directory)
+    )
+    # A path in it may hold bytes that are no text.
+    write_atomically(directory / CARD, card.encode("utf-8", errors="backslashreplace"))
+
+
+def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: Stored) -> str:
+    """The text of a card.
+
+    Args:
+        metadata: the ``qatc.json`` of an output.
+        config: its ``config.json``.
+        stored: what its weight files hold.
+    """
+    recipe = metadata["recipe"]
+    bits = "-".join(str(recipe[key]["bits"]) for key in ("weights", "activations", "kv"))
+    sections = [
+        _front_matter(metadata, config, bits),
+        f"# {_base_name(metadata)} at {bits}",
+        *_what(metadata, stored),
+        "## What is quantized",
+        _table([["", ""], *_recipe_rows(recipe)]),
+        _table([["stored", "numbers", "bytes"], *_stored_rows(recipe, stored)]),
+        *_figures(metadata),
+        "## How to run it",
+        *_runtimes(metadata, config),
+        "## How to measure it",
+        *_measuring(metadata, config),
+        *_provenance(metadata),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _loads_elsewhere(config: Mapping[str, Any]) -> bool:
+    """Whether all weights are declared in layouts that compressed-tensors knows."""
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    return all(group["format"] in _LAYOUTS for group in groups.values())
+
+
+def _base_name(metadata: Mapping[str, Any]) -> str:
+    """The model that it was made from: its hub name, or the last part of its path."""
+    model = str(metadata.get("model", "A model"))
+    return model if _is_hub_name(metadata) else Path(model).name or "A model"
+
+
+def _is_hub_name(metadata: Mapping[str, Any]) -> bool:
+    model = str(metadata.get("model", ""))
+    return bool(_HUB_NAME.fullmatch(model)) and not metadata.get("model_is_directory", False)
+
+
+def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: str) -> str:
+    import yaml
+
+    weights, activations, kv = bits.split("-")
+    tags = ["qatc", "quantization-aware-training", "data-free", f"w{weights}a{activations}kv{kv}"]
+    if "quantization_config" in config:
+        tags.append(config["quantization_config"]["quant_method"])
+    if "auto_map" in config:
+        tags.append("custom_code")
+    library = "transformers" if _loads_elsewhere(config) else "qatc"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    if "model" in metadata:
+        front |= {"base_model": _base_name(metadata), "base_model_relation": "quantized"}
+    front |= metadata.get("license", {})
+    return f"---\n{yaml.safe_dump(front | {'tags': tags}, sort_keys=False)}---"
+
+
+def _what(metadata: Mapping[str, Any], stored: Stored) -> list[str]:
+    numbers = stored.parameters + stored.float_parameters
+    size = stored.code_bytes + stored.scale_bytes + stored.float_bytes
+    text = (
+        f"A causal language model of {numbers:,} parameters in {size:,} bytes"
+        f" ({8 * size / numbers:.2f} bits a parameter), quantized by data-free quantization-aware"
+        " training ([LLM-QAT](https://arxiv.org/abs/2305.17888)) with qatc. The three numbers of"
+        " its name are the bits of weights, activations and KV cache; 16 means not quantized."
+    )
+    local = "model" in metadata and not _is_hub_name(metadata)
+    return [text] + (
+        [
+            f"It was made from a directory called `{_base_name(metadata)}`: before you publish it,"
+            " put the hub name of that model into `base_model` above."
+        ]
+        if local
+        else []
+    )
+
+
+_ENDS = (("head", "output head"), ("embedding", "token embedding"))
+_ROWS = {"weights": "output channel", "activations": "token", "kv": "token and head"}
+
+
+def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for key, title in (
+        *(("weights", "weights of linear layers"), ("activations", "inputs of linear layers")),
+        ("kv", "KV cache"),
+        *_ENDS,
+    ):
+        spec = recipe.get(key)
+        if spec is None:
+            continue
+        text = "not quantized"
+        if spec["bits"] != 16:
+            row = _ROWS.get(key, "token of the vocabulary")
+            if key == "kv" and recipe["kv_site"] == "projection":
+                row = "token"
+            group = f"{spec['group_size']} values" if spec["group_size"] else row
+            text = f"{spec['bits']} bits, one scale per {group}, {_codes(spec)}"
+        rows.append([title, text])
+    skip = ", ".join(f"`{pattern}`" for pattern in recipe["skip"]) or "nothing"
+    ends = [title for key, title in _ENDS if recipe.get(key, {"bits": 16})["bits"] != 16]
+    if ends:  # which go before the patterns
+        skip += f", but for the {' and the '.join(ends)}"
+    return [*rows, ["stay in full precision", skip]]
+
+
+def _codes(spec: Mapping[str, Any]) -> str:
+    """The range rule in numbers: the codes, and what the largest value is divided by."""
+    largest = (1 << (spec["bits"] - 1)) - 1
+    if spec["range"] == "restricted":
+        return f"codes -{largest} to {largest}, scale = max / {largest}"
+    return f"codes -{largest + 1} to {largest}, scale = max / {largest + 0.5:g}"
+
+
+def _stored_rows(recipe: Mapping[str, Any], stored: Stored) -> list[list[str]]:
+    rows = []
+    if stored.weights:
+        rows += [
+            [
+                f"codes of {stored.weights} weights",
+                f"{stored.parameters:,}",
+                f"{stored.code_bytes:,}",
+            ],
+            ["their scales", f"{stored.scales:,}", f"{stored.scale_bytes:,}"],
+        ]
+    dtypes = ", ".join(stored.float_dtypes)
+    floats = [f"everything else, {dtypes}", f"{stored.float_parameters:,}"]
+    return [*rows, [*floats, f"{stored.float_bytes:,}"]]
+
+
+def _figures(metadata: Mapping[str, Any]) -> list[str]:
+    figures = metadata.get("figures")
+    if not figures:
+        return []
+    rows = [["text", "model", "perplexity", "KL to full precision", "same top token"]]
+    for text, models in figures.items():
+        for name, found in models.items():
+            rows.append(
+                [
+                    text,
+                    name,
+                    _number(found["perplexity"], ".4g"),
+                    _number(found["kl"], ".4f"),
+                    _number(found["top1_agreement"], ".1%"),
+                ]
+            )
+    parity = metadata.get("parity") or {}
+    checked = "The integer model has **not been verified** against the trained one."
+    if parity.get("passed"):
+        checked = (
+            "The integer model was compared with the trained one before it was called complete, and"
+            f" all {len(parity['checks'])} checks passed."
+        )
+    elif parity.get("passed") is False:
+        checked = "The integer model was compared with the trained one, and **differed**."
+    return [
+        "## Figures",
+        "Measured with the numerics above, on the weights that are stored here. `RTN` is the model"
+        " rounded to the same bits without training, `QAT` is this one; the text `generated` was"
+        " written by the full-precision model itself.",
+        _table(rows),
+        checked,
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _runtimes(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    recipe, trust = metadata["recipe"], "auto_map" in config
+    flag, argument = (" --trust-remote-code", ", trust_remote_code=True") if trust else ("", "")
+    sections = []
+    if recipe["kv"]["bits"] == 16 or recipe["kv_site"] == "cache":
+        sections += [
+            "**qatc**, on integers, with the numerics that it was trained for:",
+            "```python\n"
+            "import qatc\n"
+            "from transformers import AutoTokenizer\n\n"
+            f'model = qatc.load("THIS_DIRECTORY"{argument})\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY"{argument})\n'
+            'ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]\n'
+            "print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=20)[0]))\n"
+            "```",
+            f'```\nqatc generate THIS_DIRECTORY --prompt "Once upon a time"{flag}\n```',
+        ]
+    if not _loads_elsewhere(config):
+        return [
+            *sections,
+            "Head and embedding are stored here as qatc alone reads them."
+            " `qatc export THIS_DIRECTORY --output OTHER` writes the same model for transformers.",
+        ]
+    needs = " (`pip install compressed-tensors`)" if "quantization_config" in config else ""
+    sections += [
+        f"**transformers**{needs}{_in_words(_differences(recipe))}:",
+        "```python\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{argument})\n'
+        "```",
+    ]
+    if "quantization_config" in config:
+        sections.append(
+            "**vLLM** has a reader for this layout (`vllm serve THIS_DIRECTORY`), with rules of its"
+            " own for activations and KV cache. This model has not been tried there."
+        )
+    return sections
+
+
+def _in_words(differences: Sequence[str]) -> str:
+    if not differences:
+        return ", with the same numerics"
+    return ", with other numerics: " + " and ".join(differences)
+
+
+def _differences(recipe: Mapping[str, Any]) -> list[str]:
+    """What plain transformers computes in another way than the model was trained for."""
+    activations, kv = recipe["activations"], recipe["kv"]
+    found = []
+    if kv["bits"] != 16:
+        found.append(f"no KV quantization ({kv['bits']} bits here)")
+    if activations["bits"] != 16 and recipe["weights"]["bits"] == 16:
+        found.append(f"no quantized inputs of linear layers ({activations['bits']} bits here)")
+    elif activations["bits"] != 16 and activations["range"] == "restricted":
+        largest = (1 << (activations["bits"] - 1)) - 1
+        found.append(
+            f"another activation rule (scale = max / {largest + 0.5:g}, where this model was"
+            f" trained with max / {largest})"
+        )
+    return found
+
+
+def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    recipe, trust = metadata["recipe"], "auto_map" in config
+    flag, argument = (" --trust-remote-code", ", trust_remote_code=True") if trust else ("", "")
+    teacher = _base_name(metadata) if _is_hub_name(metadata) else "FULL_PRECISION_MODEL"
+    sections = [
+        f"```\nqatc evaluate THIS_DIRECTORY --text FILE --teacher {teacher}{flag}\n```",
+    ]
+    differences = _differences(recipe)
+    if not _loads_elsewhere(config):
+        sections.insert(
+            0,
+            "lm-eval's own `hf` model and plain transformers cannot load this form, and measure"
+            " other numerics on an exported one. To measure what it was trained for:",
+        )
+    elif differences:
+        sections.insert(
+            0,
+            "lm-eval's own `hf` model and plain transformers measure other numerics, with"
+            f" {' and '.join(differences)}. Their figures are not those of this model. To measure"
+            " what it was trained for:",
+        )
+    if recipe["kv"]["bits"] == 16 or recipe["kv_site"] == "cache":
+        sections += [
+            "In lm-eval (`pip install 'lm-eval[hf]'`), hand over the model that `qatc.load` makes:",
+            "```python\n"
+            "import lm_eval\n"
+            "import qatc\n"
+            "from lm_eval.models.huggingface import HFLM\n"
+            "from transformers import AutoTokenizer\n\n"
+            f'model = qatc.load("THIS_DIRECTORY"{argument})\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY"{argument})\n'
+            "wrapped = HFLM(pretrained=model, tokenizer=tokenizer)\n"
+            'print(lm_eval.simple_evaluate(model=wrapped, tasks=["hellaswag"])["results"])\n'
+            "```",
+        ]
+    return sections
+
+
+def _provenance(metadata: Mapping[str, Any]) -> list[str]:
+    rows = []
+    if data := metadata.get("data"):
+        rows.append(
+            [
+                "training text",
+                f"{data['sequences']} sequences of at most {data['max_length']} tokens, written by"
+                f" the full-precision model (strategy {data['strategy']}, seed {data['seed']})",
+            ]
+        )
+    if training := metadata.get("run", {}).get("training"):
+        step = training["batch_size"] * training["accumulate"]
+        rows.append(["training", f"{training['steps']} steps of {step} rows"])
+        if "learning_rate" in metadata:
+            rows[-1][1] += f", peak learning rate {metadata['learning_rate']:.3g}"
+    rows += [[name, str(version)] for name, version in metadata.get("versions", {}).items()]
+    return ["## Made with", _table([["", ""], *rows])] if rows else []
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)

@@ -1,0 +1,244 @@
+"""The settings of a quantization run, and the directory where an unfinished run is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qatc.data.corpus import is_complete
+from qatc.data.generate import GenerationConfig
+from qatc.errors import CheckpointError, ConfigError
+from qatc.machine.device import DType, check_dtype
+from qatc.recipe.recipe import Recipe
+from qatc.storage import markers
+from qatc.storage.directories import refuse_foreign, refuse_overlap
+from qatc.storage.files import read_json, sync, write_json, writing_to
+from qatc.storage.markers import Mark
+from qatc.training.distill import TrainingConfig
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """One run of :func:`qatc.quantize.run.quantize`.
+
+    Args:
+        model: hub name or directory of the full-precision model.
+        output: directory to write.
+        recipe: what is quantized and how.
+        generation: how the corpus is generated, unless ``data`` has one already.
+        training: how the student is trained.
+        data: directory of the corpus; ``None`` for ``OUTPUT.data``.
+        eval_text: a text file for a second evaluation.
+        eval_sequences: generated sequences held out of training.
+        eval_tokens: tokens of ``eval_text`` to evaluate on, at most.
+        dtype: compute dtype, see :func:`qatc.machine.device.pick_dtype`. Masters are always fp32.
+        device: torch device; ``auto`` for a GPU if there is one.
+        train_embeddings: train embeddings and output head as well, instead of sharing the
+            teacher's.
+        compile: compile the graphs; ``None``: if this machine can.
+        integer_forward: compute quantized linears on int8 codes in training and evaluation;
+            ``None``: where the recipe allows it and this machine is fast at it.
+        overwrite: replace an existing ``output`` (only when the new one is complete).
+        verify: compare the integer model with the trained one before it is called complete;
+            without, the output is marked as not verified.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ConfigError: a value is not valid.
+    """
+
+    model: str
+    output: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: Path | None = None
+    eval_text: Path | None = None
+    eval_sequences: int = 256
+    eval_tokens: int = 65_536
+    dtype: DType = "auto"
+    device: str = "auto"
+    train_embeddings: bool = True
+    compile: bool | None = None
+    integer_forward: bool | None = None
+    overwrite: bool = False
+    verify: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+        if not self.recipe.quantizes:
+            raise ConfigError("the recipe quantizes nothing (16-16-16); choose e.g. --bits 4-8-4")
+        if self.eval_sequences < 1:
+            raise ConfigError(f"eval_sequences must be at least 1; got {self.eval_sequences}")
+
+    @property
+    def partial(self) -> Path:
+        """Directory of the unfinished run."""
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def data_directory(self) -> Path:
+        """Directory of the corpus."""
+        return self.data or self.output.with_name(self.output.name + ".data")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the result, as plain data."""
+        plain = dataclasses.asdict(self)
+        for name in ("output", "overwrite", "verify", "trust_remote_code", "recipe"):
+            del plain[name]
+        for name in ("checkpoint_every", "keep_checkpoints"):
+            del plain["training"][name]
+        plain["recipe"] = self.recipe.to_dict()
+        result: dict[str, Any] = json.loads(json.dumps(plain, default=str))
+        return result
+
+
+def check_places(config: QuantizeConfig) -> None:
+    """Raise if the run would write where something else is, or cannot; nothing is written.
+
+    Raises:
+        ConfigError: a place to be written is, holds or lies in something that is to be read.
+        CheckpointError: the place of the output cannot be written.
+    """
+    places = {"the output": config.output, "the place of the unfinished run": config.partial}
+    sources = {"the model": config.model, "the evaluation text": config.eval_text}
+    refuse_overlap(places, {**sources, "the corpus": config.data_directory})
+    if not is_complete(config.data_directory):
+        refuse_overlap({"the corpus": config.data_directory}, sources)
+    for place in (config.partial, config.data_directory):
+        _check_place(place)
+
+
+def check_run(config: QuantizeConfig, inputs: Mapping[str, str] | None = None) -> list[str]:
+    """Raise if ``config`` cannot be begun or gone on with; nothing is written.
+
+    Args:
+        config: the run.
+        inputs: fingerprints and versions of what goes into it, as far as they are known yet, by
+            what they are called in a message.
+
+    Returns:
+        What differs from the unfinished run that is there, which ``overwrite`` starts over.
+
+    Raises:
+        ConfigError: there is an unfinished run with other settings or of other inputs, and no
+            ``overwrite``; or there is something that is no unfinished run.
+    """
+    refuse_foreign(config.partial)
+    settings, changed = _changes(config, inputs or {})
+    if config.overwrite or not settings + changed:
+        return settings + changed
+    if settings:
+        raise ConfigError(
+            f"{config.partial} holds an unfinished run with other settings ({', '.join(settings)});"
+            " repeat its command to finish it, or pass --overwrite to start over"
+        )
+    raise ConfigError(
+        f"{config.partial} holds an unfinished run, and since it began {'; '.join(changed)}: one"
+        " result of both would be of neither; bring back what was to finish it, or pass --overwrite"
+        " to start over"
+    )
+
+
+def begin_run(config: QuantizeConfig, inputs: Mapping[str, str] | None = None) -> None:
+    """Create the directory of the unfinished run, or record further inputs of the one there.
+
+    An unfinished run with other settings or of other inputs is deleted.
+    """
+    inputs = dict(inputs or {})
+    with writing_to(config.partial):
+        if _is_begun(config) and not any(_changes(config, inputs)):
+            known = recorded_inputs(config)
+            if inputs.keys() <= known.keys():
+                return
+            inputs = {**inputs, **known}
+        else:
+            markers.remove(config.partial)
+            config.partial.mkdir(parents=True)
+            markers.put(config.partial, Mark.UNFINISHED)
+            sync(config.partial)
+            sync(config.partial.parent)
+        write_json(_run_file(config), {**config.to_dict(), "inputs": inputs})
+
+
+def end_run(config: QuantizeConfig) -> None:
+    """Delete the directory of the unfinished run."""
+    with writing_to(config.partial):
+        markers.remove(config.partial)
+
+
+def recorded_inputs(config: QuantizeConfig) -> dict[str, str]:
+    """The fingerprints and versions that the unfinished run began with."""
+    return dict(read_json(_run_file(config)).get("inputs", {}))
+
+
+def trained_file(config: QuantizeConfig) -> Path:
+    """Where the trained model's figures are kept: it is there once nothing is left to compute."""
+    return config.partial / "trained.json"
+
+
+def _run_file(config: QuantizeConfig) -> Path:
+    return config.partial / "run.json"
+
+
+def _is_begun(config: QuantizeConfig) -> bool:
+    """Whether there is an unfinished run that has not begun to be deleted."""
+    return markers.mark_of(config.partial) is Mark.UNFINISHED and _run_file(config).exists()
+
+
+def _changes(config: QuantizeConfig, inputs: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Settings and inputs that differ from the unfinished run, if there is one."""
+    if not _is_begun(config):
+        return [], []
+    run = read_json(_run_file(config))
+    known = run.pop("inputs", {})
+    found, wanted = dict(_flat(run)), dict(_flat(config.to_dict()))
+    settings = [
+        f"{key} was {found.get(key)!r} and is {wanted.get(key)!r} now"
+        for key in {**wanted, **found}
+        if found.get(key) != wanted.get(key)
+    ]
+    changed = [
+        _change(name, known[name], value)
+        for name, value in inputs.items()
+        if known.get(name, value) != value
+        # Once all is computed, another version only writes it, and may be the one that can.
+        and not (name.startswith(VERSION_OF) and trained_file(config).exists())
+    ]
+    return settings, changed
+
+
+VERSION_OF = "the version of "
+"""How the name of an input begins that is no fingerprint."""
+
+
+def _change(name: str, found: str, wanted: str) -> str:
+    if name.startswith(VERSION_OF):
+        return f"{name} changed from {found} to {wanted}"
+    return f"{name} changed (fingerprint {found[:8]}, now {wanted[:8]})"
+
+
+def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _check_place(path: Path) -> None:
+    """Raise unless a directory can be made at ``path``."""
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise CheckpointError(
+            f"cannot write {path}: {parent} is not a directory that can be written to; choose"
+            " another --output"
+        )

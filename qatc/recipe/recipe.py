@@ -1,0 +1,206 @@
+"""The recipe: what is quantized and how, as plain frozen data that travels with the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qatc.errors import ConfigError
+from qatc.recipe.spec import FLOAT_BITS, QuantSpec
+from qatc.recipe.targets import find_target
+
+KVSite = Literal["cache", "projection"]
+
+DEFAULT_SKIP = ("*lm_head*", "*embed*")
+"""Parameters that stay in full precision, as in the paper: the output head and the embeddings.
+
+The ``head`` and ``embedding`` of a recipe, where they quantize, go before it."""
+
+_SPECS = {
+    "weights": "weights",
+    "activations": "activations",
+    "kv": "kv",
+    "head": "weights",
+    "embedding": "weights",
+}
+"""The fields of a recipe that are specs, and the rules of a target that each follows."""
+
+
+def _unquantized() -> QuantSpec:
+    return QuantSpec(bits=FLOAT_BITS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is quantized, and how.
+
+    Args:
+        weights: weights of linear layers, one scale per output channel (or per group of inputs);
+            their scales are rounded to bf16, or so that fp16 holds them too.
+        activations: inputs of linear layers, one scale per token.
+        kv: keys and values, see ``kv_site``.
+        kv_site: ``"cache"``: keys after the rotary embedding and values, one scale per token and
+            head, which is what a server stores. ``"projection"``: the outputs of the K and V
+            projections, one scale per token over all heads, as in the paper's code.
+        skip: patterns (``fnmatch``) of parameter names, such as ``*.layers.0.*``, whose linear
+            layers stay in full precision, weights and inputs alike.
+        head: the weight of the output head, one scale per token of the vocabulary; its input is
+            quantized like that of every linear. 16 bits, as in the paper, by default.
+        embedding: the table of the token embedding, one scale per token of the vocabulary. If
+            head and embedding are one tied weight, equal specs make them one stored weight.
+        target: the runtime whose rules were taken for what is left open, see
+            :data:`qatc.recipe.targets.TARGETS`; :meth:`from_bits` and :meth:`from_dict` take them.
+
+    Raises:
+        ConfigError: a value is not valid.
+    """
+
+    weights: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
+    activations: QuantSpec = field(default_factory=lambda: QuantSpec(bits=8))
+    kv: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
+    kv_site: KVSite = "cache"
+    skip: tuple[str, ...] = DEFAULT_SKIP
+    head: QuantSpec = field(default_factory=_unquantized)
+    embedding: QuantSpec = field(default_factory=_unquantized)
+    target: str = "qatc"
+
+    def __post_init__(self) -> None:
+        find_target(self.target).check(self.target, self.kv.bits)
+        for site in ("activations", "kv"):
+            if getattr(self, site).scale_dtype != QuantSpec.scale_dtype:
+                raise ConfigError(
+                    f"{site}.scale_dtype is {getattr(self, site).scale_dtype!r}, and only the"
+                    " scales of weights are stored; leave it out"
+                )
+        if self.kv_site not in get_args(KVSite):
+            raise ConfigError(
+                f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"
+            )
+        if not isinstance(self.skip, tuple) or not all(isinstance(s, str) for s in self.skip):
+            raise ConfigError(
+                f"skip must be a tuple (in YAML a list) of name patterns; got {self.skip!r}"
+            )
+
+    @classmethod
+    def from_bits(
+        cls,
+        bits: str,
+        *,
+        group_size: int | None = None,
+        head_bits: int = FLOAT_BITS,
+        embedding_bits: int = FLOAT_BITS,
+        target: str = "qatc",
+        **changes: Any,
+    ) -> Recipe:
+        """A recipe from ``"W-A-KV"`` bits, such as ``"4-8-4"``.
+
+        Args:
+            bits: weight, activation and KV bits joined by dashes; each 2 to 8, or 16 for none.
+            group_size: group size of the weights, or ``None`` for one scale per output channel
+                (or what the target has).
+            head_bits, embedding_bits: of the output head and of the token embedding.
+            target: the runtime to train for.
+            changes: any other field of the recipe.
+        """
+        match = re.fullmatch(r"(\d+)-(\d+)-(\d+)", bits.strip())
+        if match is None:
+            raise ConfigError(
+                f"--bits takes weight, activation and KV bits joined by dashes, such as 4-8-4;"
+                f" got {bits!r}"
+            )
+        rules = find_target(target)
+        weights, activations, kv = (
+            QuantSpec(int(b), **(own if int(b) != FLOAT_BITS else {}))
+            for b, own in zip(
+                match.groups(), (rules.weights, rules.activations, rules.kv), strict=True
+            )
+        )
+        if group_size is not None:
+            weights = dataclasses.replace(weights, group_size=group_size)
+        for name, own_bits in (("head", head_bits), ("embedding", embedding_bits)):
+            if own_bits != FLOAT_BITS:
+                changes[name] = QuantSpec(own_bits, **rules.weights)
+        return cls(weights=weights, activations=activations, kv=kv, target=target, **changes)
+
+    @property
+    def bits(self) -> str:
+        """The ``"W-A-KV"`` spelling of the bits."""
+        return f"{self.weights.bits}-{self.activations.bits}-{self.kv.bits}"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is quantized at all."""
+        return any(getattr(self, name).quantizes for name in _SPECS)
+
+    def skips(self, parameter_name: str) -> bool:
+        """Whether the parameter of this (full) name stays in full precision."""
+        return any(fnmatchcase(parameter_name, pattern) for pattern in self.skip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: strings, numbers, lists and dictionaries."""
+        plain = dataclasses.asdict(self)
+        plain["skip"] = list(self.skip)
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_dict`; unknown keys are refused and the valid ones listed."""
+        values = dict(plain)
+        _refuse_unknown(values, cls, "recipe")
+        rules = find_target(values.get("target", "qatc"))
+        for key, rule in _SPECS.items():
+            if key in values or getattr(rules, rule):
+                default = dataclasses.asdict(getattr(cls(), key))
+                plain_spec = values.get(key, {"bits": default["bits"]})
+                values[key] = _spec_from_dict(plain_spec, f"recipe.{key}", getattr(rules, rule))
+        if isinstance(values.get("skip"), list):
+            values["skip"] = tuple(values["skip"])
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file."""
+        import yaml
+
+        try:
+            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except (yaml.YAMLError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"the recipe {path} is not valid YAML: {reason}") from error
+        if not isinstance(plain, Mapping):
+            raise ConfigError(
+                f"the recipe {path} must be a mapping with the keys"
+                f" {', '.join(f.name for f in dataclasses.fields(cls))}"
+            )
+        return cls.from_dict(plain)
+
+
+def _spec_from_dict(plain: Any, where: str, rules: Mapping[str, Any]) -> QuantSpec:
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{where} must be a mapping such as {{bits: 4}}; got {plain!r}")
+    _refuse_unknown(plain, QuantSpec, where)
+    open_rules = {} if plain.get("bits") == FLOAT_BITS else dict(rules)
+    return QuantSpec(**(open_rules | dict(plain)))
+
+
+def _refuse_unknown(plain: Mapping[str, Any], cls: type, where: str) -> None:
+    valid = [f.name for f in dataclasses.fields(cls)]
+    unknown = [str(key) for key in plain if key not in valid]
+    if unknown:
+        raise ConfigError(
+            f"unknown key {', '.join(map(repr, unknown))} in {where}; valid keys:"
+            f" {', '.join(valid)}"
+        )

@@ -1,0 +1,1 @@
+"""What is told: the plan, the estimate, the report."""

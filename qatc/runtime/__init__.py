@@ -1,0 +1,1 @@
+"""A model that runs on integers: its forward, its cache, its decoding program."""

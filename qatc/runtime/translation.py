@@ -1,0 +1,597 @@
+"""From graphs to the steps of a decoding program, node by node.
+
+A :class:`Translator` takes the graph of a model, or of a layer inside it, for a batch of one row
+and one new token, and writes a step of :mod:`qatc.runtime.program` for every operator. It knows
+operators and shapes, and no module by its name. What it has no step for raises
+:class:`Untranslatable`, and the graphs run as they are.
+
+Every operator keeps its own rounding: a result is rounded to bf16 where the graph's is, and is
+computed in fp32 before that.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from qatc.kernels import native, packed_linear
+from qatc.kernels.cached_attention import quantized_attention
+from qatc.numerics import packing
+from qatc.recipe.spec import FLOAT_BITS, QuantSpec
+from qatc.runtime.program import BINARY, PADDING, UNARY, Op, Place, Steps, per_call
+
+
+class Untranslatable(Exception):
+    """Why a graph cannot be run as a program; the message is for a report."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A float tensor of a program.
+
+    Attributes:
+        place: where the memory of its base begins.
+        view: a meta tensor with its shape, strides, offset and the dtype that it is rounded to.
+    """
+
+    place: Place
+    view: Tensor
+
+    @property
+    def start(self) -> Place:
+        """Where its first value lies."""
+        return Place(
+            self.place.kind,
+            self.place.offset + 4 * int(self.view.storage_offset()),
+            self.place.buffer,
+        )
+
+
+@dataclass(frozen=True)
+class Number:
+    """An integer that a call brings, the same for all elements: a token or its position."""
+
+    place: Place
+    view: Tensor
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of the model."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class CacheInput:
+    """What a layer's graph reads of its cache; :class:`Attention` steps find it in the call."""
+
+    layer: int
+
+
+@dataclass
+class Translator:
+    """Writes the steps of graphs.
+
+    Args:
+        steps: where to.
+        region: writes the steps of a graph inside the graph, given what its node reads; see
+            :data:`REGION`.
+    """
+
+    steps: Steps
+    region: Callable[[Node, list[Any]], Value] | None = None
+    _codes: dict[Any, Place] = field(default_factory=dict)
+    _floats: dict[int, Value] = field(default_factory=dict)
+
+    def graph(self, gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+        """Write the steps of a graph.
+
+        Args:
+            gm: its module.
+            inputs: a value for every placeholder.
+
+        Returns:
+            Its results.
+        """
+        env: dict[Node, Any] = {}
+        given = iter(inputs)
+        self._codes, self._floats = {}, {}
+        for node in gm.graph.nodes:
+            if node in env:
+                continue
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "get_attr":
+                held = operator.attrgetter(node.target)(gm)
+                env[node] = Parameter(held) if isinstance(held, Tensor) else held
+            elif node.op == "output":
+                return list(_read(node.args[0], env))
+            elif node.op == "call_function" and node.target is packed_linear.PACKED_LINEAR:
+                self._products(gm.graph, node, env)
+            elif node.op == "call_function":
+                env[node] = self._call(node, env)
+            else:
+                raise Untranslatable(f"{node.op} {node.target}")
+        raise AssertionError("a graph ends with its output")
+
+    def _call(self, node: Node, env: dict[Node, Any]) -> Any:
+        args, kwargs = _read(node.args, env), _read(node.kwargs, env)
+        name = _name(node)
+        if name == "qatc.decoder_region.default":
+            assert self.region is not None
+            return self.region(node, list(args[0]))
+        if node.target is quantized_attention:
+            return self._attention(node, args)
+        if node.target in _ON_SIZES:
+            return node.target(*args)
+        if name in _STEPS:
+            return _STEPS[name](self, node, args, kwargs)
+        if name.startswith("aten.") or node.target is operator.getitem:
+            return self._view(node, args, kwargs)
+        raise Untranslatable(f"no step for {name}")
+
+    # ------------------------------------------------------------ values
+
+    def new(self, shape: Sequence[int], dtype: torch.dtype, shared: bool = False) -> Value:
+        """A value that the next step writes."""
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise Untranslatable(f"a value of {dtype}")
+        view = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return Value(self.steps.buffer(max(4, 4 * view.numel()), shared), view)
+
+    def float(self, value: Any) -> Value:
+        """A value as floats that a step can read."""
+        if isinstance(value, Value):
+            return value
+        if isinstance(value, Parameter):
+            tensor = value.tensor.detach()
+            if id(value.tensor) not in self._floats:
+                out = self.new(tensor.shape, tensor.dtype)
+                self.steps.emit(
+                    Op.LOAD, out.place, a=self.steps.tensor(tensor.contiguous()),
+                    cols=tensor.numel(), kind=tensor.dtype is torch.bfloat16,
+                )  # fmt: skip
+                self._floats[id(value.tensor)] = out
+            return self._floats[id(value.tensor)]
+        if isinstance(value, (int, float)):
+            held = torch.tensor([float(value)])
+            out = self.new((), torch.float32)
+            self.steps.emit(Op.LOAD, out.place, a=self.steps.tensor(held), cols=1)
+            return out
+        raise Untranslatable(f"a {type(value).__name__} where a float tensor was expected")
+
+    def dense(self, value: Any) -> Value:
+        """A value in consecutive memory."""
+        value = self.float(value)
+        return value if value.view.is_contiguous() else self.unary("copy", value, value.view.dtype)
+
+    def unary(self, function: str, value: Any, dtype: torch.dtype) -> Value:
+        """``function`` of every element."""
+        value = self.float(value)
+        out = self.new(value.view.shape, dtype)
+        rows, cols, (strides,) = _two_dims(value.view.shape, [value.view])
+        self.steps.emit(
+            Op.UNARY, out.place, kind=UNARY.index(function), a=value.start, rows=rows, cols=cols,
+            a_row=strides[0], a_col=strides[1], rounds=dtype is torch.bfloat16,
+        )  # fmt: skip
+        return out
+
+    def binary(self, function: str, one: Any, other: Any, dtype: torch.dtype) -> Value:
+        """``function`` of two values, broadcast to one shape."""
+        pair = [self.float(value) for value in (one, other)]
+        shape = torch.broadcast_shapes(*(value.view.shape for value in pair))
+        out = self.new(shape, dtype)
+        views = [value.view.expand(shape) for value in pair]
+        rows, cols, (a, b) = _two_dims(shape, views)
+        self.steps.emit(
+            Op.BINARY, out.place, kind=BINARY.index(function), a=pair[0].start, b=pair[1].start,
+            rows=rows, cols=cols, a_row=a[0], a_col=a[1], b_row=b[0], b_col=b[1],
+            rounds=dtype is torch.bfloat16,
+        )  # fmt: skip
+        return out
+
+    def _view(self, node: Node, args: Any, kwargs: Any) -> Any:
+        """An operator that computes nothing: the same memory, seen in another way."""
+        sources = [a for a in args if isinstance(a, (Value, Number, Parameter))]
+        if len(sources) != 1 or sources[0] is not args[0]:
+            if not sources and node.target in (operator.getitem,):
+                return args[0][args[1]]
+            raise Untranslatable(f"no step for {_name(node)}")
+        source = args[0]
+        if isinstance(source, Parameter):
+            source = self.float(source)
+        target: Any = node.target
+        seen = target(source.view, *args[1:], **kwargs)
+        if isinstance(seen, (tuple, list)):
+            made = [self._seen(node, source, view) for view in seen]
+            return made
+        return self._seen(node, source, seen)
+
+    def _seen(self, node: Node, source: Any, view: Any) -> Any:
+        if not isinstance(view, Tensor):  # a size
+            return view
+        if not _aliases(view, source.view) or view.dtype is not source.view.dtype:
+            if isinstance(source, Value) and _name(node) == "aten.reshape.default":
+                dense = self.unary("copy", source, source.view.dtype)
+                return Value(dense.place, torch.empty(view.shape, dtype=view.dtype, device="meta"))
+            raise Untranslatable(f"no step for {_name(node)}")
+        return type(source)(source.place, view)
+
+    # ------------------------------------------------------------ products
+
+    def _products(self, graph: Graph, node: Node, env: dict[Node, Any]) -> None:
+        """All linears on the input of ``node`` together: one quantization, no barrier between."""
+        for other in list(graph.nodes):
+            ready = all(n in env for n in other.all_input_nodes)
+            if (
+                other.target is packed_linear.PACKED_LINEAR
+                and other.args[0] is node.args[0]
+                and ready
+            ):
+                args = _read(other.args, env)
+                env[other] = self._product(other, *args)
+
+    def _product(
+        self, node: Node, x: Any, packed: Parameter, scale: Parameter, bias: Any, inputs: int,
+        x_bits: int, weight_bits: int,
+    ) -> Value:  # fmt: skip
+        given: Any = node.kwargs
+        site = packed_linear.site_of(node, "cpu")
+        if x_bits == FLOAT_BITS:
+            raise Untranslatable("linears whose inputs are not quantized")
+        if given["group_size"]:
+            raise Untranslatable("weights with several scales in a row")
+        if inputs > native.MAX_WIDTH:
+            raise Untranslatable(f"an int32 does not hold the sum of {inputs} products")
+        x = self.dense(x)
+        added = None if bias is None else self.float(bias)
+        codes = self._quantized(x, site.activations)
+        outputs = site.outputs
+        out = self.new((*x.view.shape[:-1], outputs), x.view.dtype, shared=True)
+        self.steps.emit(
+            Op.PRODUCT, out.place, a=codes, b=self.steps.tensor(packed.tensor),
+            c=self.steps.tensor(scale.tensor), d=None if added is None else added.start,
+            kind=weight_bits, rows=outputs, cols=inputs,
+            i0=packing.packed_width(inputs, weight_bits), rounds=x.view.dtype is torch.bfloat16,
+        )  # fmt: skip
+        return out
+
+    def _quantized(self, x: Value, spec: QuantSpec) -> Place:
+        key = (x.place, x.view.storage_offset(), spec)
+        if key not in self._codes:
+            width = x.view.numel()
+            codes = self.steps.buffer(64 + width + PADDING)
+            self.steps.emit(
+                Op.QUANTIZE, codes, a=x.start, cols=width, f0=spec.steps, i0=spec.code_min,
+                i1=spec.code_max,
+            )  # fmt: skip
+            self._codes[key] = codes
+        return self._codes[key]
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Value:
+        """A linear in float."""
+        if not isinstance(weight, Parameter) or weight.tensor.dtype is torch.float16:
+            raise Untranslatable("a linear whose weight is no parameter of float32 or bfloat16")
+        x = self.dense(x)
+        added = None if bias is None else self.float(bias)
+        tensor = weight.tensor.detach()
+        outputs, inputs = tensor.shape
+        out = self.new((*x.view.shape[:-1], outputs), x.view.dtype, shared=True)
+        self.steps.emit(
+            Op.LINEAR, out.place, a=x.start, b=self.steps.tensor(tensor),
+            d=None if added is None else added.start, kind=tensor.dtype is torch.bfloat16,
+            rows=outputs, cols=inputs, rounds=x.view.dtype is torch.bfloat16,
+        )  # fmt: skip
+        return out
+
+    # ------------------------------------------------------------ attention
+
+    def _attention(self, node: Node, args: Sequence[Any]) -> Value:
+        if len(args) > 8 and args[8] is not None:
+            raise Untranslatable("attention with a mask")
+        query, key, value = (self.dense(a) for a in args[:3])
+        cache = args[3]
+        assert isinstance(cache, CacheInput)
+        bits, kind = node.kwargs["bits"], node.kwargs["range"]
+        spec = QuantSpec(bits, None, kind)  # type: ignore[arg-type]
+        _, heads, _, width = query.view.shape
+        kv_heads, value_width = key.view.shape[1], value.view.shape[3]
+        scale: Any = node.kwargs["scale"]
+        first = CALL_HEAD + CALL_LAYER * cache.layer
+        partial = self.steps.buffer(4 * self.steps.threads * heads * (value_width + 2), shared=True)
+        self.steps.emit(
+            Op.ATTEND, partial, a=query.start, b=key.start, c=value.start,
+            d=per_call(first + 4), kind=spec.bits, rows=heads, cols=width, i0=first, i1=kv_heads,
+            i2=value_width, f0=width**-0.5 if scale is None else scale, f1=spec.steps,
+            b_row=spec.code_min, b_col=spec.code_max,
+        )  # fmt: skip
+        out = self.new((1, heads, 1, value_width), query.view.dtype)
+        self.steps.emit(
+            Op.MERGE, out.place, a=partial, rows=heads, cols=value_width,
+            rounds=query.view.dtype is torch.bfloat16,
+        )  # fmt: skip
+        return out
+
+    def embed_packed(
+        self, ids: Any, packed: Any, scale: Any, width: int, bits: int, dtype: Any
+    ) -> Value:
+        """A row of a table of packed codes."""
+        if not isinstance(ids, Number):
+            raise Untranslatable("a lookup of something computed")
+        out = self.new((*ids.view.shape, width), dtype)
+        self.steps.emit(
+            Op.EMBED_PACKED, out.place, a=self.steps.tensor(packed.tensor),
+            b=self.steps.tensor(scale.tensor), c=ids.place, kind=bits, cols=width,
+            i0=packed.tensor.shape[1], i1=scale.tensor.shape[1], rounds=dtype is torch.bfloat16,
+        )  # fmt: skip
+        return out
+
+
+CALL_HEAD, CALL_LAYER = 3, 5
+"""Pointers of a call: token, position, result; then for each layer its cache's four tensors, and
+three int64: slots held, the first one seen, and slots that there is room for."""
+
+
+def _two_dims(
+    shape: Sequence[int], views: Sequence[Tensor]
+) -> tuple[int, int, list[tuple[int, int]]]:
+    """Rows, columns, and the strides of tensors of one shape, with neighbouring sizes merged."""
+    merged: list[tuple[int, list[int]]] = []
+    for size, *strides in zip(shape, *(view.stride() for view in views), strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == [size * stride for stride in strides]:
+            merged[-1] = (merged[-1][0] * size, strides)
+        else:
+            merged.append((size, strides))
+    if len(merged) > 2:
+        raise Untranslatable(f"an operator over {len(merged)} dimensions")
+    none = (1, [0] * len(views))
+    rows, cols = ([none, none, *merged])[-2:]
+    return rows[0], cols[0], [(rows[1][i], cols[1][i]) for i in range(len(views))]
+
+
+def _aliases(view: Tensor, source: Tensor) -> bool:
+    return bool(view.untyped_storage()._cdata == source.untyped_storage()._cdata)
+
+
+def _name(node: Node) -> str:
+    return str(node.target)
+
+
+def _read(value: Any, env: dict[Node, Any]) -> Any:
+    """Arguments with the values of their nodes."""
+    return torch.fx.node.map_aggregate(value, lambda n: env[n] if isinstance(n, Node) else n)
+
+
+# ---------------------------------------------------------------- operators
+
+_ON_SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv)
+
+Step = Callable[[Translator, Node, Any, Any], Any]
+
+
+def _result_dtype(*values: Any) -> torch.dtype:
+    """The dtype of an elementwise operator, as torch promotes."""
+    examples = [
+        value.view if isinstance(value, Value) else value.tensor if isinstance(value, Parameter)
+        else value
+        for value in values
+    ]  # fmt: skip
+    metas = [
+        torch.empty(e.shape, dtype=e.dtype, device="meta") if isinstance(e, Tensor) else e
+        for e in examples
+    ]
+    dtype = metas[0]
+    for other in metas[1:]:
+        dtype = torch.result_type(dtype, other) if not isinstance(dtype, torch.dtype) else dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.result_type(dtype, 1)
+
+
+def _unary(function: str) -> Step:
+    def emit(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+        value = own.float(args[0])
+        return own.unary(function, value, value.view.dtype)
+
+    return emit
+
+
+def _binary(function: str) -> Step:
+    def emit(own: Translator, node: Node, args: Any, kwargs: Any) -> Any:
+        if all(isinstance(a, (int, float)) for a in args[:2]):
+            return getattr(operator, "truediv" if function == "div" else function)(*args[:2])
+        if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode"):
+            raise Untranslatable(f"{_name(node)} with options")
+        return own.binary(function, args[0], args[1], _result_dtype(*args[:2]))
+
+    return emit
+
+
+def _cast(own: Translator, node: Node, args: Any, kwargs: Any) -> Any:
+    dtype = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.dtype)), None)
+    source = args[0]
+    if isinstance(source, Number):
+        if dtype is None or not dtype.is_floating_point:
+            return source
+        out = own.new(source.view.shape, torch.float32)
+        own.steps.emit(Op.TO_FLOAT, out.place, c=source.place)
+        return out
+    value = own.float(source)
+    if dtype is None or dtype is value.view.dtype:
+        return value
+    if dtype is torch.float32:
+        view = torch.empty_strided(
+            value.view.shape, value.view.stride(), dtype=dtype, device="meta"
+        )
+        return Value(value.start, view)
+    return own.unary("copy", value, dtype)
+
+
+def _cast_like(own: Translator, node: Node, args: Any, kwargs: Any) -> Any:
+    return _cast(own, node, (args[0], own.float(args[1]).view.dtype), {})
+
+
+def _power(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    value = own.float(args[0])
+    dtype = value.view.dtype
+    match args[1]:
+        case 2:
+            return own.unary("square", value, dtype)
+        case 3:
+            return own.binary("mul", own.unary("square", value, torch.float32), value, dtype)
+        case 0.5:
+            return own.unary("sqrt", value, dtype)
+        case -0.5:
+            return own.unary("rsqrt", value, dtype)
+    raise Untranslatable(f"a power of {args[1]}")
+
+
+def _mean(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    value = own.float(args[0])
+    dims = [dim % value.view.dim() for dim in args[1]]
+    if dims != [value.view.dim() - 1] or len(args) < 3 or not args[2]:
+        raise Untranslatable("a mean over other than the last dimension")
+    if not value.view.is_contiguous():
+        value = own.dense(value)
+    width = value.view.shape[-1]
+    out = own.new((*value.view.shape[:-1], 1), value.view.dtype)
+    own.steps.emit(
+        Op.MEAN, out.place, a=value.start, rows=value.view.numel() // width, cols=width,
+        a_row=width, rounds=value.view.dtype is torch.bfloat16,
+    )  # fmt: skip
+    return out
+
+
+def _layer_norm(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    x, shape = args[:2]
+    options = [None, None, 1e-5]
+    options[: len(args) - 2] = args[2:5]
+    weight, bias, eps = options
+    value = own.dense(x)
+    width = value.view.shape[-1]
+    if list(shape) != [width]:
+        raise Untranslatable("a layer norm over several dimensions")
+    out = own.new(value.view.shape, value.view.dtype)
+    affine = [None if p is None else own.float(p).start for p in (weight, bias)]
+    own.steps.emit(
+        Op.LAYER_NORM, out.place, a=value.start, b=affine[0], c=affine[1],
+        rows=value.view.numel() // width, cols=width, a_row=width, f0=eps,
+        rounds=value.view.dtype is torch.bfloat16,
+    )  # fmt: skip
+    return out
+
+
+def _cat(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    parts = [own.float(part) for part in args[0]]
+    dim = args[1] if len(args) > 1 else 0
+    shape = list(parts[0].view.shape)
+    if dim % len(shape) != len(shape) - 1:
+        raise Untranslatable("a concatenation of other than the last dimension")
+    shape[-1] = sum(part.view.shape[-1] for part in parts)
+    out = own.new(shape, parts[0].view.dtype)
+    start = 0
+    for part in parts:
+        into = out.view.narrow(-1, start, part.view.shape[-1])
+        rows, cols, (source, to) = _two_dims(into.shape, [part.view, into])
+        if cols > 1 and to[1] != 1:  # one value of every row
+            rows, cols, source, to = cols, 1, (source[1], 0), (to[1], 0)
+        for row in range(rows):  # a step writes consecutive values
+            place = Place(
+                part.start.kind, part.start.offset + 4 * row * source[0], part.start.buffer
+            )
+            target = Place(
+                out.place.kind, 4 * (int(into.storage_offset()) + row * to[0]), out.place.buffer
+            )
+            own.steps.emit(Op.UNARY, target, kind=0, a=place, rows=1, cols=cols, a_col=source[1])
+        start += part.view.shape[-1]
+    return out
+
+
+def _matmul(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    one, other = (own.float(a) for a in args[:2])
+    if one.view.dim() < 2 or one.view.shape[-1] != 1 or other.view.shape[-2] != 1:
+        raise Untranslatable("a product of two computed matrices")
+    return own.binary("mul", one, other, one.view.dtype)
+
+
+def _gelu(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    value = own.float(args[0])
+    form = kwargs.get("approximate", args[1] if len(args) > 1 else "none")
+    return own.unary("gelu_tanh" if form == "tanh" else "gelu", value, value.view.dtype)
+
+
+def _linear(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    return own.linear(*args, **kwargs)
+
+
+def _embedding(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    table, ids = args[:2]
+    if not isinstance(table, Parameter) or not isinstance(ids, Number):
+        raise Untranslatable("a lookup of something computed")
+    tensor = table.tensor.detach()
+    out = own.new((*ids.view.shape, tensor.shape[1]), tensor.dtype)
+    own.steps.emit(
+        Op.EMBED, out.place, a=own.steps.tensor(tensor), c=ids.place,
+        kind=tensor.dtype is torch.bfloat16, cols=tensor.shape[1],
+    )  # fmt: skip
+    return out
+
+
+def _packed_embedding(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    ids, packed, scale, width, bits = args
+    return own.embed_packed(ids, packed, scale, width, bits, kwargs["dtype"])
+
+
+def _size(own: Translator, node: Node, args: Any, kwargs: Any) -> int:
+    source = args[0]
+    view = source.tensor if isinstance(source, Parameter) else source.view
+    return int(view.shape[args[1]])
+
+
+def _nothing(own: Translator, node: Node, args: Any, kwargs: Any) -> Any:
+    return args[0]
+
+
+def _dense(own: Translator, node: Node, args: Any, kwargs: Any) -> Any:
+    return args[0] if isinstance(args[0], Number) else own.dense(args[0])
+
+
+def _skipped(own: Translator, node: Node, args: Any, kwargs: Any) -> Any:
+    return None
+
+
+_STEPS: dict[str, Step] = {
+    "aten.sym_size.int": _size,
+    "aten.to.dtype": _cast,
+    "aten.to.dtype_layout": _cast,
+    "aten.to.device": _cast,
+    "aten._to_copy.default": _cast,
+    "aten.type_as.default": _cast_like,
+    "aten.pow.Tensor_Scalar": _power,
+    "aten.mean.dim": _mean,
+    "aten.layer_norm.default": _layer_norm,
+    "aten.cat.default": _cat,
+    "aten.matmul.default": _matmul,
+    "aten.bmm.default": _matmul,
+    "aten.gelu.default": _gelu,
+    "aten.linear.default": _linear,
+    "aten.embedding.default": _embedding,
+    "qatc.packed_embedding.default": _packed_embedding,
+    "aten.dropout.default": _nothing,
+    "aten.clone.default": _dense,
+    "aten.contiguous.default": _dense,
+    "aten._assert_tensor_metadata.default": _skipped,
+    **{
+        f"aten.{name}.default": _unary(name)
+        for name in ("neg", "silu", "rsqrt", "sqrt", "tanh", "relu", "exp", "sigmoid", "cos", "sin")
+    },
+    **{f"aten.{name}.{kind}": _binary(name) for name in BINARY for kind in ("Tensor", "Scalar")},
+}
+"""What writes the steps of an operator, by its name."""

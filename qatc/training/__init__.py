@@ -1,0 +1,1 @@
+"""The student learns: distillation, its losses, its checkpoints."""

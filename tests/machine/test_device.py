@@ -1,0 +1,43 @@
+"""The choice of device and dtype."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qatc.errors import ConfigError
+from qatc.machine import cpu, device
+from qatc.machine.device import pick_device, pick_dtype
+
+
+def test_an_unknown_device_names_the_way_out() -> None:
+    assert pick_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match="cannot use the device 'nonsense'; try --device cpu"):
+        pick_device("nonsense")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu() -> None:
+    assert pick_device("auto") == "cpu"
+    with pytest.raises(ConfigError, match="cannot use the device 'cuda'; try --device cpu"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("width", "wide"), [(511, False), (512, True)])
+def test_auto_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, native: bool, width: int, wide: bool
+) -> None:
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: native)
+    chosen = pick_dtype("auto", "cpu", SimpleNamespace(hidden_size=width))
+    assert chosen is (torch.bfloat16 if native and wide else torch.float32)
+
+
+def test_auto_on_a_gpu_and_by_name() -> None:
+    small = SimpleNamespace(hidden_size=64)
+    assert pick_dtype("auto", "cuda", small) is torch.bfloat16
+    assert pick_dtype("float32", "cuda", small) is torch.float32
+    with pytest.raises(ConfigError, match="dtype must be one of"):
+        device.check_dtype("float16")
