@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from qatc import Recipe, load_codes
-from qatc.data.generate import GenerationConfig
-from qatc.quantize.run import QuantizeConfig, quantize
-from qatc.training.distill import TrainingConfig
+from qatc.data import GenerationConfig
+from qatc.quantize import QuantizeConfig, quantize
+from qatc.training import TrainingConfig
 
 
 def main(model: str, output: str, steps: int = 300, samples: int = 1024) -> None:
