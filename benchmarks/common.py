@@ -17,7 +17,7 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
-    from qatc.quantize.run import package_version
+    from qatc.quantize.provenance import package_version
 
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

@@ -31,7 +31,7 @@ def export(
         terminal.quiet_libraries()
         from qatc.errors import PassError
         from qatc.evaluation.parity import verify
-        from qatc.output import export as run
+        from qatc.export import export as run
         from qatc.output import loads_elsewhere
 
         def check(directory: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qatc.models.preparation import prepared_state
-from qatc.runtime.model import runtime_of
+from qatc.runtime.forward import runtime_of
 
 
 @torch.no_grad()

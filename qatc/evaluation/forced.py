@@ -33,7 +33,7 @@ from qatc.evaluation.traces import (
 from qatc.kernels import packed_linear
 from qatc.numerics import packing
 from qatc.recipe.recipe import Recipe
-from qatc.runtime.model import runtime_of
+from qatc.runtime.forward import runtime_of
 
 STALE = 99
 """What unused cache slots are filled with: no query may see it."""

@@ -43,7 +43,8 @@ from qatc.output import load_float_state, load_reference, read_metadata, read_re
 from qatc.output.directory import digest_of, read_stored
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.recipe.recipe import Recipe
-from qatc.runtime.model import load, runtime_of
+from qatc.runtime.forward import runtime_of
+from qatc.runtime.model import load
 
 ROWS, LENGTH = 9, 40
 PROGRAM_ROWS, PROGRAM_STEPS = 5, 12

@@ -1,19 +1,11 @@
-"""What ``quantize`` writes and ``load`` reads, and its export to other runtimes.
+"""What ``quantize`` writes and ``load`` reads.
 
-======================  ==========================  ===============================================
-format                  loads in                    file
-======================  ==========================  ===============================================
-``compressed-tensors``  transformers, vLLM          ``compressed_tensors.py``
-======================  ==========================  ===============================================
-
-Every format stores the codes and scales of training as they are (``codes.py``); none is quantized
-again. ``directory.py`` writes and reads the model directory around them.
+Codes and scales are stored as they were trained (``codes.py``), in the layout of compressed-tensors
+(``compressed_tensors.py``), in an ordinary Hugging Face directory (``directory.py``).
 """
 
 from qatc.output.codes import QuantizedWeight
 from qatc.output.directory import (
-    FORMATS,
-    export,
     load_codes,
     load_float_state,
     load_reference,
@@ -24,9 +16,7 @@ from qatc.output.directory import (
 )
 
 __all__ = [
-    "FORMATS",
     "QuantizedWeight",
-    "export",
     "load_codes",
     "load_float_state",
     "load_reference",

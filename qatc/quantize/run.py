@@ -8,7 +8,6 @@ figures measured so far and the checkpoints. The corpus is in ``OUTPUT.data`` (o
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -61,10 +60,10 @@ from qatc.models.preparation import (
 from qatc.models.vocabulary import tying_note
 from qatc.output.codes import QuantizedWeight
 from qatc.output.directory import loads_elsewhere, write_model
-from qatc.output.model_card import license_of, write_card
+from qatc.output.model_card import write_card
 from qatc.progress import Observer
+from qatc.quantize.provenance import provenance, versions
 from qatc.quantize.settings import (
-    VERSION_OF,
     QuantizeConfig,
     begin_run,
     check_places,
@@ -121,7 +120,7 @@ def quantize(config: QuantizeConfig, observer: Observer | None = None) -> Quanti
     check_places(config)
     with locked(config.output), ExitStack() as corpus_lock:
         refuse_existing(config.output, config.overwrite)
-        check_run(config, _versions())
+        check_run(config, versions())
         if not is_complete(config.data_directory):
             corpus_lock.enter_context(corpus_place(config.data_directory, config.model))
         return _Run(config, observer or Observer(), corpus_lock).run()
@@ -132,7 +131,7 @@ class _Run:
 
     def __init__(self, config: QuantizeConfig, observer: Observer, corpus_lock: ExitStack) -> None:
         self.config, self.observer, self.corpus_lock = config, observer, corpus_lock
-        self.inputs = _versions()
+        self.inputs = versions()
         self.device = pick_device(config.device)
         self.compile = can_compile() if config.compile is None else config.compile
         self.slots: int | None = None
@@ -174,7 +173,7 @@ class _Run:
             figures[name]["QAT"] = trained
         observer.stage(f"Writing {config.output}")
         metadata = {
-            **_provenance(config, corpus, recorded_inputs(config)),
+            **provenance(config, corpus, recorded_inputs(config)),
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "integer_forward": self.integer_forward,
             "device": device_name(self.device),
@@ -535,39 +534,3 @@ def _split(corpus: Corpus, config: QuantizeConfig) -> tuple[Rows, Rows]:
     length, prompt = config.generation.max_length, corpus.prompt_tokens
     train, held_out = sequences[:-held], sequences[-held:]
     return pack_rows(train, length, prompt), pack_rows(held_out, length, prompt)
-
-
-def _versions() -> dict[str, str]:
-    """Versions that decide what is computed, as inputs of a run."""
-    return {VERSION_OF + name: package_version(name) for name in ("qatc", "torch", "transformers")}
-
-
-def _provenance(config: QuantizeConfig, corpus: Corpus, inputs: dict[str, str]) -> dict[str, Any]:
-    """Where an output comes from; the versions are those that trained it."""
-    packages = ("qatc", "torch", "torchao", "transformers", "safetensors")
-    written = {name: package_version(name) for name in packages}
-    trained = {name: inputs.get(VERSION_OF + name, found) for name, found in written.items()}
-    return {
-        **({} if written == trained else {"written_with": written}),
-        "inputs": {k: v for k, v in inputs.items() if not k.startswith(VERSION_OF)},
-        "model": config.model,
-        "model_is_directory": Path(config.model).is_dir(),
-        "license": license_of(config.model),
-        "run": config.to_dict(),
-        "data": {
-            "fingerprint": corpus.fingerprint,
-            **{
-                key: corpus.manifest[key]
-                for key in ("model", "strategy", "seed", "sequences", "max_length", "greedy_tokens")
-            },
-        },
-        "versions": trained,
-    }
-
-
-def package_version(package: str) -> str:
-    """The installed version of a package, or ``not installed``."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

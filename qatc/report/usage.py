@@ -12,7 +12,7 @@ from qatc.graph.capture import Template
 from qatc.kernels import packed_linear
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.runtime.cache import cache_tensors, cache_values
-from qatc.runtime.model import Runtime, runtime_of
+from qatc.runtime.forward import Runtime, runtime_of
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from qatc.errors import CaptureError
 from qatc.graph.capture import Template, capture
 from qatc.passes import Canonicalize
 from qatc.runtime.cache import PackedLayer, packed_layer, round_up
-from qatc.runtime.model import LoweredForward, Runtime, take_out
+from qatc.runtime.forward import LoweredForward, Runtime, take_out
 from qatc.runtime.program import Op, Program, Steps, obstacle, per_call
 from qatc.runtime.translation import (
     CacheInput,

@@ -14,7 +14,7 @@ from qatc.evaluation.forced import distance
 from qatc.evaluation.traces import entered
 from qatc.models.preparation import can_compile
 from qatc.recipe.recipe import Recipe
-from qatc.runtime.model import runtime_of
+from qatc.runtime.forward import runtime_of
 from tests.conftest import make_output
 
 CHUNKS = [24] + [1] * 8

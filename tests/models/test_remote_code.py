@@ -19,7 +19,8 @@ import qatc
 from qatc.cli.main import app
 from qatc.errors import CheckpointError, ConfigError
 from qatc.evaluation.parity import verify
-from qatc.output import export, load_reference
+from qatc.export import export
+from qatc.output import load_reference
 from tests.conftest import make_llama, save
 
 FILES = {

@@ -17,15 +17,17 @@ from transformers import AutoModelForCausalLM
 
 from qatc.errors import CheckpointError, ConfigError, ParityError
 from qatc.evaluation.parity import verify
+from qatc.export import export
 from qatc.kernels.integer_linear import int_mm
 from qatc.kernels.packed_linear import PACKED_LINEAR
 from qatc.models.preparation import prepare, prepared_state, quantized_specs, restore
 from qatc.models.vocabulary import find_ends, tying_note
-from qatc.output import export, load_codes, load_reference, loads_elsewhere, read_metadata
+from qatc.output import load_codes, load_reference, loads_elsewhere, read_metadata
 from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
 from qatc.recipe.spec import QuantSpec
 from qatc.report.usage import kernel_report, memory
-from qatc.runtime.model import load, runtime_of
+from qatc.runtime.forward import runtime_of
+from qatc.runtime.model import load
 from tests.conftest import make_llama, make_output
 
 IDS = torch.randint(0, 112, (2, 9), generator=torch.Generator().manual_seed(3))

@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qatc import output as export_package
+from qatc import output as output_package
 from qatc.errors import CheckpointError, ConfigError
+from qatc.export.formats import export
 from qatc.output import directory as directory_module
 from qatc.output.codes import QuantizedWeight
 from qatc.output.directory import (
-    export,
     load_codes,
     load_float_state,
     load_reference,
@@ -612,5 +612,5 @@ def test_a_failed_export_leaves_the_output_as_it_was(
 
 
 def test_the_package_re_exports_the_api() -> None:
-    for name in export_package.__all__:
-        assert hasattr(export_package, name)
+    for name in output_package.__all__:
+        assert hasattr(output_package, name)

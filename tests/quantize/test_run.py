@@ -34,7 +34,8 @@ from qatc.numerics.minmax import quantize as to_codes
 from qatc.output import load_codes, load_float_state, read_recipe
 from qatc.output.directory import why_unverified
 from qatc.progress import Observer
-from qatc.quantize.run import _Run, package_version, quantize
+from qatc.quantize.provenance import package_version
+from qatc.quantize.run import _Run, quantize
 from qatc.quantize.settings import QuantizeConfig
 from qatc.recipe.recipe import Recipe
 from qatc.storage import markers
@@ -335,7 +336,9 @@ class TestAfterTraining:
         config = make(shared_model_path, tmp_path / "out", verify=True)
         with monkeypatch.context() as patch, pytest.raises(ParityError):
             patch.setattr("qatc.quantize.run.verify", failing_gate)
-            patch.setattr("qatc.quantize.run.package_version", lambda package: f"{package} of old")
+            patch.setattr(
+                "qatc.quantize.provenance.package_version", lambda package: f"{package} of old"
+            )
             quantize(config)
         output = quantize(dataclasses.replace(config, verify=False)).output
         metadata = json.loads((output / "qatc.json").read_text())
@@ -407,7 +410,7 @@ class TestInputs:
         interrupted(config)
         real = package_version
         monkeypatch.setattr(
-            "qatc.quantize.run.package_version",
+            "qatc.quantize.provenance.package_version",
             lambda name: "9.9" if name == package else real(name),
         )
         monkeypatch.setattr(_Run, "run", no_more)

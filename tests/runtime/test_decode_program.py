@@ -17,7 +17,7 @@ from qatc.recipe.recipe import Recipe
 from qatc.report.usage import decoding_report
 from qatc.runtime import program
 from qatc.runtime.decode_program import DecodeProgram
-from qatc.runtime.model import runtime_of
+from qatc.runtime.forward import runtime_of
 from tests.conftest import make_output
 
 pytestmark = pytest.mark.skipif(program.obstacle() is not None, reason="no C compiler")

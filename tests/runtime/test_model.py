@@ -24,7 +24,7 @@ from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from qatc.report.usage import kernel_report, memory
 from qatc.runtime.cache import SLOTS, PackedLayer, round_up
-from qatc.runtime.model import SIGNATURES, runtime_of
+from qatc.runtime.forward import SIGNATURES, runtime_of
 from tests.conftest import make_llama, make_output
 
 RECIPES = {
@@ -314,7 +314,7 @@ def compile_count(layers: int, directory: Path, monkeypatch: pytest.MonkeyPatch)
     torch._dynamo.reset()
     output = make_output(directory, RECIPES["4-8-4"], make_llama(num_hidden_layers=layers))
     counter = Compiles()
-    monkeypatch.setattr("qatc.runtime.model.inductor", counter)
+    monkeypatch.setattr("qatc.runtime.forward.inductor", counter)
     model = qatc.load(output, compile=True, decode_program=False)
     for prompt in (5, 9, 30):
         model.generate(

@@ -1,0 +1,5 @@
+"""Other runtimes' formats."""
+
+from qatc.export.formats import FORMATS, export
+
+__all__ = ["FORMATS", "export"]
