@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from qatc.errors import CaptureError
 from qatc.graph.capture import Template
-from qatc.graph.templates import TemplateForward, TemplateStore
+from qatc.graph.template_forward import TemplateForward
+from qatc.graph.templates import TemplateStore
 from qatc.kernels.cached_attention import cached_attention, first_slots
 from qatc.models import find_regions
 from qatc.models.preparation import inductor

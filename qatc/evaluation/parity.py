@@ -36,7 +36,8 @@ from qatc.evaluation.checks import Check, ParityReport
 from qatc.evaluation.end_parity import compare_ends
 from qatc.evaluation.global_parity import Texts, exact_sums, score
 from qatc.evaluation.layer_parity import LIMITS, compare_in_float, compare_on_integers
-from qatc.models.preparation import prepare, recipe_allows_integers, restore
+from qatc.models.pipelines import recipe_allows_integers
+from qatc.models.preparation import prepare, restore
 from qatc.numerics import packing
 from qatc.numerics.minmax import quantize
 from qatc.output import load_float_state, load_reference, read_metadata, read_recipe

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from qatc.graph.nodes import ATTENTION, LINEAR, as_node, parameter_name, quantizer_of
-from qatc.graph.templates import TemplateForward, TemplateStore
+from qatc.graph.template_forward import TemplateForward
+from qatc.graph.templates import TemplateStore
 from qatc.kernels.cached_attention import cached_attention, quantized_attention
 from qatc.kernels.integer_linear import INTEGER_LINEAR
 from qatc.kernels.packed_linear import PACKED_LINEAR

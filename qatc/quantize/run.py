@@ -50,13 +50,8 @@ from qatc.machine.device import (
 )
 from qatc.models import LoadedModel, load_config, load_model, load_tokenizer
 from qatc.models.load import check_length
-from qatc.models.preparation import (
-    can_compile,
-    prepare,
-    prepared_state,
-    quantized_specs,
-    why_no_integer_forward,
-)
+from qatc.models.pipelines import why_no_integer_forward
+from qatc.models.preparation import can_compile, prepare, prepared_state, quantized_specs
 from qatc.models.vocabulary import tying_note
 from qatc.output.codes import QuantizedWeight
 from qatc.output.directory import loads_elsewhere, write_model

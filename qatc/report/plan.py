@@ -21,12 +21,8 @@ from qatc.graph.nodes import (
 )
 from qatc.machine.device import pick_device
 from qatc.models.load import load_skeleton
-from qatc.models.preparation import (
-    prepare,
-    prepared_state,
-    quantized_specs,
-    why_no_integer_forward,
-)
+from qatc.models.pipelines import why_no_integer_forward
+from qatc.models.preparation import prepare, prepared_state, quantized_specs
 from qatc.models.support import is_convolution, owner_of
 from qatc.models.vocabulary import find_ends
 from qatc.passes import pass_records

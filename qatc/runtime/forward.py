@@ -19,14 +19,11 @@ from qatc.errors import CaptureError, ConfigError
 from qatc.graph.capture import Template
 from qatc.graph.nodes import matches
 from qatc.graph.structure import Structure
-from qatc.graph.templates import TemplateForward, TemplateStore
+from qatc.graph.template_forward import TemplateForward
+from qatc.graph.templates import TemplateStore
 from qatc.kernels.cached_attention import first_slots
-from qatc.models.preparation import (
-    embedding_pipeline,
-    inductor,
-    recipe_allows_integers,
-    training_pipeline,
-)
+from qatc.models.pipelines import embedding_pipeline, recipe_allows_integers, training_pipeline
+from qatc.models.preparation import inductor
 from qatc.models.vocabulary import End, head_recipe
 from qatc.passes import GraphPass, InsertKVCache, LowerEmbedding, LowerLinear, Pipeline
 from qatc.recipe.recipe import Recipe

@@ -22,9 +22,7 @@ from qatc.errors import CheckpointError
 from qatc.machine.device import pick_device
 from qatc.models import find_regions
 from qatc.models.load import read_generation_config
-from qatc.models.preparation import (
-    can_compile,
-)
+from qatc.models.preparation import can_compile
 from qatc.models.remote_code import build_model
 from qatc.models.vocabulary import End, are_tied, quantized_ends
 from qatc.numerics import packing

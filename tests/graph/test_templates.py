@@ -26,7 +26,8 @@ from transformers.masking_utils import sdpa_mask
 
 from qatc.errors import CaptureError, ConfigError, PassError
 from qatc.graph.nodes import find_linears, is_fake_quantize
-from qatc.graph.templates import GRAPHS_PER_MODULE, TemplateForward
+from qatc.graph.template_forward import TemplateForward
+from qatc.graph.templates import GRAPHS_PER_MODULE
 from qatc.models.preparation import (
     can_compile,
     prepare,

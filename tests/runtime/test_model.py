@@ -17,7 +17,8 @@ import qatc
 from qatc.errors import CaptureError, CheckpointError, ConfigError, PassError
 from qatc.evaluation.parity import verify
 from qatc.kernels import native
-from qatc.models.preparation import can_compile, prepare, recipe_allows_integers
+from qatc.models.pipelines import recipe_allows_integers
+from qatc.models.preparation import can_compile, prepare
 from qatc.output import load_reference, read_recipe
 from qatc.passes import pass_records
 from qatc.recipe.recipe import Recipe
