@@ -43,7 +43,8 @@ def generate_data(
     with readable_errors("interrupted; the same command goes on from the last complete shard"):
         greedy = options.parse_range(greedy_tokens)
         terminal.quiet_libraries()
-        from qatc.data.generate import GenerationConfig, corpus_place, generate_corpus
+        from qatc.data.config import GenerationConfig
+        from qatc.data.generate import corpus_place, generate_corpus
         from qatc.models import load_tokenizer
         from qatc.models.load import load_teacher
         from qatc.models.preparation import can_compile

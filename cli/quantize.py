@@ -107,7 +107,7 @@ def quantize(
         if resume and not output.with_name(output.name + ".partial").exists():
             raise ConfigError(f"there is no unfinished run of {output} to resume; drop --resume")
         terminal.quiet_libraries()
-        from qatc.data.generate import GenerationConfig
+        from qatc.data.config import GenerationConfig
         from qatc.quantize.run import quantize as run
         from qatc.quantize.settings import QuantizeConfig
         from qatc.report.markdown import figure_rows

@@ -64,7 +64,7 @@ def note(text: str) -> None:
 
 def warn_unverified(output: Path) -> None:
     """Say so on stderr if an output was not compared with what was trained."""
-    from qatc.output.directory import why_unverified
+    from qatc.output.reading import why_unverified
 
     reason = why_unverified(output)
     if reason is not None:

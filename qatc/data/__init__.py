@@ -1,5 +1,5 @@
 """What is trained on: the corpus that the teacher writes."""
 
-from qatc.data.generate import GenerationConfig
+from qatc.data.config import GenerationConfig
 
 __all__ = ["GenerationConfig"]

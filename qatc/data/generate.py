@@ -11,18 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
 import qatc
+from qatc.data.config import GenerationConfig, OnProgress
 from qatc.data.corpus import (
     FORMAT_VERSION,
     MANIFEST,
@@ -42,66 +43,6 @@ from qatc.models.load import LoadedModel, check_length
 from qatc.storage.directories import refuse_overlap
 from qatc.storage.files import write_json, writing_to
 from qatc.storage.locks import locked
-
-Strategy = Literal["hybrid", "sample", "greedy"]
-
-OnProgress = Callable[[int, int], None]
-"""Called with the number of sequences and of tokens written or generated so far."""
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How a corpus is generated.
-
-    Args:
-        sequences: how many sequences.
-        max_length: tokens per sequence at most, the beginning-of-sequence token included.
-        strategy: ``hybrid`` (greedy start, then sampling), ``sample`` or ``greedy``.
-        greedy_tokens: least and greatest number of greedy tokens of ``hybrid``, drawn for each
-            sequence.
-        seed: of everything that is drawn, any number from 0.
-        batch_size: sequences decoded side by side; ``"auto"`` for as many as are fast here and fit
-            into half of the free memory. The manifest says how many they were (``slots``).
-        shard_size: sequences per shard, the unit of resuming.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    sequences: int = 4096
-    max_length: int = 256
-    strategy: Strategy = "hybrid"
-    greedy_tokens: tuple[int, int] = (3, 5)
-    seed: int = 0
-    batch_size: int | Literal["auto"] = "auto"
-    shard_size: int = 1024
-
-    def __post_init__(self) -> None:
-        for name in ("sequences", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must be at least 0; got {self.seed}")
-        if self.batch_size != "auto" and self.batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, or auto; got {self.batch_size}")
-        if self.max_length < 4:
-            raise ConfigError(f"max_length must be at least 4; got {self.max_length}")
-        if self.strategy not in get_args(Strategy):
-            raise ConfigError(
-                f"strategy must be one of {', '.join(get_args(Strategy))}; got {self.strategy!r}"
-            )
-        low, high = self.greedy_tokens
-        if not 0 <= low <= high:
-            raise ConfigError(f"greedy_tokens must be a range such as 3 to 5; got {low} to {high}")
-
-    @property
-    def shards(self) -> int:
-        """How many shards the corpus has."""
-        return -(-self.sequences // self.shard_size)
-
-    def shard_sequences(self, shard: int) -> int:
-        """How many sequences this shard has."""
-        return min(self.shard_size, self.sequences - shard * self.shard_size)
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from qatc.machine.device import pick_device
 from qatc.models import load_model, load_tokenizer
 from qatc.models.load import check_length
 from qatc.models.preparation import prepare
-from qatc.output.directory import load_reference, read_recipe
+from qatc.output.reading import load_reference, read_recipe
 from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
 from qatc.storage.directories import recover

@@ -41,7 +41,8 @@ from qatc.models.preparation import prepare, restore
 from qatc.numerics import packing
 from qatc.numerics.minmax import quantize
 from qatc.output import load_float_state, load_reference, read_metadata, read_recipe
-from qatc.output.directory import digest_of, read_stored
+from qatc.output.directory import digest_of
+from qatc.output.reading import read_stored
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.recipe.recipe import Recipe
 from qatc.runtime.forward import runtime_of

@@ -16,15 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from qatc.errors import ConfigError
-from qatc.output.directory import (
-    copy_companions,
+from qatc.output.directory import copy_companions, own_metadata, write_model
+from qatc.output.reading import (
     load_codes,
     load_float_state,
-    own_metadata,
     read_config,
     read_metadata,
     read_recipe,
-    write_model,
 )
 from qatc.storage.directories import complete_directory, refuse_existing, refuse_overlap
 from qatc.storage.locks import locked

@@ -5,8 +5,9 @@ The decoder layers of a model share one structure, so one of them is exported wi
 and compiled once, and every layer of the structure calls it with its own parameters. The state
 dict, the module tree and their hooks stay as they are, whatever the depth.
 
-``TemplateForward`` (:mod:`qatc.graph.template_forward`) is what a layer gets as its ``forward``: it asks the ``TemplateStore`` for a
-template that fits its arguments, and the store captures one where there is none.
+``TemplateForward`` (:mod:`qatc.graph.template_forward`) is what a layer gets as its ``forward``: it
+asks the ``TemplateStore`` for a template that fits its arguments, and the store captures one where
+there is none.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ from qatc.graph.capture import Number, Template, capture, serves
 from qatc.graph.constants import comparable
 from qatc.graph.nodes import aten, insert_between, is_fake_quantize, reads_master
 from qatc.graph.probes import is_watched
-from qatc.graph.structure import (
-    Structure,
-)
+from qatc.graph.structure import Structure
 
 if TYPE_CHECKING:
     from qatc.graph.template_forward import TemplateForward

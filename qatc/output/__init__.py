@@ -5,14 +5,14 @@ Codes and scales are stored as they were trained (``codes.py``), in the layout o
 """
 
 from qatc.output.codes import QuantizedWeight
-from qatc.output.directory import (
+from qatc.output.directory import write_model
+from qatc.output.reading import (
     load_codes,
     load_float_state,
     load_reference,
     loads_elsewhere,
     read_metadata,
     read_recipe,
-    write_model,
 )
 
 __all__ = [

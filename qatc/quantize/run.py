@@ -54,8 +54,9 @@ from qatc.models.pipelines import why_no_integer_forward
 from qatc.models.preparation import can_compile, prepare, prepared_state, quantized_specs
 from qatc.models.vocabulary import tying_note
 from qatc.output.codes import QuantizedWeight
-from qatc.output.directory import loads_elsewhere, write_model
+from qatc.output.directory import write_model
 from qatc.output.model_card import write_card
+from qatc.output.reading import loads_elsewhere
 from qatc.progress import Observer
 from qatc.quantize.provenance import provenance, versions
 from qatc.quantize.settings import (

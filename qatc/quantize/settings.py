@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qatc.data.config import GenerationConfig
 from qatc.data.corpus import is_complete
-from qatc.data.generate import GenerationConfig
 from qatc.errors import CheckpointError, ConfigError
 from qatc.machine.device import DType, check_dtype
 from qatc.recipe.recipe import Recipe

@@ -29,14 +29,8 @@ from qatc.passes import Canonicalize
 from qatc.runtime.cache import PackedLayer, packed_layer, round_up
 from qatc.runtime.forward import LoweredForward, Runtime, take_out
 from qatc.runtime.program import Op, Program, Steps, obstacle, per_call
-from qatc.runtime.translation import (
-    CacheInput,
-    Number,
-    Parameter,
-    Translator,
-    Untranslatable,
-    Value,
-)
+from qatc.runtime.translation import Translator
+from qatc.runtime.values import CacheInput, Number, Parameter, Untranslatable, Value
 
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define(

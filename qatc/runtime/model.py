@@ -27,7 +27,7 @@ from qatc.models.remote_code import build_model
 from qatc.models.vocabulary import End, are_tied, quantized_ends
 from qatc.numerics import packing
 from qatc.output import QuantizedWeight, load_codes, load_float_state, read_metadata, read_recipe
-from qatc.output.directory import read_config
+from qatc.output.reading import read_config
 from qatc.output.saving import Origin, make_saveable
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.runtime.float_head import flatten_head

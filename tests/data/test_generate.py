@@ -19,9 +19,10 @@ from torch import Tensor
 
 from qatc.data import corpus as data
 from qatc.data import generate, slots
+from qatc.data.config import GenerationConfig
 from qatc.data.corpus import Corpus
 from qatc.data.decode import Decoder
-from qatc.data.generate import GenerationConfig, generate_corpus, model_fingerprint
+from qatc.data.generate import generate_corpus, model_fingerprint
 from qatc.data.slots import Plan, Slots, Vocabulary
 from qatc.errors import ConfigError, DataError
 from qatc.models.load import LoadedModel

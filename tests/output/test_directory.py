@@ -30,13 +30,13 @@ from qatc.errors import CheckpointError, ConfigError
 from qatc.export.formats import export
 from qatc.output import directory as directory_module
 from qatc.output.codes import QuantizedWeight
-from qatc.output.directory import (
+from qatc.output.directory import write_model
+from qatc.output.reading import (
     load_codes,
     load_float_state,
     load_reference,
     read_metadata,
     read_recipe,
-    write_model,
 )
 from qatc.recipe.recipe import Recipe
 

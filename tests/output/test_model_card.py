@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import qatc
-from qatc.data.generate import GenerationConfig
+from qatc.data.config import GenerationConfig
 from qatc.output import load_codes
-from qatc.output.model_card import license_of, make_card, measure, write_card
+from qatc.output.model_card import license_of, make_card, write_card
+from qatc.output.stored import measure
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
 from qatc.recipe.recipe import Recipe

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from qatc.data.generate import GenerationConfig, generate_corpus
+from qatc.data.config import GenerationConfig
+from qatc.data.generate import generate_corpus
 from qatc.errors import (
     CheckpointError,
     ConfigError,
@@ -32,7 +33,7 @@ from qatc.evaluation.parity import Check, ParityReport, verify
 from qatc.models import load_model, load_tokenizer
 from qatc.numerics.minmax import quantize as to_codes
 from qatc.output import load_codes, load_float_state, read_recipe
-from qatc.output.directory import why_unverified
+from qatc.output.reading import why_unverified
 from qatc.progress import Observer
 from qatc.quantize.provenance import package_version
 from qatc.quantize.run import _Run, quantize

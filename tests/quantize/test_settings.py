@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qatc.data.generate import GenerationConfig
+from qatc.data.config import GenerationConfig
 from qatc.errors import CheckpointError, ConfigError
 from qatc.quantize.settings import (
     VERSION_OF,
