@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,23 @@ class TemplateStore:
     def __deepcopy__(self, memo: dict[int, Any]) -> TemplateStore:
         # Templates hold no parameters, so that a copied model can go on using them.
         return self
+
+
+@contextmanager
+def dry_run(stores: Sequence[TemplateStore]) -> Iterator[None]:
+    """Capture what is called inside the block, and compute nothing; compile it at the end."""
+    compilers = [store.compile for store in stores]
+    for store in stores:
+        store.compile, store.dry_run = None, True
+    try:
+        yield
+    finally:
+        for store, compiler in zip(stores, compilers, strict=True):
+            store.compile, store.dry_run = compiler, False
+    for store, compiler in zip(stores, compilers, strict=True):
+        if compiler is not None:
+            for template in store:
+                template.call = compiler(template.graph_module)
 
 
 GRAPHS_PER_MODULE = 16

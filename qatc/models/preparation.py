@@ -17,7 +17,7 @@ from qatc.graph.capture import Template
 from qatc.graph.causality import why_not_causal
 from qatc.graph.nodes import weight_sites
 from qatc.graph.template_forward import TemplateForward
-from qatc.graph.templates import TemplateStore
+from qatc.graph.templates import TemplateStore, dry_run
 from qatc.models import find_regions, is_transformers_model
 from qatc.models.pipelines import (
     embedding_pipeline,
@@ -212,31 +212,25 @@ def quantized_specs(model: nn.Module) -> dict[str, QuantSpec]:
 @torch.no_grad()
 def _capture_now(model: nn.Module, prepared: Prepared) -> None:
     """Run a tiny batch, so that what cannot be captured or quantized is known at once."""
-    compiler, dtype = prepared.store.compile, prepared.store.compute_dtype
+    dtype = prepared.store.compute_dtype
     calls: list[tuple[TemplateForward, Any, Any]] = []
 
     def note(forward: TemplateForward, module: nn.Module, args: Any, kwargs: Any) -> None:
         calls.append((forward, args, dict(kwargs)))
 
-    hooks = [
-        forward.module.register_forward_pre_hook(partial(note, forward), with_kwargs=True)
-        for forward in prepared.forwards
-    ]
-    for store in prepared.stores():
-        store.compile, store.dry_run = None, True
     ids = torch.zeros((2, 8), dtype=torch.long, device=next(model.parameters()).device)
-    try:
-        with torch.autocast(ids.device.type, dtype, dtype is not None):
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    _refuse_uncacheable(model, prepared.store, calls)
-    for store in prepared.stores():
-        store.compile, store.dry_run = compiler, False
-    for template in prepared.templates():
-        if compiler is not None:
-            template.call = compiler(template.graph_module)
+    with dry_run(prepared.stores()):
+        hooks = [
+            forward.module.register_forward_pre_hook(partial(note, forward), with_kwargs=True)
+            for forward in prepared.forwards
+        ]
+        try:
+            with torch.autocast(ids.device.type, dtype, dtype is not None):
+                model(input_ids=ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        _refuse_uncacheable(model, prepared.store, calls)
 
 
 def _refuse_uncacheable(

@@ -7,8 +7,7 @@ of their own Python code. Which graphs there are is kept in the model's :class:`
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -66,21 +65,6 @@ class Runtime:
             lowering_pipeline(self.recipe, owner.skip, self.device, cache, _linears(owner))(gm)
 
         return TemplateStore(transform, compile=inductor if self.compile else None)
-
-    @contextmanager
-    def dry_run(self) -> Iterator[None]:
-        """Capture what is called, compute and compile nothing."""
-        compilers = [store.compile for store in self.stores()]
-        for store in self.stores():
-            store.compile, store.dry_run = None, True
-        try:
-            yield
-        finally:
-            for store, compiler in zip(self.stores(), compilers, strict=True):
-                store.compile, store.dry_run = compiler, False
-                for template in store:
-                    if compiler is not None:
-                        template.call = compiler(template.graph_module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return self

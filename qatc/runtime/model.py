@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from qatc.errors import CheckpointError
+from qatc.graph.templates import dry_run
 from qatc.machine.device import pick_device
 from qatc.models import find_regions
 from qatc.models.load import read_generation_config
@@ -98,7 +99,7 @@ def load(
     origin = Origin(directory, metadata, recipe, packed, stored, trust_remote_code)
     make_saveable(model, origin)
     model.eval().requires_grad_(False)
-    with runtime.dry_run():
+    with dry_run(runtime.stores()):
         ids = torch.zeros((2, 8), dtype=torch.long, device=device)
         for use_cache in (False, True):
             model(input_ids=ids, use_cache=use_cache)
