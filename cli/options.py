@@ -105,9 +105,10 @@ def build_recipe(
     target: str | None = None,
     head_bits: int | None = None,
     embedding_bits: int | None = None,
+    spelled_out: Recipe | None = None,
 ) -> Recipe:
-    """The recipe that the options describe."""
-    if recipe is not None:
+    """The recipe that the options describe, or the one that a run's file spells out."""
+    if recipe is not None or spelled_out is not None:
         given: dict[str, Any] = {
             "--bits": bits,
             "--group-size": group_size,
@@ -119,9 +120,12 @@ def build_recipe(
         clashing = [name for name, value in given.items() if value not in (None, [])]
         if clashing:
             raise ConfigError(
-                f"--recipe says it all; leave out {', '.join(clashing)} or change the file"
+                f"the recipe file says it all; leave out {', '.join(clashing)} or change the file"
             )
-        return Recipe.from_yaml(recipe)
+        if recipe is not None:
+            return Recipe.from_yaml(recipe)
+        assert spelled_out is not None
+        return spelled_out
     changes: dict[str, Any] = {} if kv_site is None else {"kv_site": kv_site}
     changes |= {} if target is None else {"target": target}
     own = {"head_bits": head_bits, "embedding_bits": embedding_bits}

@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from qatc.cli import options
+from qatc.cli import options, run_file
 from qatc.cli.errors import readable_errors
 from qatc.errors import ConfigError
 from qatc.storage.directories import refuse_overlap
 
 
 def quantize(
+    context: typer.Context,
     model: options.Model,
+    config_file: run_file.Config = None,
     bits: options.Bits = None,
     output: Annotated[
         Path | None,
@@ -92,12 +94,15 @@ def quantize(
       qatc quantize --model meta-llama/Llama-2-7b-hf --bits 4-8-4
 
       qatc quantize --model ./my-model --bits 4-8-8 --group-size 64 --eval-text wiki.txt
+
+      qatc quantize --config DONE/run.yaml --output AGAIN
     """
     from qatc.cli import terminal
 
     with readable_errors("interrupted; the same command goes on from the last checkpoint"):
         chosen = options.build_recipe(
-            bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits
+            *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits),
+            spelled_out=run_file.recipe(context),
         )
         greedy = options.parse_range(greedy_tokens)
         if output is None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from qatc.data.corpus import (
@@ -61,6 +62,7 @@ from qatc.progress import Observer
 from qatc.quantize.provenance import provenance, versions
 from qatc.quantize.settings import (
     QuantizeConfig,
+    as_options,
     begin_run,
     check_places,
     check_run,
@@ -450,6 +452,8 @@ class _Run:
                     " qatc export"
                 )
             shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
+            if (options := as_options(config)) is not None:
+                (staging / "run.yaml").write_text(yaml.safe_dump(options, sort_keys=False), "utf-8")
             del self.teacher, self.student
             release_memory(self.device)  # two more models are about to be loaded
             metadata = metadata | self._verify(staging, masters)

@@ -99,6 +99,50 @@ class QuantizeConfig:
         return result
 
 
+def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
+    """The options of ``qatc quantize`` that ask for this run again, but for its output.
+
+    Returns:
+        Plain data, in the order of the command's help; None where no options can say it, as with
+        two seeds.
+    """
+    generation, training = config.generation, config.training
+    usual = (GenerationConfig.shard_size, QuantizeConfig.eval_tokens)
+    if generation.seed != training.seed or (generation.shard_size, config.eval_tokens) != usual:
+        return None
+    low, high = generation.greedy_tokens
+    found = {
+        "model": config.model,
+        "recipe": config.recipe.to_dict(),
+        "data": config.data,
+        "samples": generation.sequences,
+        "max-length": generation.max_length,
+        "strategy": generation.strategy,
+        "greedy-tokens": f"{low}-{high}",
+        "generation-batch-size": str(generation.batch_size),
+        "steps": training.steps,
+        "batch-size": training.batch_size,
+        "accumulate": training.accumulate,
+        "lr": training.learning_rate,
+        "warmup": training.warmup_steps,
+        "gradient-clip": training.gradient_clip,
+        "train-embeddings": config.train_embeddings,
+        "seed": training.seed,
+        "checkpoint-every": training.checkpoint_every,
+        "keep-checkpoints": training.keep_checkpoints,
+        "eval-text": config.eval_text,
+        "eval-samples": config.eval_sequences,
+        "dtype": config.dtype,
+        "device": config.device,
+        "compile": config.compile,
+        "integer-forward": config.integer_forward,
+        "verify": config.verify,
+        "trust-remote-code": config.trust_remote_code,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return {name: value for name, value in plain.items() if value is not None}
+
+
 def check_places(config: QuantizeConfig) -> None:
     """Raise if the run would write where something else is, or cannot; nothing is written.
 

@@ -1,0 +1,139 @@
+"""``--config``: a run's own file asks for the same run again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import qatc.quantize.run
+from qatc.cli.main import app
+from qatc.data import GenerationConfig
+from qatc.errors import ConfigError
+from qatc.quantize import QuantizeConfig
+from qatc.quantize.settings import as_options
+from qatc.recipe import QuantSpec, Recipe
+from qatc.training import TrainingConfig
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[QuantizeConfig]:
+    """What ``qatc quantize`` would run."""
+    configs: list[QuantizeConfig] = []
+
+    def stop(config: QuantizeConfig, *_: Any) -> None:
+        configs.append(config)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(qatc.quantize.run, "quantize", stop)
+    return configs
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["quantize", *map(str, arguments)])
+
+
+def other(value: Any) -> Any:
+    """Another value of the same kind."""
+    return not value if isinstance(value, bool) else value + 1
+
+
+def config_of(tmp_path: Path) -> QuantizeConfig:
+    """No value is a default."""
+    generation, training = GenerationConfig(), TrainingConfig()
+    return QuantizeConfig(
+        model="some/model",
+        output=tmp_path / "out",
+        recipe=dataclasses.replace(
+            Recipe(), weights=QuantSpec(3, 16), skip=("*a*", "*.b"), kv_site="projection"
+        ),
+        generation=dataclasses.replace(
+            generation, sequences=77, max_length=99, strategy="sample", greedy_tokens=(2, 9),
+            seed=8, batch_size=3,
+        ),
+        training=TrainingConfig(
+            **{
+                field.name: other(getattr(training, field.name))
+                for field in dataclasses.fields(training)
+                if field.name not in ("seed", "learning_rate")
+            },
+            seed=8,
+            learning_rate=0.25,
+        ),
+        data=tmp_path / "corpus",
+        eval_text=tmp_path / "text.txt",
+        eval_sequences=5,
+        dtype="float32",
+        device="cpu",
+        train_embeddings=False,
+        compile=False,
+        integer_forward=False,
+        verify=False,
+        trust_remote_code=True,
+    )  # fmt: skip
+
+
+def test_a_run_is_asked_for_again_in_every_setting(
+    asked: list[QuantizeConfig], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path)
+    plain = QuantizeConfig("x", tmp_path / "out")
+    for name in ("generation", "training"):  # a setting to come is found here
+        for field in dataclasses.fields(getattr(config, name)):
+            values = [getattr(getattr(c, name), field.name) for c in (config, plain)]
+            if field.name == "shard_size":  # no option
+                continue
+            assert values[0] != values[1], f"{field.name} of the test is the default"
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(as_options(config)))
+    assert run("--config", file, "--output", config.output).exit_code == 2
+    assert asked == [config]
+
+
+def test_the_command_line_wins(asked: list[QuantizeConfig], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: some/model\nbits: 4-8-8\nsteps: 7\nbatch-size: 3\ncompile: false\n")
+    assert (
+        run("--config", file, "--steps", 9, "--compile", "--output", tmp_path / "o").exit_code == 2
+    )
+    (config,) = asked
+    assert (config.training.steps, config.training.batch_size, config.compile) == (9, 3, True)
+    assert config.model == "some/model" and config.recipe.bits == "4-8-8"
+
+
+def test_what_no_options_can_say(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    assert as_options(dataclasses.replace(config, eval_tokens=3)) is None
+    training = dataclasses.replace(config.training, seed=9)
+    assert as_options(dataclasses.replace(config, training=training)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("step: 3\n", "there is steps"),
+        ("steps: many\n", "for '--steps'"),
+        ("[1, 2]\n", "holds no options"),
+        ("a: [\n", "not valid YAML"),
+        ("recipe: {wights: 3}\n", "wights"),
+        ("config: again.yaml\n", "no option 'config'"),
+        ("recipe: {weights: {bits: 4}}\nbits: 4-8-4\n", "leave out --bits"),
+    ],
+)
+def test_files_that_are_wrong(
+    asked: list[QuantizeConfig], tmp_path: Path, text: str, says: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    result = run("--config", file, "--model", "m", "--output", tmp_path / "o")
+    assert result.exit_code == 2 and not asked
+    assert says in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    result = run("--config", tmp_path / "no.yaml", "--model", "m")
+    assert result.exit_code == 2 and "cannot read" in result.output
