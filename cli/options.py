@@ -119,8 +119,9 @@ def build_recipe(
         given |= {"--head-bits": head_bits, "--embedding-bits": embedding_bits}
         clashing = [name for name, value in given.items() if value not in (None, [])]
         if clashing:
+            source = "the recipe in --config" if recipe is None else "--recipe"
             raise ConfigError(
-                f"the recipe file says it all; leave out {', '.join(clashing)} or change the file"
+                f"{source} says it all; leave out {', '.join(clashing)} or change the file"
             )
         if recipe is not None:
             return Recipe.from_yaml(recipe)
