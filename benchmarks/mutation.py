@@ -82,7 +82,8 @@ def main() -> None:
     options = parser.parse_args()
     modules = options.module or list(TESTS)
     file = common.RESULTS / "mutation.json"
-    found: dict[str, Any] = json.loads(file.read_text())["modules"] if file.exists() else {}
+    before: dict[str, Any] = json.loads(file.read_text())["modules"] if file.exists() else {}
+    found = {module: before[module] for module in TESTS if module in before}
     with ThreadPoolExecutor(options.jobs) as pool:
         for module, result in zip(
             modules, pool.map(lambda m: run(m, options), modules), strict=True

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qatc.errors import QatcError
 from qatc.recipe.recipe import Recipe
+from qatc.storage.files import read_yaml
 
 _RECIPE = "qatc.recipe"
 
@@ -19,36 +20,23 @@ def _read(context: typer.Context, parameter: typer.CallbackParam, file: Path | N
     """Let what is in the file stand where the command line says nothing."""
     if file is None or context.resilient_parsing:
         return file
-    values = {str(key).replace("-", "_"): value for key, value in _mapping(file).items()}
+    try:
+        plain = read_yaml(
+            file, "the run file", "holds no options; it takes lines such as 'steps: 300'"
+        )
+        values = {str(key).replace("-", "_"): value for key, value in plain.items()}
+        if isinstance(values.get("recipe"), Mapping):  # as runs write it, and no file's name
+            context.meta[_RECIPE] = Recipe.from_dict(values.pop("recipe"))
+    except QatcError as error:
+        raise typer.BadParameter(str(error)) from None
     known = {p.name for p in context.command.params if p.name} - {parameter.name}
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1) or sorted(known)
             options = ", ".join(other.replace("_", "-") for other in near)
             raise typer.BadParameter(f"{file}: there is no option {name!r}; there is {options}")
-    recipe = values.get("recipe")
-    if isinstance(recipe, Mapping):  # as runs write it, instead of a file's name
-        try:
-            context.meta[_RECIPE] = Recipe.from_dict(values.pop("recipe"))
-        except QatcError as error:
-            raise typer.BadParameter(f"{file}: {error}") from None
     context.default_map = values
     return file
-
-
-def _mapping(file: Path) -> Mapping[Any, Any]:
-    import yaml
-
-    try:
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise typer.BadParameter(f"{file} is not valid YAML: {reason}") from None
-    if not isinstance(plain, Mapping):
-        raise typer.BadParameter(f"{file} holds no options; it takes lines such as 'steps: 300'")
-    return plain
 
 
 def recipe(context: typer.Context) -> Recipe | None:

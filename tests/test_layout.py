@@ -32,7 +32,7 @@ OFFERS = "qatc"
 """The API, ``qatc/__init__.py``: it may import all, and all may import it for the version."""
 
 # Libraries and the packages that may import them.
-_MODEL_SIDE = {*PIPELINE[PIPELINE.index("models") :], "machine"}
+_MODEL_SIDE = {*PIPELINE[PIPELINE.index("models") :]}
 LIBRARIES = {
     "transformers": _MODEL_SIDE,
     "lm_eval": _MODEL_SIDE,

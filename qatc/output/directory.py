@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 3
 
-
-_OWN_KEYS = (
+OWN_KEYS = (
     *("format_version", "layout", "recipe", "quantized"),
     *("digests", "float_digests", "specs"),
 )
+"""What :func:`write_model` puts into ``qatc.json`` by itself."""
 
 
 def write_model(
@@ -90,11 +90,11 @@ def write_model(
     specs = (recipe.weights, recipe.head, recipe.embedding)
     assert all(weight.spec in specs for weight in weights.values()), "another recipe's"
     # Without storage: tells the linear layers and the tied weights by their names.
-    skeleton = _build_model(config, "meta", torch.float32, trust_remote_code)
+    skeleton = build_on(config, "meta", torch.float32, trust_remote_code)
     ends, ties = find_ends(skeleton), dict(skeleton.all_tied_weights_keys)
     as_codes = [getattr(recipe, end.role).quantizes for end in ends]
     if are_tied(ends) and any(as_codes) and (portable or not all(as_codes)):
-        weights = _with_tied(weights, ties) if all(as_codes) else weights
+        weights = with_tied(weights, ties) if all(as_codes) else weights
         config, ties = copy.deepcopy(config), {}
         untie(config)
     tensors = _drop_tied(state, weights, ties)
@@ -142,7 +142,7 @@ def write_model(
             if end.weight in weights
         },
     )
-    write_json(directory / "qatc.json", {**metadata, **dict(zip(_OWN_KEYS, own, strict=True))})
+    write_json(directory / "qatc.json", {**metadata, **dict(zip(OWN_KEYS, own, strict=True))})
     write_card(directory)
 
 
@@ -156,9 +156,10 @@ def digest_of(*tensors: Tensor) -> str:
     return found.hexdigest()[:32]
 
 
-def _build_model(
+def build_on(
     config: PreTrainedConfig, device: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
+    """A model of ``config`` whose weights say nothing yet, built on a device."""
     with torch.device(device):
         return build_model(config, dtype, trust_remote_code=trust_remote_code)
 
@@ -242,7 +243,7 @@ def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_bytes: in
         shutil.copymode(directory / "config.json", path)  # save_file makes it private
 
 
-def _with_tied(
+def with_tied(
     codes: Mapping[str, QuantizedWeight], tied: Mapping[str, str]
 ) -> dict[str, QuantizedWeight]:
     """The weights under the names of all that are tied to them as well."""
@@ -251,7 +252,7 @@ def _with_tied(
 
 def own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`write_model` takes as ``metadata`` to write ``qatc.json`` again."""
-    return {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
+    return {key: value for key, value in metadata.items() if key not in OWN_KEYS}
 
 
 def copy_companions(source: Path, directory: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qatc.output.stored import _LAYOUTS, Stored, measure
+from qatc.output.stored import PORTABLE_LAYOUTS, Stored, measure
 from qatc.storage.files import read_json, write_atomically
 
 CARD = "README.md"
@@ -84,7 +84,7 @@ def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: St
 def _loads_elsewhere(config: Mapping[str, Any]) -> bool:
     """Whether all weights are declared in layouts that compressed-tensors knows."""
     groups = config.get("quantization_config", {}).get("config_groups", {})
-    return all(group["format"] in _LAYOUTS for group in groups.values())
+    return all(group["format"] in PORTABLE_LAYOUTS for group in groups.values())
 
 
 def _base_name(metadata: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from qatc.storage.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-from qatc.output.directory import _OWN_KEYS, _build_model, _with_tied
+from qatc.output.directory import OWN_KEYS, build_on, with_tied
 
 _READABLE = (2, 3)
 """Version 2 knows no quantized head or embedding, and is read as what it says."""
@@ -52,8 +52,8 @@ def read_metadata(directory: Path) -> dict[str, Any]:
             " use the qatc that wrote it, or quantize again"
         )
     metadata.setdefault("specs", {})
-    if not metadata.keys() >= set(_OWN_KEYS):
-        raise CheckpointError(f"{path} is damaged: it must hold {', '.join(_OWN_KEYS)}")
+    if not metadata.keys() >= set(OWN_KEYS):
+        raise CheckpointError(f"{path} is damaged: it must hold {', '.join(OWN_KEYS)}")
     return metadata
 
 
@@ -171,9 +171,9 @@ def load_reference(
     """
     codes, state = load_codes(directory), load_float_state(directory)
     config = read_config(directory, trust_remote_code=trust_remote_code)
-    model = _build_model(config, "cpu", dtype, trust_remote_code)
+    model = build_on(config, "cpu", dtype, trust_remote_code)
     own = model.state_dict()
-    codes = _with_tied(codes, model.all_tied_weights_keys)
+    codes = with_tied(codes, model.all_tied_weights_keys)
     given = codes.keys() | state.keys()
     odd = sorted((own.keys() - given - model.all_tied_weights_keys.keys()) | (given - own.keys()))
     if odd:

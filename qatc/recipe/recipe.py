@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from qatc.errors import ConfigError
 from qatc.recipe.spec import FLOAT_BITS, QuantSpec
 from qatc.recipe.targets import find_target
+from qatc.storage.files import read_yaml
 
 KVSite = Literal["cache", "projection"]
 
@@ -171,21 +172,9 @@ class Recipe:
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe file."""
-        import yaml
-
-        try:
-            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-        except (yaml.YAMLError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"the recipe {path} is not valid YAML: {reason}") from error
-        if not isinstance(plain, Mapping):
-            raise ConfigError(
-                f"the recipe {path} must be a mapping with the keys"
-                f" {', '.join(f.name for f in dataclasses.fields(cls))}"
-            )
-        return cls.from_dict(plain)
+        keys = ", ".join(f.name for f in dataclasses.fields(cls))
+        otherwise = f"must be a mapping with the keys {keys}"
+        return cls.from_dict(read_yaml(Path(path), "the recipe", otherwise))
 
 
 def _spec_from_dict(plain: Any, where: str, rules: Mapping[str, Any]) -> QuantSpec:

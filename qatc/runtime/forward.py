@@ -31,7 +31,7 @@ from qatc.runtime.cache import PackedLayer, packed_layer, round_up
 if TYPE_CHECKING:
     from qatc.runtime.decode_program import DecodeForward
 
-_RUNTIME = "_qatc_runtime"
+RUNTIME = "_qatc_runtime"
 
 SIGNATURES = 64
 """Ways of calling a layer whose templates are remembered."""
@@ -303,8 +303,8 @@ def take_out(
 
 
 def runtime_of(model: nn.Module) -> Runtime:
-    """What :func:`load` put on a model."""
-    runtime = getattr(model, _RUNTIME, None)
+    """What :func:`qatc.load` put on a model."""
+    runtime = getattr(model, RUNTIME, None)
     if runtime is None:
         raise ConfigError("the model does not run on integers; load one with qatc.load")
     assert isinstance(runtime, Runtime)

@@ -32,7 +32,7 @@ from qatc.output.reading import read_config
 from qatc.output.saving import Origin, make_saveable
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.runtime.float_head import flatten_head
-from qatc.runtime.forward import _RUNTIME, LoweredEnd, LoweredForward, Runtime
+from qatc.runtime.forward import RUNTIME, LoweredEnd, LoweredForward, Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +93,7 @@ def load(
         forward.install()
     flatten_head(model)
     runtime.forwards, runtime.ends = tuple(forwards), tuple(at_ends)
-    setattr(model, _RUNTIME, runtime)
+    setattr(model, RUNTIME, runtime)
     packed = {name: (weight.spec, weight.codes.shape[1]) for name, weight in codes.items()}
     metadata = read_metadata(directory)
     origin = Origin(directory, metadata, recipe, packed, stored, trust_remote_code)

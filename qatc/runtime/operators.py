@@ -15,9 +15,9 @@ from qatc.runtime.values import (
     Parameter,
     Untranslatable,
     Value,
-    _name,
-    _result_dtype,
-    _two_dims,
+    name_of,
+    result_dtype,
+    two_dims,
 )
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def _binary(function: str) -> Step:
         if all(isinstance(a, (int, float)) for a in args[:2]):
             return getattr(operator, "truediv" if function == "div" else function)(*args[:2])
         if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode"):
-            raise Untranslatable(f"{_name(node)} with options")
-        return own.binary(function, args[0], args[1], _result_dtype(*args[:2]))
+            raise Untranslatable(f"{name_of(node)} with options")
+        return own.binary(function, args[0], args[1], result_dtype(*args[:2]))
 
     return emit
 
@@ -131,7 +131,7 @@ def _cat(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
     start = 0
     for part in parts:
         into = out.view.narrow(-1, start, part.view.shape[-1])
-        rows, cols, (source, to) = _two_dims(into.shape, [part.view, into])
+        rows, cols, (source, to) = two_dims(into.shape, [part.view, into])
         if cols > 1 and to[1] != 1:  # one value of every row
             rows, cols, source, to = cols, 1, (source[1], 0), (to[1], 0)
         for row in range(rows):  # a step writes consecutive values

@@ -32,10 +32,10 @@ from qatc.runtime.values import (
     Parameter,
     Untranslatable,
     Value,
-    _aliases,
-    _name,
-    _read,
-    _two_dims,
+    aliases,
+    name_of,
+    read,
+    two_dims,
 )
 
 
@@ -76,7 +76,7 @@ class Translator:
                 held = operator.attrgetter(node.target)(gm)
                 env[node] = Parameter(held) if isinstance(held, Tensor) else held
             elif node.op == "output":
-                return list(_read(node.args[0], env))
+                return list(read(node.args[0], env))
             elif node.op == "call_function" and node.target is packed_linear.PACKED_LINEAR:
                 self._products(gm.graph, node, env)
             elif node.op == "call_function":
@@ -86,8 +86,8 @@ class Translator:
         raise AssertionError("a graph ends with its output")
 
     def _call(self, node: Node, env: dict[Node, Any]) -> Any:
-        args, kwargs = _read(node.args, env), _read(node.kwargs, env)
-        name = _name(node)
+        args, kwargs = read(node.args, env), read(node.kwargs, env)
+        name = name_of(node)
         if name == "qatc.decoder_region.default":
             assert self.region is not None
             return self.region(node, list(args[0]))
@@ -140,7 +140,7 @@ class Translator:
         """``function`` of every element."""
         value = self.float(value)
         out = self.new(value.view.shape, dtype)
-        rows, cols, (strides,) = _two_dims(value.view.shape, [value.view])
+        rows, cols, (strides,) = two_dims(value.view.shape, [value.view])
         self.steps.emit(
             Op.UNARY, out.place, kind=UNARY.index(function), a=value.start, rows=rows, cols=cols,
             a_row=strides[0], a_col=strides[1], rounds=dtype is torch.bfloat16,
@@ -153,7 +153,7 @@ class Translator:
         shape = torch.broadcast_shapes(*(value.view.shape for value in pair))
         out = self.new(shape, dtype)
         views = [value.view.expand(shape) for value in pair]
-        rows, cols, (a, b) = _two_dims(shape, views)
+        rows, cols, (a, b) = two_dims(shape, views)
         self.steps.emit(
             Op.BINARY, out.place, kind=BINARY.index(function), a=pair[0].start, b=pair[1].start,
             rows=rows, cols=cols, a_row=a[0], a_col=a[1], b_row=b[0], b_col=b[1],
@@ -167,7 +167,7 @@ class Translator:
         if len(sources) != 1 or sources[0] is not args[0]:
             if not sources and node.target in (operator.getitem,):
                 return args[0][args[1]]
-            raise Untranslatable(f"no step for {_name(node)}")
+            raise Untranslatable(f"no step for {name_of(node)}")
         source = args[0]
         if isinstance(source, Parameter):
             source = self.float(source)
@@ -181,11 +181,11 @@ class Translator:
     def _seen(self, node: Node, source: Any, view: Any) -> Any:
         if not isinstance(view, Tensor):  # a size
             return view
-        if not _aliases(view, source.view) or view.dtype is not source.view.dtype:
-            if isinstance(source, Value) and _name(node) == "aten.reshape.default":
+        if not aliases(view, source.view) or view.dtype is not source.view.dtype:
+            if isinstance(source, Value) and name_of(node) == "aten.reshape.default":
                 dense = self.unary("copy", source, source.view.dtype)
                 return Value(dense.place, torch.empty(view.shape, dtype=view.dtype, device="meta"))
-            raise Untranslatable(f"no step for {_name(node)}")
+            raise Untranslatable(f"no step for {name_of(node)}")
         return type(source)(source.place, view)
 
     # ------------------------------------------------------------ products
@@ -199,7 +199,7 @@ class Translator:
                 and other.args[0] is node.args[0]
                 and ready
             ):
-                args = _read(other.args, env)
+                args = read(other.args, env)
                 env[other] = self._product(other, *args)
 
     def _product(
@@ -302,7 +302,5 @@ CALL_HEAD, CALL_LAYER = 3, 5
 """Pointers of a call: token, position, result; then for each layer its cache's four tensors, and
 three int64: slots held, the first one seen, and slots that there is room for."""
 
-
-# ---------------------------------------------------------------- operators
 
 _ON_SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv)

@@ -61,7 +61,7 @@ class CacheInput:
     layer: int
 
 
-def _two_dims(
+def two_dims(
     shape: Sequence[int], views: Sequence[Tensor]
 ) -> tuple[int, int, list[tuple[int, int]]]:
     """Rows, columns, and the strides of tensors of one shape, with neighbouring sizes merged."""
@@ -80,20 +80,20 @@ def _two_dims(
     return rows[0], cols[0], [(rows[1][i], cols[1][i]) for i in range(len(views))]
 
 
-def _aliases(view: Tensor, source: Tensor) -> bool:
+def aliases(view: Tensor, source: Tensor) -> bool:
     return bool(view.untyped_storage()._cdata == source.untyped_storage()._cdata)
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
     return str(node.target)
 
 
-def _read(value: Any, env: dict[Node, Any]) -> Any:
+def read(value: Any, env: dict[Node, Any]) -> Any:
     """Arguments with the values of their nodes."""
     return torch.fx.node.map_aggregate(value, lambda n: env[n] if isinstance(n, Node) else n)
 
 
-def _result_dtype(*values: Any) -> torch.dtype:
+def result_dtype(*values: Any) -> torch.dtype:
     """The dtype of an elementwise operator, as torch promotes."""
     examples = [
         value.view if isinstance(value, Value) else value.tensor if isinstance(value, Parameter)

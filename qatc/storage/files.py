@@ -8,11 +8,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qatc.errors import CheckpointError, DataError
+from qatc.errors import CheckpointError, ConfigError, DataError
 
 _DISK_ERRORS = {
     errno.ENOSPC,
@@ -115,6 +115,31 @@ def read_json(path: Path) -> Any:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); was it cut off?") from error
+
+
+def read_yaml(path: Path, what: str, otherwise: str) -> Mapping[Any, Any]:
+    """Read a YAML mapping that a user wrote.
+
+    Args:
+        path: the file.
+        what: what to call it in errors.
+        otherwise: what to say of a file that holds no mapping.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    import yaml
+
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{what} {path} is not valid YAML: {reason}") from error
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{what} {path} {otherwise}")
+    return plain
 
 
 def sha256(path: Path) -> str:
