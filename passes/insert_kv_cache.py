@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
+from qatc.graph.edits import replace_node
 from qatc.graph.nodes import (
     Attention,
-    argument,
     find_attentions,
     mixes_neighbours,
     quantizer_of,
     shape_of,
+    spec_of,
 )
 from qatc.kernels.cached_attention import cache_shapes, cached_attention, quantized_attention
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
-from qatc.recipe.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec, spec_arg
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,10 @@ class InsertKVCache(GraphPass):
         options: dict[str, Any] = {"scale": attention.scale}
         if self.spec.quantizes:
             key, value = (self._unquantized(node) for node in (key, value))
-            options |= {"bits": self.spec.bits, "range": self.spec.range}
+            options["spec"] = spec_arg(self.spec)
         inputs = self._add_inputs(gm, attention)
-        node = attention.node
-        with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(
-                quantized_attention if self.spec.quantizes else cached_attention,
-                (attention.query, key, value, *inputs),
-                options,
-            )
-        new.meta = {name: node.meta[name] for name in ("val", "tensor_meta") if name in node.meta}
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+        target = quantized_attention if self.spec.quantizes else cached_attention
+        replace_node(attention.node, target, (attention.query, key, value, *inputs), options)
         return Edits(matched=1, edited=1)
 
     def _unquantized(self, node: Node) -> Node:
@@ -92,15 +85,15 @@ class InsertKVCache(GraphPass):
                 "the K or V that attention reads is not what was quantized, so that a cache has no"
                 " codes to store; quantize them where the cache stores them (--kv-site cache)"
             )
-        if argument(quantizer, 2, "group_size", 0):
+        found = spec_of(quantizer)
+        if found.group_size:
             raise PassError(
                 "the KV cache stores one scale per token and head; leave kv.group_size out"
             )
-        bits, kind = quantizer.args[1], argument(quantizer, 3, "range", "restricted")
-        if (bits, kind) != (self.spec.bits, self.spec.range):
+        if found != self.spec:
             raise PassError(
-                f"the graph quantizes K and V to {bits} bits ({kind}), and the cache is to have"
-                f" {self.spec.bits} ({self.spec.range})"
+                f"the graph quantizes K and V to {spec_arg(found)}, and the cache is to have"
+                f" {spec_arg(self.spec)}"
             )
         source = quantizer.args[0]
         assert isinstance(source, Node)

@@ -8,11 +8,13 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
-from qatc.graph.nodes import Embedding, as_node, find_embeddings, shape_of
+from qatc.graph.edits import replace_node
+from qatc.graph.nodes import Embedding, as_node, find_embeddings, shape_of, spec_of
 from qatc.kernels import packed_embedding
 from qatc.passes.base import Edits, GraphPass
-from qatc.passes.lower_linear import add_packed_inputs, spec_of
+from qatc.passes.lower_linear import add_packed_inputs
 from qatc.passes.quantize_embeddings import QuantizeEmbeddings
+from qatc.recipe.spec import spec_arg
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class LowerEmbedding(GraphPass):
             table = as_node(site.node.args[0])
             if table not in replaced:
                 replaced[table] = add_packed_inputs(gm, table, spec_of(site.readers[0]))
-            _replace(gm, site, *replaced[table])
+            _replace(site, *replaced[table])
         gm.graph.eliminate_dead_code()
         for table in replaced:
             if table.users:
@@ -45,15 +47,9 @@ class LowerEmbedding(GraphPass):
         return Edits(matched=done, edited=len(sites))
 
 
-def _replace(gm: GraphModule, site: Embedding, packed: Node, scale: Node) -> None:
+def _replace(site: Embedding, packed: Node, scale: Node) -> None:
     width = int(shape_of(as_node(site.node.args[0]))[1])
     for reader in site.readers:
-        with gm.graph.inserting_before(reader):
-            new = gm.graph.call_function(
-                packed_embedding.PACKED_EMBEDDING,
-                (site.node.args[1], packed, scale, width, spec_of(reader).bits),
-                {"dtype": site.node.meta["val"].dtype},
-            )
-        new.meta = {key: reader.meta[key] for key in ("val", "tensor_meta") if key in reader.meta}
-        reader.replace_all_uses_with(new)
-        gm.graph.erase_node(reader)
+        read = (site.node.args[1], packed, scale, width, spec_arg(spec_of(reader)))
+        dtype = {"dtype": site.node.meta["val"].dtype}
+        replace_node(reader, packed_embedding.PACKED_EMBEDDING, read, dtype)

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
+from qatc.graph.edits import replace_node
 from qatc.graph.nodes import (
     argument,
     find_integer_linears,
@@ -16,12 +17,13 @@ from qatc.graph.nodes import (
     parameter_name,
     quantizer_of,
     shape_of,
+    spec_of,
 )
 from qatc.kernels import integer_linear, packed_linear
 from qatc.numerics import packing
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.quantize_weights import QuantizeWeights
-from qatc.recipe.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec, spec_arg
 
 PACKED, SCALE = "_packed", "_scale"
 """What the names of packed codes and scales add to the name of the weight that they replace."""
@@ -49,7 +51,7 @@ class LowerLinear(GraphPass):
         for site in lowered:
             if site["weight"] not in replaced:
                 replaced[site["weight"]] = add_packed_inputs(gm, site["weight"], site["weights"])
-            self._replace(gm, site, *replaced[site["weight"]])
+            self._replace(site, *replaced[site["weight"]])
         gm.graph.eliminate_dead_code()
         for weight in replaced:
             if weight.users:
@@ -61,7 +63,7 @@ class LowerLinear(GraphPass):
         done = sum(node.target is packed_linear.PACKED_LINEAR for node in gm.graph.nodes)
         return Edits(matched=done, edited=len(lowered))
 
-    def _replace(self, gm: GraphModule, found: dict[str, Any], packed: Node, scale: Node) -> None:
+    def _replace(self, found: dict[str, Any], packed: Node, scale: Node) -> None:
         outputs, inputs = (int(size) for size in shape_of(found["weight"]))
         site = packed_linear.Site(
             found["weights"], found["activations"], outputs, inputs, self.device
@@ -69,34 +71,18 @@ class LowerLinear(GraphPass):
         prefill, decode = (
             packed_linear.choose(site, phase).kernel.name for phase in packed_linear.PHASES
         )
-        node = found["node"]
-        with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(
-                packed_linear.PACKED_LINEAR,
-                (
-                    *(found["x"], packed, scale, found["bias"], inputs),
-                    *(site.activations.bits, site.weights.bits),
-                ),
-                {
-                    "x_range": site.activations.range,
-                    "weight_range": site.weights.range,
-                    "group_size": site.weights.group_size or 0,
-                    "prefill": prefill,
-                    "decode": decode,
-                },
-            )
-        new.meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+        read = (found["x"], packed, scale, found["bias"], inputs)
+        specs = (spec_arg(site.activations), spec_arg(site.weights))
+        kernels = {"prefill": prefill, "decode": decode}
+        replace_node(found["node"], packed_linear.PACKED_LINEAR, (*read, *specs), kernels)
 
 
 def _site(node: Node) -> dict[str, Any] | None:
     """What a quantized linear is made of, whether it is computed on integers or in float."""
     bias = argument(node, 2, "bias", None)
     if node.target is integer_linear.INTEGER_LINEAR:
-        x, weight, _, x_bits, weight_bits = node.args
-        activations = QuantSpec(x_bits, None, node.kwargs["x_range"])  # type: ignore[arg-type]
-        weights = QuantSpec(weight_bits, None, node.kwargs["weight_range"])  # type: ignore[arg-type]
+        x, weight = node.args[:2]
+        activations, weights = spec_of(node, "x_spec"), spec_of(node, "weight_spec")
     else:
         quantizer = quantizer_of(node.args[1])  # type: ignore[arg-type]
         if quantizer is None:
@@ -104,7 +90,7 @@ def _site(node: Node) -> dict[str, Any] | None:
         weights, weight = spec_of(quantizer), quantizer.args[0]
         x, activations = node.args[0], QuantSpec(16)
         before = quantizer_of(x)  # type: ignore[arg-type]
-        if before is not None and not argument(before, 2, "group_size", 0):
+        if before is not None and not spec_of(before).group_size:
             x, activations = before.args[0], spec_of(before)
     assert isinstance(weight, Node)
     if weight.op != "placeholder" or parameter_name(weight) is None:
@@ -116,15 +102,6 @@ def _site(node: Node) -> dict[str, Any] | None:
         "node": node, "x": x, "weight": weight, "bias": bias, "weights": weights,
         "activations": activations,
     }  # fmt: skip
-
-
-def spec_of(node: Node) -> QuantSpec:
-    """The spec of a fake-quant node."""
-    return QuantSpec(
-        node.args[1],  # type: ignore[arg-type]
-        argument(node, 2, "group_size", 0) or None,
-        argument(node, 3, "range", "restricted"),
-    )
 
 
 def add_packed_inputs(gm: GraphModule, weight: Node, spec: QuantSpec) -> tuple[Node, Node]:

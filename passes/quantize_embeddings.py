@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
-from qatc.graph.nodes import find_embeddings, insert_between, matches
-from qatc.numerics import minmax
+from qatc.graph.edits import insert_quantizer
+from qatc.graph.nodes import find_embeddings, matches
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
@@ -33,14 +33,13 @@ class QuantizeEmbeddings(GraphPass):
 
     def edit(self, gm: GraphModule) -> Edits:
         sites = [e for e in find_embeddings(gm) if not matches(e.parameter, self.skip)]
-        kwargs = minmax.fake_quantize_kwargs(self.spec, snap_scale=True)
         edited = 0
         for embedding in sites:
             if embedding.readers:
                 continue
             check_groups(self.spec, embedding.node, embedding.parameter)
             users = list(embedding.node.users)
-            insert_between(embedding.node, users, minmax.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+            insert_quantizer(embedding.node, users, self.spec, snap_scale=True)
             edited += 1
         return Edits(matched=len(sites), edited=edited)
 

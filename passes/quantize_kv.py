@@ -8,15 +8,14 @@ from typing import Literal
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
+from qatc.graph.edits import insert_quantizer
 from qatc.graph.nodes import (
     Attention,
     find_attentions,
     find_projections,
-    insert_between,
     is_fake_quantize,
     parameter_name,
 )
-from qatc.numerics import minmax
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
@@ -51,9 +50,8 @@ class QuantizeKV(GraphPass):
                 else:
                     check_groups(self.spec, source, f"the {self.site} site of keys and values")
                     sites.setdefault(source, []).append(user)
-        kwargs = minmax.fake_quantize_kwargs(self.spec, snap_scale=False)
         for source, users in sites.items():
-            insert_between(source, users, minmax.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+            insert_quantizer(source, users, self.spec, snap_scale=False)
         for attention, query in zip(attentions, queries, strict=True):
             attention.node.update_arg(0, query)  # which may be the key as well
         return Edits(matched=len(sites) + done, edited=len(sites))

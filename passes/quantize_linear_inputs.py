@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
-from qatc.graph.nodes import find_quantizable, insert_between, is_fake_quantize, shape_of
-from qatc.numerics import minmax
+from qatc.graph.edits import insert_quantizer
+from qatc.graph.nodes import find_quantizable, is_fake_quantize, shape_of
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.recipe.spec import QuantSpec
@@ -36,9 +36,8 @@ class QuantizeLinearInputs(GraphPass):
                 continue
             check_groups(self.spec, linear.input, f"the input of {linear.parameter}")
             users.setdefault(linear.input, []).append(linear.node)
-        kwargs = minmax.fake_quantize_kwargs(self.spec, snap_scale=False)
         for source, linears in users.items():
-            insert_between(source, linears, minmax.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+            insert_quantizer(source, linears, self.spec, snap_scale=False)
         return Edits(matched=len(users) + done, edited=len(users))
 
     def nothing_matched(self) -> str:

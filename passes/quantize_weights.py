@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from qatc.graph.nodes import find_quantizable, insert_between, is_quantized
-from qatc.numerics import minmax
+from qatc.graph.edits import insert_quantizer
+from qatc.graph.nodes import find_quantizable, is_quantized
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
@@ -36,9 +36,8 @@ class QuantizeWeights(GraphPass):
                 continue
             check_groups(self.spec, linear.weight, linear.parameter)
             users.setdefault(linear.weight, []).append(linear.node)
-        kwargs = minmax.fake_quantize_kwargs(self.spec, snap_scale=True)
         for weight, linears in users.items():
-            insert_between(weight, linears, minmax.FAKE_QUANTIZE, (self.spec.bits,), kwargs)
+            insert_quantizer(weight, linears, self.spec, snap_scale=True)
         return Edits(matched=len(users) + done, edited=len(users))
 
     def nothing_matched(self) -> str:

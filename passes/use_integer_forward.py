@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from qatc.graph.edits import replace_node
 from qatc.graph.nodes import (
     Linear,
     argument,
@@ -13,11 +14,13 @@ from qatc.graph.nodes import (
     find_linears,
     quantizer_of,
     shape_of,
+    spec_of,
 )
 from qatc.kernels import integer_linear
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs
 from qatc.passes.quantize_weights import QuantizeWeights
+from qatc.recipe.spec import spec_arg
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class UseIntegerForward(GraphPass):
         done = len(find_integer_linears(gm))
         sites = [linear for linear in find_linears(gm) if _is_exact(linear)]
         for linear in sites:
-            _replace(gm, linear)
+            _replace(linear)
         return Edits(matched=len(sites) + done, edited=len(sites))
 
     def nothing_matched(self) -> str:
@@ -50,28 +53,16 @@ def _is_exact(linear: Linear) -> bool:
     x, weight = quantizer_of(linear.input), quantizer_of(linear.weight)
     if x is None or weight is None:
         return False
-    whole_rows = all(argument(node, 2, "group_size", 0) == 0 for node in (x, weight))
+    whole_rows = not any(spec_of(node).group_size for node in (x, weight))
     width = shape_of(linear.weight)[1]
     return whole_rows and int(width) <= integer_linear.LARGEST_WIDTH
 
 
-def _replace(gm: GraphModule, linear: Linear) -> None:
+def _replace(linear: Linear) -> None:
     x, weight = quantizer_of(linear.input), quantizer_of(linear.weight)
     assert x is not None and weight is not None
     node = linear.node
     bias: Node | None = argument(node, 2, "bias", None)
-    kwargs = {
-        "x_range": argument(x, 3, "range", "restricted"),
-        "weight_range": argument(weight, 3, "range", "restricted"),
-    }
-    if "scale_dtype" in weight.kwargs:
-        kwargs["weight_scale_dtype"] = weight.kwargs["scale_dtype"]
-    with gm.graph.inserting_before(node):
-        new = gm.graph.call_function(
-            integer_linear.INTEGER_LINEAR,
-            (x.args[0], weight.args[0], bias, x.args[1], weight.args[1]),
-            kwargs,
-        )
-    new.meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    specs = (spec_arg(spec_of(x)), spec_arg(spec_of(weight)))
+    args = (x.args[0], weight.args[0], bias, *specs)
+    replace_node(node, integer_linear.INTEGER_LINEAR, args)

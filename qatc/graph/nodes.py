@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from qatc.kernels import integer_linear
 from qatc.numerics import minmax
+from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 aten = torch.ops.aten
 
@@ -82,13 +83,7 @@ class Attention:
 
 def find_linears(gm: GraphModule) -> list[Linear]:
     """All linear nodes whose weight is a parameter, in graph order."""
-    found = []
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is LINEAR:
-            name = parameter_name(as_node(node.args[1]))
-            if name is not None:
-                found.append(Linear(node, name))
-    return found
+    return _linears_of(gm, LINEAR)
 
 
 def find_integer_linears(gm: GraphModule) -> list[Linear]:
@@ -96,12 +91,15 @@ def find_integer_linears(gm: GraphModule) -> list[Linear]:
 
     They quantize input and weight themselves: the two that they read are in full precision.
     """
+    return _linears_of(gm, integer_linear.INTEGER_LINEAR)
+
+
+def _linears_of(gm: GraphModule, target: Any) -> list[Linear]:
     found = []
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is integer_linear.INTEGER_LINEAR:
-            name = parameter_name(as_node(node.args[1]))
-            if name is not None:
-                found.append(Linear(node, name))
+    for node in gm.graph.find_nodes(op="call_function", target=target):
+        name = parameter_name(as_node(node.args[1]))
+        if name is not None:
+            found.append(Linear(node, name))
     return found
 
 
@@ -295,19 +293,12 @@ def shape_of(node: Node) -> torch.Size:
     return shape
 
 
-def insert_between(
-    source: Node, users: list[Node], target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Node:
-    """Insert a call that ``users`` read instead of ``source``.
-
-    The new node has the same ``meta["val"]`` as ``source``: fake-quant keeps shape and dtype.
-    """
-    with source.graph.inserting_before(min(users)):
-        new = source.graph.call_function(target, (source, *args), kwargs)
-    new.meta = {key: source.meta[key] for key in ("val", "tensor_meta") if key in source.meta}
-    for user in users:
-        user.replace_input_with(source, new)
-    return new
+def spec_of(node: Node, name: str = "spec") -> QuantSpec:
+    """The spec that a node was given as its argument ``name``."""
+    if name in node.kwargs:
+        return read_spec_arg(str(node.kwargs[name]))
+    places = [own.name for own in node.target._schema.arguments]  # type: ignore[union-attr]
+    return read_spec_arg(str(node.args[places.index(name)]))
 
 
 def as_node(value: Any) -> Node:

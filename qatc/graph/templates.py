@@ -27,7 +27,8 @@ from torch.utils import _pytree as pytree
 from qatc.errors import PassError
 from qatc.graph.capture import Number, Template, capture, serves
 from qatc.graph.constants import comparable
-from qatc.graph.nodes import aten, insert_between, is_fake_quantize, reads_master
+from qatc.graph.edits import insert_between
+from qatc.graph.nodes import aten, is_fake_quantize, reads_master
 from qatc.graph.probes import is_watched
 from qatc.graph.structure import Structure
 

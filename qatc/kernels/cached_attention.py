@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qatc.kernels import row_attention
 from qatc.numerics import minmax, packing
-from qatc.recipe.spec import QuantSpec, Range
+from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 
 def cached_attention(
@@ -67,8 +67,7 @@ def quantized_attention(
     positions: Tensor,
     mask: Tensor | None = None,
     *,
-    bits: int,
-    range: Range = "restricted",
+    spec: str,
     scale: float | None = None,
 ) -> Tensor:
     """:func:`cached_attention` over integer codes, one scale per token and head.
@@ -83,16 +82,16 @@ def quantized_attention(
         key_codes, value_codes: ``[B, Hkv, S, packed_width(D, bits)]``, uint8, or int8 for 8 bits;
             changed in place.
         key_scale, value_scale: fp32 ``[B, Hkv, S, 1]``, changed in place.
-        bits: 2 to 8.
-        range: of the codes.
+        spec: of the codes, as :func:`qatc.recipe.spec.spec_arg` writes it: 2 to 8 bits.
 
     Returns:
         ``[B, Hq, T, D]``.
     """
-    spec = QuantSpec(bits, None, range)
+    own = read_spec_arg(spec)
+    bits = own.bits
     rows = torch.arange(query.shape[0], device=query.device).unsqueeze(1)
     for new, codes, scales in ((key, key_codes, key_scale), (value, value_codes, value_scale)):
-        new_codes, new_scale = minmax.quantize(new, spec)
+        new_codes, new_scale = minmax.quantize(new, own)
         codes[rows, :, positions] = packing.pack(new_codes, bits).transpose(1, 2)
         scales[rows, :, positions] = new_scale.transpose(1, 2)
     visible = row_attention.visible(positions, key_codes.shape[2], mask)

@@ -26,7 +26,7 @@ from torch import Tensor
 from qatc.kernels import native
 from qatc.machine import cpu
 from qatc.numerics import minmax
-from qatc.recipe.spec import QuantSpec, Range, ScaleDType
+from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
 """An int32 holds the sum of this many products of int8 codes, whatever they are."""
@@ -40,9 +40,7 @@ _FLOAT_WIDTH = EXACT_FP32 // (128 * 128)
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
 _LIBRARY.define(
-    "integer_linear(Tensor x, Tensor weight, Tensor? bias, int x_bits, int weight_bits, *,"
-    " str x_range='restricted', str weight_range='restricted',"
-    " str weight_scale_dtype='bfloat16') -> Tensor"
+    "integer_linear(Tensor x, Tensor weight, Tensor? bias, str x_spec, str weight_spec) -> Tensor"
 )
 
 
@@ -156,18 +154,9 @@ def scale_sums(
 
 
 def _integer_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x_bits: int,
-    weight_bits: int,
-    *,
-    x_range: Range = "restricted",
-    weight_range: Range = "restricted",
-    weight_scale_dtype: ScaleDType = "bfloat16",
+    x: Tensor, weight: Tensor, bias: Tensor | None, x_spec: str, weight_spec: str
 ) -> Tensor:
-    weights = QuantSpec(weight_bits, None, weight_range, weight_scale_dtype)
-    specs = (QuantSpec(x_bits, None, x_range), weights)
+    specs = (read_spec_arg(x_spec), read_spec_arg(weight_spec))
     result: Tensor = _IntegerLinear.apply(x, weight, bias, specs)  # type: ignore[no-untyped-call]
     return result
 
@@ -175,9 +164,8 @@ def _integer_linear(
 _LIBRARY.impl("integer_linear", _integer_linear, "CompositeImplicitAutograd")
 
 INTEGER_LINEAR = torch.ops.qatc.integer_linear.default
-"""``(x [..., K], weight [N, K], bias, x_bits, weight_bits, *, x_range, weight_range,
-weight_scale_dtype) -> [..., N]``, differentiable in x, weight and bias; one scale per row of x and
-per row of weight."""
+"""``(x [..., K], weight [N, K], bias, x_spec, weight_spec) -> [..., N]``, differentiable in x,
+weight and bias; one scale per row of x and per row of weight."""
 
 
 def obstacle(device: str) -> str | None:

@@ -11,23 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatc.numerics import minmax, packing
+from qatc.recipe.spec import read_spec_arg
 
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define(
-    "packed_embedding(Tensor ids, Tensor packed, Tensor scale, int width, int bits, *,"
+    "packed_embedding(Tensor ids, Tensor packed, Tensor scale, int width, str spec, *,"
     " ScalarType dtype) -> Tensor"
 )
 
 
 def _packed_embedding(
-    ids: Tensor, packed: Tensor, scale: Tensor, width: int, bits: int, *, dtype: torch.dtype
+    ids: Tensor, packed: Tensor, scale: Tensor, width: int, spec: str, *, dtype: torch.dtype
 ) -> Tensor:
-    codes = packing.unpack(F.embedding(ids, packed), bits, width)
+    codes = packing.unpack(F.embedding(ids, packed), read_spec_arg(spec).bits, width)
     return minmax.dequantize(codes, F.embedding(ids, scale), dtype)
 
 
 _LIBRARY.impl("packed_embedding", _packed_embedding, "CompositeImplicitAutograd")
 
 PACKED_EMBEDDING = torch.ops.qatc.packed_embedding.default
-"""``(ids [...], packed [V, bytes], scale [V, G], K, bits, *, dtype) -> [..., K]``: ``code * scale``
+"""``(ids [...], packed [V, bytes], scale [V, G], K, spec, *, dtype) -> [..., K]``: ``code * scale``
 of the rows that ``ids`` names, computed in fp32 and rounded once to ``dtype``."""

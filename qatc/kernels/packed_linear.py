@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from qatc.kernels import integer_linear, native, products
 from qatc.numerics import minmax, packing
-from qatc.recipe.spec import QuantSpec, Range
+from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -308,9 +308,8 @@ _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define(
-    "packed_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int inputs, int x_bits,"
-    " int weight_bits, *, str x_range='restricted', str weight_range='restricted',"
-    " int group_size=0, str prefill, str decode) -> Tensor"
+    "packed_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int inputs, str x_spec,"
+    " str weight_spec, *, str prefill, str decode) -> Tensor"
 )
 
 
@@ -320,17 +319,13 @@ def _packed_linear(
     scale: Tensor,
     bias: Tensor | None,
     inputs: int,
-    x_bits: int,
-    weight_bits: int,
+    x_spec: str,
+    weight_spec: str,
     *,
-    x_range: Range = "restricted",
-    weight_range: Range = "restricted",
-    group_size: int = 0,
     prefill: str,
     decode: str,
 ) -> Tensor:
-    weights = QuantSpec(weight_bits, group_size or None, weight_range)
-    activations = QuantSpec(x_bits, None, x_range)
+    weights, activations = read_spec_arg(weight_spec), read_spec_arg(x_spec)
     site = Site(weights, activations, packed.shape[0], inputs, x.device.type)
     kernel = _BY_NAME[decode if x.shape[-2] == 1 else prefill]
     assert kernel.run is not None, f"{kernel.name} has an obstacle everywhere"
@@ -342,11 +337,10 @@ _LIBRARY.impl("packed_linear", _packed_linear, "CompositeImplicitAutograd")
 
 def site_of(node: Node, device: str) -> Site:
     """The site at a ``packed_linear`` node of a graph for ``device``."""
-    _, packed, _, _, inputs, x_bits, weight_bits = node.args
-    given: Any = node.kwargs
+    _, packed, _, _, inputs, x_spec, weight_spec = node.args
     return Site(
-        QuantSpec(weight_bits, given["group_size"] or None, given["weight_range"]),  # type: ignore[arg-type]
-        QuantSpec(x_bits, None, given["x_range"]),  # type: ignore[arg-type]
+        read_spec_arg(str(weight_spec)),
+        read_spec_arg(str(x_spec)),
         int(packed.meta["val"].shape[0]),  # type: ignore[union-attr]
         inputs,  # type: ignore[arg-type]
         device,
@@ -354,5 +348,5 @@ def site_of(node: Node, device: str) -> Site:
 
 
 PACKED_LINEAR = torch.ops.qatc.packed_linear.default
-"""``(x [..., K], packed [N, bytes], scale [N, G], bias, K, x_bits, weight_bits, *, ranges,
-group_size, prefill, decode) -> [..., N]``: a linear on a weight that is stored as packed codes."""
+"""``(x [..., K], packed [N, bytes], scale [N, G], bias, K, x_spec, weight_spec, *, prefill,
+decode) -> [..., N]``: a linear on a weight that is stored as packed codes."""

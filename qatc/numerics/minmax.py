@@ -42,7 +42,7 @@ import torch.compiler.config
 from torch import Tensor
 
 from qatc.errors import ConfigError
-from qatc.recipe.spec import QuantSpec, Range, ScaleDType
+from qatc.recipe.spec import QuantSpec, read_spec_arg, spec_arg
 
 MIN_SCALE = 2.0**-124
 """The smallest scale, of weights and others: values that devices may flush are less than half of
@@ -179,36 +179,25 @@ def _tag_compiled_code(package: Path) -> None:
 _tag_compiled_code(Path(__file__).parents[1])
 
 _LIBRARY = torch.library.Library("qatc", "DEF")
-_LIBRARY.define(
-    "fake_quantize(Tensor x, int bits, *, int group_size=0, str range='restricted',"
-    " bool snap_scale=False, str scale_dtype='bfloat16') -> Tensor"
-)
+_LIBRARY.define("fake_quantize(Tensor x, str spec, *, bool snap_scale=False) -> Tensor")
 
 
-def _fake_quantize(
-    x: Tensor,
-    bits: int,
-    *,
-    group_size: int = 0,
-    range: Range = "restricted",
-    snap_scale: bool = False,
-    scale_dtype: ScaleDType = "bfloat16",
-) -> Tensor:
-    spec = QuantSpec(bits, group_size or None, range, scale_dtype)
-    if not spec.quantizes:
+def _fake_quantize(x: Tensor, spec: str, *, snap_scale: bool = False) -> Tensor:
+    read = read_spec_arg(spec)
+    if not read.quantizes:
         return x.clone()
     values = x.detach()
-    groups = _in_groups(values, group_size)
-    scale = compute_scale(values, spec, snap=snap_scale).unsqueeze(-1)
-    quantized = (_round_to_codes(groups, scale, spec) * scale).flatten(-2).to(x.dtype)
+    groups = _in_groups(values, read.group_size or 0)
+    scale = compute_scale(values, read, snap=snap_scale).unsqueeze(-1)
+    quantized = (_round_to_codes(groups, scale, read) * scale).flatten(-2).to(x.dtype)
     return quantized + (x - values)
 
 
 _LIBRARY.impl("fake_quantize", _fake_quantize, "CompositeImplicitAutograd")
 
 FAKE_QUANTIZE = torch.ops.qatc.fake_quantize.default
-"""The op that the passes insert: ``(x, bits, *, group_size, range, snap_scale, scale_dtype) ->
-x-like``."""
+"""The op that the passes insert: ``(x, spec, *, snap_scale) -> x-like``, with the spec as
+:func:`qatc.recipe.spec.spec_arg` writes it."""
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, *, snap_scale: bool = False) -> Tensor:
@@ -221,17 +210,5 @@ def fake_quantize(x: Tensor, spec: QuantSpec, *, snap_scale: bool = False) -> Te
     """
     if not spec.quantizes:
         return x
-    result: Tensor = FAKE_QUANTIZE(x, spec.bits, **fake_quantize_kwargs(spec, snap_scale))
+    result: Tensor = FAKE_QUANTIZE(x, spec_arg(spec), snap_scale=snap_scale)
     return result
-
-
-def fake_quantize_kwargs(spec: QuantSpec, snap_scale: bool) -> dict[str, int | str | bool]:
-    """The keyword arguments of :data:`FAKE_QUANTIZE` for ``spec``."""
-    kwargs: dict[str, int | str | bool] = {
-        "group_size": spec.group_size or 0,
-        "range": spec.range,
-        "snap_scale": snap_scale,
-    }
-    if snap_scale and spec.scale_dtype != "bfloat16":
-        kwargs["scale_dtype"] = spec.scale_dtype
-    return kwargs

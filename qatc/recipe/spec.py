@@ -20,8 +20,10 @@ stores it holds exactly, and bf16 as well: see ``scale_dtype``.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from qatc.errors import ConfigError
 
@@ -97,3 +99,34 @@ class QuantSpec:
     def steps(self) -> float:
         """The number of steps from zero to ``max|x|``: 7 or 7.5 for 4 bits."""
         return float(self.code_max) if self.range == "restricted" else ((1 << self.bits) - 1) / 2
+
+
+def spec_arg(spec: QuantSpec) -> str:
+    """A spec as the argument of an operator: ``int4``, ``int8,range=full``, ``int4,group_size=32``.
+
+    What is at its default is left out. With :func:`read_spec_arg`, its inverse, this is the only
+    place where a spec is taken apart and put together.
+    """
+    parts = [f"int{spec.bits}"]
+    for own in dataclasses.fields(spec)[1:]:
+        value = getattr(spec, own.name)
+        if value != own.default:
+            parts.append(f"{own.name}={value}")
+    return ",".join(parts)
+
+
+@functools.cache
+def read_spec_arg(text: str) -> QuantSpec:
+    """The spec that :func:`spec_arg` wrote.
+
+    Raises:
+        ConfigError: ``text`` says none.
+    """
+    first, *others = text.split(",")
+    given: dict[str, Any] = {"bits": first.removeprefix("int")}
+    given |= dict(part.partition("=")[::2] for part in others)
+    names = {own.name for own in dataclasses.fields(QuantSpec)}
+    if not first.startswith("int") or not given.keys() <= names:
+        raise ConfigError(f"{text!r} is no spec; it looks like 'int4' or 'int4,group_size=32'")
+    plain: dict[str, Any] = {n: int(v) if v.isdecimal() else v for n, v in given.items()}
+    return QuantSpec(**plain)

@@ -16,8 +16,8 @@ from transformers.cache_utils import (
 
 from qatc.errors import CaptureError
 from qatc.graph.capture import Template
+from qatc.graph.nodes import spec_of
 from qatc.kernels.cached_attention import cache_shapes, cached_attention, quantized_attention
-from qatc.recipe.spec import QuantSpec
 
 SLOTS = 64
 """Attention reads the slots in use, rounded up to this many."""
@@ -210,8 +210,7 @@ def cache_tensors(template: Template) -> list[tuple[tuple[int, int], torch.dtype
         if node.target is cached_attention:
             found.append(((heads, width), value.dtype))
             continue
-        bits, kind = node.kwargs["bits"], node.kwargs["range"]
-        spec = QuantSpec(bits, None, kind)  # type: ignore[arg-type]
+        spec = spec_of(node)
         found += [((heads, last), dtype) for last, dtype in cache_shapes(spec, width)]
     return found
 

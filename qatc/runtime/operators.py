@@ -177,8 +177,8 @@ def _embedding(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
 
 
 def _packed_embedding(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
-    ids, packed, scale, width, bits = args
-    return own.embed_packed(ids, packed, scale, width, bits, kwargs["dtype"])
+    ids, packed, scale, width, spec = args
+    return own.embed_packed(ids, packed, scale, width, spec, kwargs["dtype"])
 
 
 def _size(own: Translator, node: Node, args: Any, kwargs: Any) -> int:

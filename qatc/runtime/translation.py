@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from qatc.graph.nodes import spec_of
 from qatc.kernels import native, packed_linear
 from qatc.kernels.cached_attention import quantized_attention
 from qatc.numerics import packing
-from qatc.recipe.spec import FLOAT_BITS, QuantSpec
+from qatc.recipe.spec import QuantSpec, read_spec_arg
 from qatc.runtime.operators import STEPS
 from qatc.runtime.program import BINARY, PADDING, UNARY, Op, Place, Steps, per_call
 from qatc.runtime.values import (
@@ -204,13 +205,13 @@ class Translator:
 
     def _product(
         self, node: Node, x: Any, packed: Parameter, scale: Parameter, bias: Any, inputs: int,
-        x_bits: int, weight_bits: int,
+        x_spec: str, weight_spec: str,
     ) -> Value:  # fmt: skip
-        given: Any = node.kwargs
         site = packed_linear.site_of(node, "cpu")
-        if x_bits == FLOAT_BITS:
+        weight_bits = site.weights.bits
+        if not site.activations.quantizes:
             raise Untranslatable("linears whose inputs are not quantized")
-        if given["group_size"]:
+        if site.weights.group_size:
             raise Untranslatable("weights with several scales in a row")
         if inputs > native.MAX_WIDTH:
             raise Untranslatable(f"an int32 does not hold the sum of {inputs} products")
@@ -263,8 +264,7 @@ class Translator:
         query, key, value = (self.dense(a) for a in args[:3])
         cache = args[3]
         assert isinstance(cache, CacheInput)
-        bits, kind = node.kwargs["bits"], node.kwargs["range"]
-        spec = QuantSpec(bits, None, kind)  # type: ignore[arg-type]
+        spec = spec_of(node)
         _, heads, _, width = query.view.shape
         kv_heads, value_width = key.view.shape[1], value.view.shape[3]
         scale: Any = node.kwargs["scale"]
@@ -284,11 +284,12 @@ class Translator:
         return out
 
     def embed_packed(
-        self, ids: Any, packed: Any, scale: Any, width: int, bits: int, dtype: Any
+        self, ids: Any, packed: Any, scale: Any, width: int, spec: str, dtype: Any
     ) -> Value:
         """A row of a table of packed codes."""
         if not isinstance(ids, Number):
             raise Untranslatable("a lookup of something computed")
+        bits = read_spec_arg(spec).bits
         out = self.new((*ids.view.shape, width), dtype)
         self.steps.emit(
             Op.EMBED_PACKED, out.place, a=self.steps.tensor(packed.tensor),

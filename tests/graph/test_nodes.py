@@ -1,19 +1,17 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from qatc.graph.edits import insert_between, insert_quantizer
 from qatc.graph.nodes import (
     argument,
     find_attentions,
     find_linears,
     find_projections,
-    insert_between,
     is_fake_quantize,
     is_quantized,
     matches,
@@ -21,6 +19,7 @@ from qatc.graph.nodes import (
     weight_sites,
 )
 from qatc.numerics import minmax
+from qatc.recipe.spec import QuantSpec
 
 aten = torch.ops.aten
 
@@ -81,7 +80,7 @@ def test_arguments_by_position_or_by_name(graph: GraphModule) -> None:
 def test_insert_between_moves_the_given_users_alone(graph: GraphModule) -> None:
     q, kv = find_linears(graph)
     users = [kv.node, q.node]  # in any order
-    new = insert_between(q.input, users, minmax.FAKE_QUANTIZE, (8,), {})
+    new = insert_between(q.input, users, minmax.FAKE_QUANTIZE, ("int8",), {})
     graph.graph.lint()
     graph.recompile()
     assert q.input is kv.input is new and is_fake_quantize(new)
@@ -93,7 +92,7 @@ def test_weight_sites_are_found_through_casts(graph: GraphModule) -> None:
     _, kv = find_linears(graph)
     cast = kv.weight
     assert weight_sites(graph) == []
-    quantized: Any = insert_between(cast.all_input_nodes[0], [cast], minmax.FAKE_QUANTIZE, (4,), {})
+    quantized = insert_quantizer(cast.all_input_nodes[0], [cast], QuantSpec(4), snap_scale=True)
     assert weight_sites(graph) == ["kv.weight"]
     assert is_quantized(cast) and not is_fake_quantize(cast)
     assert parameter_name(cast) == parameter_name(quantized) == "kv.weight"

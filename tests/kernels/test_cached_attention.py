@@ -95,7 +95,7 @@ def test_chunks_of_any_size_over_packed_codes(
                 *(query[:, :, now], key[:, :, now], value[:, :, now], *caches),
                 torch.arange(start, start + new).expand(rows, new),
                 None if mask is None else mask[:, :, now],
-                bits=bits,
+                spec=f"int{bits}",
             )
         )
         start += new
@@ -134,7 +134,7 @@ def test_no_token_leaves_the_cache_alone() -> None:
     before = [cache.clone() for cache in (*floats, *codes)]
     for out in (
         cached_attention(query, new, new, *floats, positions),
-        quantized_attention(query, new, new, *codes, positions, bits=4),
+        quantized_attention(query, new, new, *codes, positions, spec="int4"),
     ):
         assert out.shape == query.shape
     after = [*floats, *codes]

@@ -186,7 +186,8 @@ def test_forward_and_gradients(
     bias = rng.standard_normal(n, np.float32) if has_bias else None
     gradient = rng.standard_normal((m, n), np.float32)
     tensors = [torch.from_numpy(t).requires_grad_() for t in (x, w, *([bias] if has_bias else []))]
-    out = INTEGER_LINEAR(tensors[0], tensors[1], tensors[2] if has_bias else None, x_bits, w_bits)
+    specs = (f"int{x_bits}", f"int{w_bits}")
+    out = INTEGER_LINEAR(tensors[0], tensors[1], tensors[2] if has_bias else None, *specs)
     out.backward(torch.from_numpy(gradient))
     wanted, x_hat, w_hat = reference(x, w, bias, (x_bits, w_bits))
     g = gradient.astype(np.float64)
@@ -202,7 +203,7 @@ def test_forward_and_gradients(
 def test_any_leading_dimensions_and_dtype(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, w = torch.randn(2, 3, 5, 16, dtype=dtype, requires_grad=True), torch.randn(7, 16)
-    out = INTEGER_LINEAR(x, w.requires_grad_(), None, 8, 4)
+    out = INTEGER_LINEAR(x, w.requires_grad_(), None, "int8", "int4")
     assert out.shape == (2, 3, 5, 7) and out.dtype is dtype
     out.sum().backward()
     assert x.grad is not None and x.grad.dtype is dtype and x.grad.shape == x.shape
@@ -218,7 +219,7 @@ def test_backward_keeps_codes_and_no_floats() -> None:
 
     x, w = torch.randn(64, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        INTEGER_LINEAR(x, w, None, 8, 4)
+        INTEGER_LINEAR(x, w, None, "int8", "int4")
     assert sorted(t.numel() for t in kept if t.dtype is torch.int8) == [16 * 32, 64 * 32]
     assert all(t.shape[-1] == 1 for t in kept if t.is_floating_point())
 
@@ -230,7 +231,7 @@ def test_it_serialises(tmp_path: Any) -> None:
             self.weight = torch.nn.Parameter(torch.randn(4, 8))
 
         def forward(self, x: Tensor) -> Tensor:
-            result: Tensor = INTEGER_LINEAR(x, self.weight, None, 8, 4)
+            result: Tensor = INTEGER_LINEAR(x, self.weight, None, "int8", "int4")
             return result
 
     layer, x = Layer(), torch.randn(3, 8)

@@ -24,7 +24,7 @@ def test_against_a_table_in_fp64(bits: int, width: int, groups: int, compiled: b
     for shape in ((2, 3), (1, 1)) if compiled else ((2, 3), (1, 1), (5,)):
         ids = torch.randint(11, shape)
         for dtype in (torch.float32, torch.bfloat16):
-            rows = look_up(ids, packed, scale, width, bits, dtype=dtype)
+            rows = look_up(ids, packed, scale, width, f"int{bits}", dtype=dtype)
             assert rows.dtype is dtype and rows.shape == (*shape, width)
             assert torch.equal(rows, table[ids].float().to(dtype))
 
@@ -33,4 +33,4 @@ def test_ids_beyond_the_table_are_an_error() -> None:
     packed, scale = torch.zeros(3, 4, dtype=torch.int8), torch.ones(3, 1)
     for number in (-1, 3):
         with pytest.raises(IndexError):
-            PACKED_EMBEDDING(torch.tensor([number]), packed, scale, 4, 8, dtype=torch.float32)
+            PACKED_EMBEDDING(torch.tensor([number]), packed, scale, 4, "int8", dtype=torch.float32)

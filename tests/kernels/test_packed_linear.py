@@ -18,7 +18,7 @@ from qatc.machine import cpu
 from qatc.models.preparation import can_compile
 from qatc.numerics.minmax import quantize
 from qatc.numerics.packing import pack
-from qatc.recipe.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec, spec_arg
 
 
 def site(w: int, a: int, outputs: int = 8, inputs: int = 64, group: int | None = None) -> Site:
@@ -30,8 +30,7 @@ def run(x: Any, weight: Any, bias: Any, at: Site, **kernels: str) -> Any:
     names = kernels or {phase: choose(at, phase).kernel.name for phase in PHASES}
     return PACKED_LINEAR(
         *(x, pack(codes, at.weights.bits), scale, bias, at.inputs),
-        *(at.activations.bits, at.weights.bits),
-        group_size=at.weights.group_size or 0,
+        *(spec_arg(at.activations), spec_arg(at.weights)),
         prefill=names.get("prefill", ""),
         decode=names["decode"],
     )

@@ -134,7 +134,7 @@ def test_the_gradient_is_the_identity(case: tuple[Tensor, QuantSpec, bool], seed
 def test_sixteen_bits_are_the_identity(case: tuple[Tensor, QuantSpec, bool]) -> None:
     x, spec, snap = case
     assert fake_quantize(x, QuantSpec(), snap_scale=snap) is x
-    assert torch.equal(FAKE_QUANTIZE(x, 16, group_size=0, snap_scale=snap), x)
+    assert torch.equal(FAKE_QUANTIZE(x, "int16", snap_scale=snap), x)
 
 
 @settings(deadline=None, max_examples=100)

@@ -109,7 +109,7 @@ def test_the_projection_site_is_refused(llama_layer: Any) -> None:
 
 
 def test_other_bits_than_those_of_the_graph_are_refused(llama_layer: Any) -> None:
-    with pytest.raises(PassError, match="to 4 bits .* is to have 8"):
+    with pytest.raises(PassError, match="to int4, .* is to have int8"):
         InsertKVCache(QuantSpec(8))(quantized(llama_layer, QuantSpec(4)))
 
 

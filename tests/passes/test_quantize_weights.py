@@ -28,8 +28,8 @@ def test_every_linear_gets_one_node_on_its_weight(llama_layer: Any) -> None:
     assert sorted(weight_sites(edited)) == sorted(LINEARS)
     for linear in find_linears(edited):
         node = linear.weight
-        assert node.args[1:] == (4,)
-        assert node.kwargs == {"group_size": 0, "range": "restricted", "snap_scale": True}
+        assert node.args[1:] == ("int4",)
+        assert node.kwargs == {"snap_scale": True}
         assert node.args[0].meta["parameter"] == linear.parameter  # type: ignore[union-attr]
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from qatc.errors import PassError
-from qatc.graph.nodes import find_integer_linears, weight_sites
+from qatc.graph.nodes import find_integer_linears, spec_of, weight_sites
 from qatc.kernels.integer_linear import INTEGER_LINEAR
 from qatc.numerics.minmax import quantize
 from qatc.passes import Pipeline, QuantizeLinearInputs, QuantizeWeights, UseIntegerForward
-from qatc.recipe.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec, spec_arg
 from qatc.testing import check_pass
 
 
@@ -63,7 +63,7 @@ def test_ranges_are_kept(llama_layer: Any) -> None:
     counts: Any = {"before": {}, "after": {}}
     edited = check_pass(UseIntegerForward(), gm, llama_layer.args, **counts, check_outputs=1e-5)
     node = find_integer_linears(edited)[0].node
-    assert node.kwargs == {"x_range": "full", "weight_range": "restricted"}
+    assert node.args[3:] == ("int8,range=full", "int4")
 
 
 def test_groups_stay_in_float(llama_layer: Any) -> None:
@@ -86,7 +86,7 @@ def test_bits_are_those_of_the_nodes(llama_layer: Any) -> None:
     wanted = gm(*llama_layer.args)[0]
     UseIntegerForward()(gm)
     assert torch.allclose(gm(*llama_layer.args)[0], wanted, atol=1e-5)
-    assert find_integer_linears(gm)[0].node.args[3:] == (6, 3)
+    assert find_integer_linears(gm)[0].node.args[3:] == ("int6", "int3")
 
 
 def test_scales_that_fp16_holds_stay_so(llama_layer: Any) -> None:
@@ -94,10 +94,10 @@ def test_scales_that_fp16_holds_stay_so(llama_layer: Any) -> None:
     gm = quantized(llama_layer, spec=spec)
     UseIntegerForward()(gm)
     nodes = find_integer_linears(gm)
-    assert nodes and all(n.node.kwargs["weight_scale_dtype"] == "float16" for n in nodes)
+    assert nodes and all(spec_of(n.node, "weight_spec") == spec for n in nodes)
     x, weight = torch.randn(2, 8), torch.randn(3, 8) * 1e-6
     codes, scale = quantize(weight, spec, snap=True)
     x_codes, x_scale = quantize(x, QuantSpec(8))
     wanted = (x_codes.double() * x_scale.double()) @ (codes.double() * scale.double()).t()
-    got = INTEGER_LINEAR(x, weight, None, 8, 4, weight_scale_dtype="float16")
+    got = INTEGER_LINEAR(x, weight, None, "int8", spec_arg(spec))
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-12)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qatc.errors import ConfigError, QatcError
-from qatc.recipe.spec import FLOAT_BITS, VALID_BITS, QuantSpec
+from qatc.recipe.spec import FLOAT_BITS, VALID_BITS, QuantSpec, read_spec_arg, spec_arg
 
 quantizing_bits = st.sampled_from([b for b in VALID_BITS if b != FLOAT_BITS])
 
@@ -99,3 +99,33 @@ def test_bad_scale_dtypes_are_quoted_and_the_valid_ones_listed(scale_dtype: Any)
 
 def test_a_config_error_is_a_user_error_and_a_value_error() -> None:
     assert issubclass(ConfigError, QatcError) and issubclass(ConfigError, ValueError)
+
+
+@given(
+    st.builds(
+        QuantSpec,
+        bits=st.sampled_from(VALID_BITS),
+        group_size=st.none() | st.integers(1, 4096),
+        range=st.sampled_from(["restricted", "full"]),
+        scale_dtype=st.sampled_from(["bfloat16", "float16"]),
+    )
+)
+def test_as_an_argument_and_back(spec: QuantSpec) -> None:
+    assert read_spec_arg(spec_arg(spec)) == spec
+
+
+def test_every_field_of_a_spec_goes_into_its_argument() -> None:
+    """One that is added later must not be lost on the way into a graph."""
+    others = {"group_size": 16, "range": "full", "scale_dtype": "float16"}
+    assert {"bits", *others} == {field.name for field in dataclasses.fields(QuantSpec)}
+    plain = spec_arg(QuantSpec(4))
+    assert plain == "int4"
+    for name, value in others.items():
+        argument = spec_arg(QuantSpec(4, **{name: value}))  # type: ignore[arg-type]
+        assert argument == f"int4,{name}={value}"
+
+
+@pytest.mark.parametrize("text", ["", "4", "int4,size=3", "int4,", "float8"])
+def test_no_spec(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no spec"):
+        read_spec_arg(text)
