@@ -19,7 +19,6 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import common, variants
-from qatc.kernels import packed_linear
 from qatc.numerics import minmax, packing
 from qatc.recipe.spec import QuantSpec
 
@@ -67,9 +66,9 @@ def measure(
     torch._dynamo.reset()
     outputs, inputs = shape
     device = options.device
-    phase: packed_linear.Phase = "decode" if rows <= 8 else "prefill"
+    phase: Phase = "decode" if rows <= 8 else "prefill"
     specs = QuantSpec(bits, group), QuantSpec(activation_bits)
-    site = packed_linear.Site(*specs, outputs, inputs, device)
+    site = Site(*specs, outputs, inputs, device)
     weight = torch.randn(shape, device=device) * inputs**-0.5
     codes, scale = minmax.quantize(weight, site.weights, snap=True)
     packed = packing.pack(codes, bits)
@@ -82,7 +81,7 @@ def measure(
     groups = scale.double().repeat_interleave(inputs // scale.shape[1], 1)
     exact = values @ (codes.double() * groups).t()
     steps: dict[str, Callable[[], Any]] = {}
-    for kernel in packed_linear.KERNELS:
+    for kernel in table.KERNELS:
         if phase in kernel.phases and kernel.obstacle(site) is None:
             steps[kernel.name] = over_copies(compiled(kernel, x, scale, site), packed)
     steps["bf16 linear"] = over_copies(lambda w: F.linear(x.bfloat16(), w), weight.bfloat16())
@@ -91,7 +90,7 @@ def measure(
     for step in steps.values():
         step()
     times = variants.medians(variants.take_turns(steps, options.rounds, 3, device))
-    chosen = packed_linear.choose(site, phase).kernel.name
+    chosen = table.choose(site, phase).kernel.name
     largest = exact.abs().max()
     errors = {
         name: float((step().flatten(0, 1) - exact).abs().max() / largest)
@@ -121,15 +120,13 @@ def over_copies(run: Callable[[Any], Any], weight: Any) -> Callable[[], Any]:
     return lambda: run(next(copies))
 
 
-def compiled(
-    kernel: packed_linear.Kernel, x: Any, scale: Any, site: packed_linear.Site
-) -> Callable[[Any], Any]:
+def compiled(kernel: table.Kernel, x: Any, scale: Any, site: Site) -> Callable[[Any], Any]:
     """A kernel as it runs in a compiled layer."""
     run = torch.compile(lambda x, packed, scale: kernel.run(x, packed, scale, None, site))
     return lambda packed: run(x, packed, scale)
 
 
-def int4pack(x: Any, codes: Any, scale: Any, site: packed_linear.Site) -> Callable[[], Any]:
+def int4pack(x: Any, codes: Any, scale: Any, site: Site) -> Callable[[], Any]:
     """torch's int4 kernel, fed raw codes with unit scales so that its products are exact."""
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 2)
     group = next(g for g in (256, 128, 64, 32) if site.inputs % g == 0)

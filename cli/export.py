@@ -32,11 +32,11 @@ def export(
         from qatc.errors import PassError
         from qatc.evaluation.parity import verify
         from qatc.export import export as run
-        from qatc.output import loads_elsewhere
+        from qatc.output import Output, loads_elsewhere
 
-        def check(directory: Path) -> None:
+        def check(output: Output) -> None:
             try:
-                verify(directory, trust_remote_code=trust_remote_code).require(str(directory))
+                verify(output).require(str(source))
             except PassError as error:
                 terminal.err.print(f"not verified, as it does not run on integers: {error}")
 

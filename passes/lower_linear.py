@@ -20,6 +20,8 @@ from qatc.graph.nodes import (
     spec_of,
 )
 from qatc.kernels import integer_linear, packed_linear
+from qatc.kernels.site import PHASES, Site
+from qatc.kernels.table import choose
 from qatc.numerics import packing
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.quantize_weights import QuantizeWeights
@@ -35,7 +37,7 @@ class LowerLinear(GraphPass):
 
     The weight, a graph input, gives way to two: its packed codes, named like the weight with
     ``_packed`` added, and its scales, with ``_scale``. No float copy is left. Kernels are taken
-    from :data:`qatc.kernels.packed_linear.KERNELS`.
+    from :data:`qatc.kernels.table.KERNELS`.
 
     Args:
         device: type of the device that the graph will run on.
@@ -65,12 +67,8 @@ class LowerLinear(GraphPass):
 
     def _replace(self, found: dict[str, Any], packed: Node, scale: Node) -> None:
         outputs, inputs = (int(size) for size in shape_of(found["weight"]))
-        site = packed_linear.Site(
-            found["weights"], found["activations"], outputs, inputs, self.device
-        )
-        prefill, decode = (
-            packed_linear.choose(site, phase).kernel.name for phase in packed_linear.PHASES
-        )
+        site = Site(found["weights"], found["activations"], outputs, inputs, self.device)
+        prefill, decode = (choose(site, phase).kernel.name for phase in PHASES)
         read = (found["x"], packed, scale, found["bias"], inputs)
         specs = (spec_arg(site.activations), spec_arg(site.weights))
         kernels = {"prefill": prefill, "decode": decode}

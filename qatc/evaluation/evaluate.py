@@ -23,7 +23,7 @@ from qatc.machine.device import pick_device
 from qatc.models import load_model, load_tokenizer
 from qatc.models.load import check_length
 from qatc.models.preparation import prepare
-from qatc.output.reading import load_reference, read_recipe
+from qatc.output import load_reference, open_output
 from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
 from qatc.storage.directories import recover
@@ -98,8 +98,9 @@ def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
     model: Any
     if config.is_output:
         directory = Path(config.model)
-        recipe = read_recipe(directory)
-        model = load_reference(directory, trust_remote_code=trust).to(device)  # type: ignore[arg-type]
+        output = open_output(directory, trust_remote_code=trust)
+        recipe = output.recipe
+        model = load_reference(output).to(device)  # type: ignore[arg-type]
     else:
         model = load(config.model)
     check_length(config.model, model.config, config.length)

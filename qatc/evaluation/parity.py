@@ -40,11 +40,10 @@ from qatc.models.pipelines import recipe_allows_integers
 from qatc.models.preparation import prepare, restore
 from qatc.numerics import packing
 from qatc.numerics.minmax import quantize
-from qatc.output import load_float_state, load_reference, read_metadata, read_recipe
+from qatc.output import Output, load_reference
 from qatc.output.directory import digest_of
-from qatc.output.reading import read_stored
+from qatc.output.reading import opened
 from qatc.passes.lower_linear import PACKED, SCALE
-from qatc.recipe.recipe import Recipe
 from qatc.runtime.forward import runtime_of
 from qatc.runtime.model import load
 
@@ -54,7 +53,7 @@ KL_SHARE = 0.02
 
 
 def verify(
-    directory: Path | str,
+    directory: Path | str | Output,
     *,
     trained: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
@@ -64,7 +63,7 @@ def verify(
     """Compare an output's integer model with the graph that was trained.
 
     Args:
-        directory: an output of ``qatc quantize``.
+        directory: of an output of ``qatc quantize``, or the output itself, opened.
         trained: the trained state dict, if it is at hand: the stored codes must be its codes.
         device: torch device.
         reload: load the output in a new process as well.
@@ -79,16 +78,15 @@ def verify(
         ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
         PassError: the recipe has no integer runtime.
     """
-    directory = Path(directory)
-    recipe, metadata = read_recipe(directory), read_metadata(directory)
-    trust = {"trust_remote_code": trust_remote_code}
-    lowered = load(directory, device=device, dtype=torch.float32, compile=False, **trust)
-    checks = [_stored(lowered, directory, recipe, metadata, trained)]
-    reference = load_reference(directory, **trust).to(device)  # type: ignore[arg-type]
+    output = opened(directory, trust_remote_code)
+    recipe = output.recipe
+    lowered = load(output, device=device, dtype=torch.float32, compile=False)
+    checks = [_stored(lowered, output, trained)]
+    reference = load_reference(output).to(device)  # type: ignore[arg-type]
     prepare(reference, recipe, compile=False, integer_forward=False)
     ids = _write_text(lowered, device)
     with torch.no_grad():
-        texts = Texts(ids, _least_kl(metadata))
+        texts = Texts(ids, _least_kl(output.metadata))
         checks += compare_in_float(reference, lowered, recipe, ids)
         checks += _ends(reference, lowered, ids)
         in_float, on_integers = score(reference, ids), score(lowered, ids)
@@ -111,7 +109,7 @@ def verify(
         _programmed(lowered, texts)
         checks += texts.checks
         if reload:
-            checks.append(_reloaded(directory, on_integers, ids, device, trust_remote_code))
+            checks.append(_reloaded(output, on_integers, ids, device))
     return ParityReport(tuple(checks))
 
 
@@ -122,43 +120,28 @@ def _least_kl(metadata: Mapping[str, Any]) -> float:
     return KL_SHARE * max([float(kl) for kl in measured if kl], default=0.05)
 
 
-def _stored(
-    model: nn.Module,
-    directory: Path,
-    recipe: Recipe,
-    metadata: Mapping[str, Any],
-    trained: Mapping[str, Tensor] | None,
-) -> Check:
+def _stored(model: nn.Module, output: Output, trained: Mapping[str, Tensor] | None) -> Check:
     """What the loaded model holds, by the digests taken when it was written, or by the masters."""
     held = dict(model.state_dict(keep_vars=True)) | dict(model.named_buffers())
     wrong = []
-    specs = {name: spec for name, (spec, _) in read_stored(directory).items()}
-    for name, digest in metadata["digests"].items():
+    for name, digest in output.metadata["digests"].items():
         packed = held.get(name + PACKED)
         if packed is None:
             continue
-        codes = packing.unpack(packed, specs[name].bits, _width(model, name))
+        spec, width = output.weights[name].spec, output.weights[name].codes.shape[1]
+        codes = packing.unpack(packed, spec.bits, width)
         same = digest_of(codes, held[name + SCALE]) == digest
         if same and trained is not None:
-            wanted, scale = quantize(trained[name].detach(), specs[name], snap=True)
+            wanted, scale = quantize(trained[name].detach(), spec, snap=True)
             same = torch.equal(codes.cpu(), wanted.cpu())
             same = same and torch.equal(held[name + SCALE].cpu(), scale.cpu())
         if not same:
             wrong.append(name)
-    for name, value in load_float_state(directory).items():
-        if digest_of(value) != metadata["float_digests"].get(name):
+    for name, value in output.state.items():
+        if digest_of(value) != output.metadata["float_digests"].get(name):
             wrong.append(name)
     what = "number of stored tensors that are not the trained ones"
     return Check("stored", what, len(wrong), 0, wrong[0] if wrong else None)
-
-
-def _width(model: nn.Module, name: str) -> int:
-    runtime = runtime_of(model)
-    for forward in (*runtime.forwards, *runtime.ends):
-        shapes = {f"{forward.name}.{n}": p.shape for n, p in forward.prototype.named_parameters()}
-        if name in shapes:
-            return int(shapes[name][1])
-    raise AssertionError(f"no layer has {name}")
 
 
 @torch.no_grad()
@@ -243,11 +226,10 @@ with torch.no_grad():
 """
 
 
-def _reloaded(
-    directory: Path, logits: Tensor, ids: Tensor, device: str, trust_remote_code: bool
-) -> Check:
+def _reloaded(output: Output, logits: Tensor, ids: Tensor, device: str) -> Check:
+    directory = output.place
     arguments = [str(directory), json.dumps(ids.tolist()), str(torch.get_num_threads()), device]
-    arguments.append("trust" if trust_remote_code else "")
+    arguments.append("trust" if output.trust_remote_code else "")
     done = subprocess.run(
         [sys.executable, "-c", _RELOAD, *arguments], capture_output=True, text=True, check=False
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qatc.errors import CheckpointError, ConfigError, DataError
 from qatc.machine.device import check_dtype, pick_device, pick_dtype
+from qatc.models.building import build_model
 from qatc.models.support import refuse_adapter, softcapping
 from qatc.storage.files import read_json
 
@@ -174,19 +175,14 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
     Raises:
         ConfigError: there is no such model.
     """
-    from transformers import AutoModelForCausalLM
-
     config = load_config(name, trust_remote_code=trust_remote_code)
+    own = getattr(config, "dtype", None)
+    dtype = own if isinstance(own, torch.dtype) else torch.get_default_dtype()
     with _readable_errors(name, config):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-            )
+        model = build_model(config, dtype, device="meta", trust_remote_code=trust_remote_code)
         model.to_empty(device="cpu")
         model.tie_weights()
-    own = getattr(config, "dtype", None)
-    own = own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
-    return LoadedModel(model.eval(), name, own)
+    return LoadedModel(model.eval(), name, dtype)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

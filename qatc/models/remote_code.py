@@ -6,50 +6,16 @@ well, so that they travel with it; see :func:`copy_code`.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qatc.errors import CheckpointError, ConfigError, DataError
-from qatc.storage.files import read_json
+from qatc.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _NEEDED = ("AutoConfig", "AutoModelForCausalLM")
-
-
-def build_model(
-    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool, **options: Any
-) -> PreTrainedModel:
-    """A causal LM of a config, unquantized and with new weights.
-
-    Args:
-        config: left as it is; a ``quantization_config`` is ignored.
-        dtype: of the parameters.
-        trust_remote_code: run the model's own code, if it has any.
-        options: what else ``from_config`` takes.
-
-    Raises:
-        CheckpointError: the model's own code cannot be run.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
-    except (OSError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"cannot build the model of {config._name_or_path}: {reason}; copy it again with its"
-            " Python files, and install what they import"
-        ) from error
-    return model
 
 
 def copy_code(model: PreTrainedModel, directory: Path) -> dict[str, str]:
@@ -77,22 +43,23 @@ def copy_code(model: PreTrainedModel, directory: Path) -> dict[str, str]:
     return dict(found["auto_map"])
 
 
-def require_trust(directory: Path, trust_remote_code: bool) -> None:
+def require_trust(directory: Path, plain: Mapping[str, Any], trust_remote_code: bool) -> None:
     """Refuse a directory whose model runs its own code, unless that is trusted.
 
     Transformers would ask on the terminal, or take a class of its own of the same name, which need
     not compute the same.
+
+    Args:
+        directory: of the model, for the message.
+        plain: its ``config.json``.
+        trust_remote_code: whether it is trusted.
 
     Raises:
         ConfigError: it has code of its own, and ``trust_remote_code`` is false.
     """
     if trust_remote_code:
         return
-    try:
-        plain = read_json(directory / "config.json")
-    except DataError:
-        return  # for whoever reads the config to report
-    named = plain.get("auto_map") if isinstance(plain, dict) else None
+    named = plain.get("auto_map")
     files = [named[key] for key in _NEEDED if key in named] if isinstance(named, dict) else []
     if files:
         modules = dict.fromkeys(f"{str(file).partition('.')[0]}.py" for file in files)

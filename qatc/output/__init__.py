@@ -1,27 +1,28 @@
 """What ``quantize`` writes and ``load`` reads.
 
-Codes and scales are stored as they were trained (``codes.py``), in the layout of compressed-tensors
-(``compressed_tensors.py``), in an ordinary Hugging Face directory (``directory.py``).
+An output is one value (``contents.py``): codes and scales as they were trained (``codes.py``), and
+all that stays float. Its directory is an ordinary Hugging Face model (``directory.py``,
+``reading.py``), whose codes lie in the layouts of compressed-tensors (``layouts.py``).
 """
 
 from qatc.output.codes import QuantizedWeight
-from qatc.output.directory import write_model
+from qatc.output.contents import Output
+from qatc.output.directory import write_output
 from qatc.output.reading import (
     load_codes,
-    load_float_state,
     load_reference,
     loads_elsewhere,
+    open_output,
     read_metadata,
-    read_recipe,
 )
 
 __all__ = [
+    "Output",
     "QuantizedWeight",
     "load_codes",
-    "load_float_state",
     "load_reference",
     "loads_elsewhere",
+    "open_output",
     "read_metadata",
-    "read_recipe",
-    "write_model",
+    "write_output",
 ]

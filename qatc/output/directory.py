@@ -28,17 +28,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qatc.errors import CheckpointError, ConfigError
-from qatc.models.remote_code import build_model, copy_code
+from qatc.models.building import build_model
+from qatc.models.remote_code import copy_code
 from qatc.models.vocabulary import End, are_tied, find_ends, untie
 from qatc.output import compressed_tensors
 from qatc.output.codes import QuantizedWeight
+from qatc.output.contents import Output
+from qatc.output.layouts import PLAIN, layout_of, loads_exactly_in, tensor_names, to_tensors
 from qatc.output.model_card import write_card
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import FLOAT_BITS, QuantSpec
 from qatc.storage.files import write_json
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 FORMAT_VERSION = 3
@@ -47,37 +49,27 @@ OWN_KEYS = (
     *("format_version", "layout", "recipe", "quantized"),
     *("digests", "float_digests", "specs"),
 )
-"""What :func:`write_model` puts into ``qatc.json`` by itself."""
+"""What :func:`write_output` puts into ``qatc.json`` by itself."""
 
 
-def write_model(
+def write_output(
     directory: Path,
+    output: Output,
     *,
-    config: PreTrainedConfig,
-    state: Mapping[str, Tensor],
-    weights: Mapping[str, QuantizedWeight],
-    recipe: Recipe,
-    metadata: Mapping[str, Any],
-    generation_config: GenerationConfig | None = None,
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    trust_remote_code: bool = False,
     portable: bool = False,
 ) -> None:
     """Write a quantized model into an empty directory (see the module's table).
 
     Args:
-        directory: exists and is empty; see :func:`qatc.storage.files.complete_directory`.
-        config: the model's config; a ``quantization_config`` of its own is replaced.
-        state: the model's float state dict. Entries of quantized weights are not written, and of
-            tied weights only one.
-        weights: the quantized weights by parameter name. A tied weight is there under the name of
-            each of its users that quantizes it; where only one does, the written model is untied.
-        recipe: what the model was trained with.
-        metadata: further entries of ``qatc.json``, as plain data.
-        generation_config, tokenizer: saved beside the model, if given.
+        directory: exists and is empty; see :func:`qatc.storage.directories.complete_directory`.
+        output: the model. A ``quantization_config`` of its config is replaced, and so is what this
+            function puts into ``qatc.json`` by itself. Float tensors of quantized weights are not
+            written, and of tied ones only one. A tied weight that not all of its users quantize
+            makes the written model untied.
+        tokenizer: saved beside the model, if given.
         max_shard_bytes: larger models are split into files of this size.
-        trust_remote_code: the model runs its own code, which is copied into the directory.
         portable: store the codes of head and embedding where transformers finds them, which takes
             more space: those of a tied weight twice, and those of the table a byte each. Otherwise
             such a model is for :func:`qatc.load` alone, and says so to others.
@@ -87,30 +79,32 @@ def write_model(
             its module is neither a linear nor an embedding.
         CheckpointError: the weights cannot be written.
     """
+    config, recipe, weights = output.config, output.recipe, output.weights
+    trust = output.trust_remote_code
     specs = (recipe.weights, recipe.head, recipe.embedding)
     assert all(weight.spec in specs for weight in weights.values()), "another recipe's"
     # Without storage: tells the linear layers and the tied weights by their names.
-    skeleton = build_on(config, "meta", torch.float32, trust_remote_code)
+    skeleton = build_model(config, torch.float32, device="meta", trust_remote_code=trust)
     ends, ties = find_ends(skeleton), dict(skeleton.all_tied_weights_keys)
     as_codes = [getattr(recipe, end.role).quantizes for end in ends]
     if are_tied(ends) and any(as_codes) and (portable or not all(as_codes)):
         weights = with_tied(weights, ties) if all(as_codes) else weights
         config, ties = copy.deepcopy(config), {}
         untie(config)
-    tensors = _drop_tied(state, weights, ties)
+    tensors = _drop_tied(output.state, weights, ties)
     weights = _drop_tied_codes(weights, ties)
-    layouts = {name: compressed_tensors.layout_of(w.spec) for name, w in weights.items()}
+    layouts = {name: layout_of(w.spec) for name, w in weights.items()}
     tables = [e.weight for e in ends if e.role == "embedding" and e.weight in weights]
     if portable:  # transformers finds no packed codes in an embedding
-        layouts |= dict.fromkeys(tables, compressed_tensors.PLAIN)
+        layouts |= dict.fromkeys(tables, PLAIN)
     floats = [value for value in tensors.values() if value.is_floating_point()]
     dtype = max(floats, key=Tensor.numel).dtype if floats else torch.float32
-    tensors |= compressed_tensors.pack(weights, dtype=dtype, layouts=layouts)
+    tensors |= to_tensors(weights, dtype=dtype, layouts=layouts)
 
     plain_config = json.loads(config.to_json_string())
     plain_config.pop("quantization_config", None)
     # What transformers loads in by itself, scales included: fp16 may be too coarse for those.
-    exact = compressed_tensors.loads_exactly_in(weights, dtype)
+    exact = loads_exactly_in(weights, dtype)
     plain_config["dtype"] = str(dtype if exact else torch.float32).removeprefix("torch.")
     plain_config["architectures"] = [type(skeleton).__name__]
     plain_config.pop("auto_map", None)  # of code that did not run, and is not here
@@ -123,15 +117,15 @@ def write_model(
             _declared_ends(ends, weights, layouts, recipe, are_tied(ends) and bool(ties)),
         )
     write_json(directory / "config.json", dict(sorted(plain_config.items())))
-    if generation_config is not None:
-        plain = json.loads(generation_config.to_json_string())
+    if output.generation_config is not None:
+        plain = json.loads(output.generation_config.to_json_string())
         write_json(directory / "generation_config.json", plain)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     _write_tensors(directory, tensors, max_shard_bytes)
     layout = compressed_tensors.joined(layouts.values()) if weights else "float"
     digests = {name: digest_of(w.codes, w.scale) for name, w in sorted(weights.items())}
-    packed = {k for n, own in layouts.items() for k in compressed_tensors.tensor_names(n, own)}
+    packed = {k for n, own in layouts.items() for k in tensor_names(n, own)}
     floats_stored = {n: digest_of(t) for n, t in sorted(tensors.items()) if n not in packed}
     own = (
         *(FORMAT_VERSION, layout, recipe.to_dict(), sorted(weights)),
@@ -142,7 +136,8 @@ def write_model(
             if end.weight in weights
         },
     )
-    write_json(directory / "qatc.json", {**metadata, **dict(zip(OWN_KEYS, own, strict=True))})
+    said = _further(output.metadata) | dict(zip(OWN_KEYS, own, strict=True))
+    write_json(directory / "qatc.json", said)
     write_card(directory)
 
 
@@ -154,14 +149,6 @@ def digest_of(*tensors: Tensor) -> str:
         found.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
         found.update(plain.flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:32]
-
-
-def build_on(
-    config: PreTrainedConfig, device: str, dtype: torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
-    """A model of ``config`` whose weights say nothing yet, built on a device."""
-    with torch.device(device):
-        return build_model(config, dtype, trust_remote_code=trust_remote_code)
 
 
 def _declared_ends(
@@ -177,7 +164,7 @@ def _declared_ends(
         if end.weight in weights:
             inputs = recipe.activations if end.role == "head" else QuantSpec(FLOAT_BITS)
             layout = layouts[end.weight]
-            if tied or (end.role == "embedding" and layout != compressed_tensors.PLAIN):
+            if tied or (end.role == "embedding" and layout != PLAIN):
                 layout = compressed_tensors.OWN_LAYOUT
             found[end.name] = (weights[end.weight].spec, inputs, layout)
     return found
@@ -250,13 +237,13 @@ def with_tied(
     return {**codes, **{name: codes[s] for name, s in tied.items() if s in codes}}
 
 
-def own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`write_model` takes as ``metadata`` to write ``qatc.json`` again."""
+def _further(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``qatc.json`` says besides what :func:`write_output` puts there by itself."""
     return {key: value for key, value in metadata.items() if key not in OWN_KEYS}
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copy what :func:`write_model` does not write: generation config, tokenizer, the report."""
+    """Copy what :func:`write_output` does not write: generation config, tokenizer, the report."""
     for path in source.iterdir():
         own = path.name in ("config.json", "qatc.json") or ".safetensors" in path.name
         if path.is_file() and not own:

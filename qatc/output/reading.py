@@ -1,7 +1,8 @@
-"""What an output holds, read back: metadata, recipe, codes, float weights, the reference model."""
+"""An output read back: opened as a whole, or only what is asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qatc.errors import CheckpointError, ConfigError, DataError
-from qatc.models.load import require_finite
+from qatc.models.building import build_model
+from qatc.models.load import read_generation_config, require_finite
 from qatc.models.remote_code import require_trust
-from qatc.output import compressed_tensors
 from qatc.output.codes import QuantizedWeight
+from qatc.output.compressed_tensors import OWN_LAYOUT
+from qatc.output.contents import Output
+from qatc.output.directory import OWN_KEYS, with_tied
+from qatc.output.layouts import from_tensors, layout_of, tensor_names
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from qatc.storage.directories import recover
@@ -21,7 +26,6 @@ from qatc.storage.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-from qatc.output.directory import OWN_KEYS, build_on, with_tied
 
 _READABLE = (2, 3)
 """Version 2 knows no quantized head or embedding, and is read as what it says."""
@@ -67,45 +71,79 @@ def why_unverified(directory: Path) -> str | None:
     return str(parity["reason"]) if parity.get("passed", True) is None else None
 
 
-def read_recipe(directory: Path) -> Recipe:
-    """The recipe that the model was trained with; raises as :func:`read_metadata`."""
+def open_output(directory: Path | str, *, trust_remote_code: bool = False) -> Output:
+    """Read an output of qatc, every file of it once.
+
+    Raises:
+        CheckpointError: the directory is no complete output of qatc, or a file of it is damaged.
+        ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
+    """
+    directory = Path(directory)
+    metadata = read_metadata(directory)
+    recipe = _recipe(directory, metadata)
+    stored = _stored(directory, metadata, recipe)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    tensors = _read_tensors(directory)
+    weights = _weights(directory, stored, tensors)
+    return Output(
+        config,
+        recipe,
+        weights,
+        tensors,
+        metadata,
+        read_generation_config(directory),
+        trust_remote_code,
+        directory,
+    )
+
+
+def load_codes(directory: Path | str) -> dict[str, QuantizedWeight]:
+    """The quantized weights of an output by name: the very codes and scales that were written.
+
+    Raises:
+        CheckpointError: as :func:`open_output`.
+    """
+    directory = Path(directory)
+    metadata = read_metadata(directory)
+    stored = _stored(directory, metadata, _recipe(directory, metadata))
+    names = {own for name, (_, layout) in stored.items() for own in tensor_names(name, layout)}
+    return _weights(directory, stored, _read_tensors(directory, names))
+
+
+def _recipe(directory: Path, metadata: Mapping[str, Any]) -> Recipe:
     try:
-        return Recipe.from_dict(read_metadata(directory)["recipe"])
+        return Recipe.from_dict(metadata["recipe"])
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / 'qatc.json'}: {error}") from error
 
 
-def load_codes(directory: Path) -> dict[str, QuantizedWeight]:
-    """The quantized weights by parameter name: the very codes and scales that were written.
-
-    Raises:
-        CheckpointError: as :func:`read_metadata`, or a weight file or tensor is missing or damaged.
-    """
-    tensors, stored = _read_tensors(directory, quantized=True), read_stored(directory)
-    found: dict[str, QuantizedWeight] = {}
-    for name, (spec, layout) in stored.items():
-        own = compressed_tensors.tensor_names(name, layout)
-        found |= compressed_tensors.unpack({key: tensors[key] for key in own}, spec, layout)
-    return found
-
-
-def read_stored(directory: Path) -> dict[str, tuple[QuantSpec, str]]:
-    """How each stored weight is quantized, and its layout, by name.
-
-    Raises:
-        CheckpointError: as :func:`read_metadata`.
-    """
-    metadata, weights = read_metadata(directory), read_recipe(directory).weights
-    stored = {
-        name: (weights, compressed_tensors.layout_of(weights)) for name in metadata["quantized"]
-    }
+def _stored(
+    directory: Path, metadata: Mapping[str, Any], recipe: Recipe
+) -> dict[str, tuple[QuantSpec, str]]:
+    """How each stored weight is quantized, and its layout, by name."""
+    weights = recipe.weights
+    stored = {name: (weights, layout_of(weights)) for name in metadata["quantized"]}
     try:
         for name, plain in metadata["specs"].items():
-            layout = str(plain.pop("layout"))
-            stored[name] = (QuantSpec(**plain), layout)
+            own = {key: value for key, value in plain.items() if key != "layout"}
+            stored[name] = (QuantSpec(**own), str(plain["layout"]))
     except (ConfigError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{directory / 'qatc.json'}: {error}") from error
     return stored
+
+
+def _weights(
+    directory: Path, stored: Mapping[str, tuple[QuantSpec, str]], tensors: dict[str, Tensor]
+) -> dict[str, QuantizedWeight]:
+    """The quantized weights, whose tensors are taken out of ``tensors``."""
+    found: dict[str, QuantizedWeight] = {}
+    for name, (spec, layout) in stored.items():
+        names = tensor_names(name, layout)
+        missing = [own for own in names if own not in tensors]
+        if missing:
+            raise CheckpointError(f"{directory} has no tensor {missing[0]}; write the model again")
+        found |= from_tensors({own: tensors.pop(own) for own in names}, spec, layout)
+    return found
 
 
 def loads_elsewhere(directory: Path) -> bool:
@@ -116,19 +154,11 @@ def loads_elsewhere(directory: Path) -> bool:
     """
     config = _read_mapping(directory / "config.json").get("quantization_config") or {}
     groups = dict(config.get("config_groups", {})).values()
-    return all(group["format"] != compressed_tensors.OWN_LAYOUT for group in groups)
+    return all(group["format"] != OWN_LAYOUT for group in groups)
 
 
-def load_float_state(directory: Path) -> dict[str, Tensor]:
-    """The tensors that are not quantized, as stored; raises as :func:`load_codes`."""
-    return _read_tensors(directory, quantized=False)
-
-
-def _read_tensors(directory: Path, *, quantized: bool) -> dict[str, Tensor]:
-    stored = read_stored(directory)
-    expected = {
-        k for n, (_, own) in stored.items() for k in compressed_tensors.tensor_names(n, own)
-    }
+def _read_tensors(directory: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of the weight files by name; ``names``: those alone, as far as they are there."""
     paths = [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.exists():
@@ -138,7 +168,7 @@ def _read_tensors(directory: Path, *, quantized: bool) -> dict[str, Tensor]:
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                wanted = [key for key in file.keys() if (key in expected) == quantized]
+                wanted = [key for key in file.keys() if names is None or key in names]
                 tensors.update({key: file.get_tensor(key) for key in wanted})
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing; copy or write the model again") from error
@@ -147,9 +177,6 @@ def _read_tensors(directory: Path, *, quantized: bool) -> dict[str, Tensor]:
                 f"{path} is damaged or cut off ({error}); copy or write the model again"
             ) from error
     require_finite(tensors, str(directory))
-    missing = sorted(expected - tensors.keys()) if quantized else []
-    if missing:
-        raise CheckpointError(f"{directory} has no tensor {missing[0]}; write the model again")
     return tensors
 
 
@@ -161,25 +188,31 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def load_reference(
-    directory: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    source: Path | Output, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The plain Hugging Face model with the weights ``code * scale``; inputs are not quantized.
 
+    Args:
+        source: an output, opened or not.
+        dtype: of its parameters.
+        trust_remote_code: run the code that comes with the model, where it is still to be opened.
+
     Raises:
-        CheckpointError: as :func:`load_codes`, or the tensors are not those of the config.
+        CheckpointError: as :func:`open_output`, or the tensors are not those of the config.
         ConfigError: as :func:`read_config`.
     """
-    codes, state = load_codes(directory), load_float_state(directory)
-    config = read_config(directory, trust_remote_code=trust_remote_code)
-    model = build_on(config, "cpu", dtype, trust_remote_code)
-    own = model.state_dict()
-    codes = with_tied(codes, model.all_tied_weights_keys)
+    output = opened(source, trust_remote_code)
+    model = build_model(
+        output.config, dtype, device="cpu", trust_remote_code=output.trust_remote_code
+    )
+    own, state = model.state_dict(), output.state
+    codes = with_tied(output.weights, model.all_tied_weights_keys)
     given = codes.keys() | state.keys()
     odd = sorted((own.keys() - given - model.all_tied_weights_keys.keys()) | (given - own.keys()))
     if odd:
         raise CheckpointError(
-            f"{directory} does not hold the tensors of its config: {len(odd)} are missing or left"
-            f" over, among them {odd[0]}; copy or write the model again"
+            f"{output.directory} does not hold the tensors of its config: {len(odd)} are missing or"
+            f" left over, among them {odd[0]}; copy or write the model again"
         )
     for name in sorted(given):
         own[name].copy_(codes[name].dequantize(dtype) if name in codes else state[name])
@@ -187,21 +220,34 @@ def load_reference(
     return model
 
 
+def opened(source: Path | str | Output, trust_remote_code: bool = False) -> Output:
+    """The output itself, or the one in a directory."""
+    if isinstance(source, Output):
+        return source
+    return open_output(source, trust_remote_code=trust_remote_code)
+
+
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's config.
+    """The model's config, by its file.
 
     Raises:
         CheckpointError: it cannot be read.
         ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    require_trust(directory, trust_remote_code)
+    plain = _read_mapping(directory / "config.json")
+    require_trust(directory, plain, trust_remote_code)
+    config: PreTrainedConfig
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            directory, trust_remote_code=trust_remote_code
-        )
+        if "auto_map" in plain:  # whose code transformers fetches, and reads the file again
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        elif plain.get("model_type") in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+        else:
+            raise ValueError(f"transformers knows no model_type {plain.get('model_type')!r}")
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"cannot read the config in {directory}: {reason}") from error
+    config._name_or_path = str(directory)
     return config

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from qatc.errors import ConfigError
 from qatc.numerics import packing
-from qatc.output import QuantizedWeight
-from qatc.output.directory import copy_companions, digest_of, own_metadata, write_model
+from qatc.output.codes import QuantizedWeight
+from qatc.output.contents import Output
+from qatc.output.directory import copy_companions, digest_of, write_output
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
@@ -50,6 +51,19 @@ class Origin:
     packed: Mapping[str, tuple[QuantSpec, int]]
     dtypes: Mapping[str, torch.dtype]
     trust_remote_code: bool
+
+    @classmethod
+    def of(cls, output: Output) -> Origin:
+        """What is to be remembered of an opened output: not its tensors."""
+        weights = output.weights.items()
+        return cls(
+            output.place,
+            output.metadata,
+            output.recipe,
+            {name: (weight.spec, weight.codes.shape[1]) for name, weight in weights},
+            {name: value.dtype for name, value in output.state.items()},
+            output.trust_remote_code,
+        )
 
 
 def make_saveable(model: PreTrainedModel, origin: Origin) -> None:
@@ -95,9 +109,8 @@ def save_loaded(
     directory, state = Path(save_directory), _float_state(model, origin)
     wanted = origin.metadata["float_digests"]
     changed = [n for n, digest in wanted.items() if n in state and digest_of(state[n]) != digest]
-    metadata = own_metadata(origin.metadata)
-    if changed:
-        metadata = {key: value for key, value in metadata.items() if key not in _MEASURED}
+    stale = _MEASURED if changed else ()
+    metadata = {key: value for key, value in origin.metadata.items() if key not in stale}
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
     with complete_directory(directory) as staging:
@@ -111,17 +124,16 @@ def save_loaded(
                 " no tokenizer; save one there",
                 stacklevel=2,
             )
-        write_model(
-            staging,
-            config=model.config,
-            state=state,
-            weights=quantized_weights(model, origin),
-            recipe=origin.recipe,
-            metadata=metadata,
-            generation_config=model.generation_config,
-            max_shard_bytes=_bytes(max_shard_size),
-            trust_remote_code=origin.trust_remote_code,
+        output = Output(
+            model.config,
+            origin.recipe,
+            quantized_weights(model, origin),
+            state,
+            metadata,
+            model.generation_config,
+            origin.trust_remote_code,
         )
+        write_output(staging, output, max_shard_bytes=_bytes(max_shard_size))
 
 
 def quantized_weights(model: nn.Module, origin: Origin) -> dict[str, QuantizedWeight]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from qatc.graph.capture import Template
 from qatc.kernels import packed_linear
+from qatc.kernels.site import PHASES
+from qatc.kernels.table import choose
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.runtime.cache import cache_tensors, cache_values
 from qatc.runtime.forward import Runtime, runtime_of
@@ -130,8 +132,8 @@ def _uses(layer: str, node: torch.fx.Node, runtime: Runtime) -> list[KernelUse]:
     site = packed_linear.site_of(node, torch.device(runtime.device).type)
     name = packed.meta["parameter"].removesuffix(PACKED)
     uses = []
-    for phase in packed_linear.PHASES:
-        choice = packed_linear.choose(site, phase)
+    for phase in PHASES:
+        choice = choose(site, phase)
         shape = (site.outputs, site.inputs)
         uses.append(KernelUse(layer, name, shape, phase, choice.kernel.name, choice.passed_over))
     return uses

@@ -8,27 +8,24 @@ calls transformers models work with it.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from qatc.errors import CheckpointError
 from qatc.graph.templates import dry_run
 from qatc.machine.device import pick_device
 from qatc.models import find_regions
-from qatc.models.load import read_generation_config
+from qatc.models.building import build_model
 from qatc.models.preparation import can_compile
-from qatc.models.remote_code import build_model
 from qatc.models.vocabulary import End, are_tied, quantized_ends
 from qatc.numerics import packing
-from qatc.output import QuantizedWeight, load_codes, load_float_state, read_metadata, read_recipe
-from qatc.output.reading import read_config
+from qatc.output import Output
+from qatc.output.reading import opened
 from qatc.output.saving import Origin, make_saveable
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.runtime.float_head import flatten_head
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    directory: Path | str,
+    directory: Path | str | Output,
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -50,7 +47,7 @@ def load(
     """Load an output of ``qatc quantize`` as a model that runs on integers.
 
     Args:
-        directory: the output.
+        directory: of the output, or the output itself, opened.
         device: torch device, or ``auto``.
         dtype: of everything that is not quantized; ``None`` for that in which it was trained.
         compile: compile the layers with Inductor; ``None``: if this machine can.
@@ -71,12 +68,16 @@ def load(
         PassError: the recipe has no integer runtime, e.g. K and V quantized before the rotary
             embedding.
     """
-    directory, device = Path(directory), pick_device(device)
-    recipe, codes = read_recipe(directory), load_codes(directory)
+    output, device = opened(directory, trust_remote_code), pick_device(device)
+    recipe = output.recipe
     if dtype is None:
-        named = str(read_metadata(directory).get("compute_dtype", "float32"))
-        dtype = getattr(torch, named)
-    model = _build(directory, dtype, trust_remote_code)
+        dtype = getattr(torch, str(output.metadata.get("compute_dtype", "float32")))
+    model = build_model(
+        output.config,
+        dtype,
+        device="parameters on meta",
+        trust_remote_code=output.trust_remote_code,
+    )
     runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
@@ -85,8 +86,8 @@ def load(
         forwards.append(LoweredForward(region, name, runtime, skip, number))
     ends = quantized_ends(model, recipe)
     at_ends = [LoweredEnd(end, runtime) for end in ends]
-    stored = _fill(model, directory, codes, device, ends if are_tied(ends) else [])
-    if (own := read_generation_config(directory)) is not None:
+    _fill(model, output, device, ends if are_tied(ends) else [])
+    if (own := copy.deepcopy(output.generation_config)) is not None:
         own.cache_implementation = None  # the cache is a packed one, whatever the model asked for
         model.generation_config = own
     for forward in (*forwards, *at_ends):
@@ -94,10 +95,7 @@ def load(
     flatten_head(model)
     runtime.forwards, runtime.ends = tuple(forwards), tuple(at_ends)
     setattr(model, RUNTIME, runtime)
-    packed = {name: (weight.spec, weight.codes.shape[1]) for name, weight in codes.items()}
-    metadata = read_metadata(directory)
-    origin = Origin(directory, metadata, recipe, packed, stored, trust_remote_code)
-    make_saveable(model, origin)
+    make_saveable(model, Origin.of(output))
     model.eval().requires_grad_(False)
     with dry_run(runtime.stores()):
         ids = torch.zeros((2, 8), dtype=torch.long, device=device)
@@ -117,61 +115,13 @@ def _offer_program(model: Any, runtime: Runtime, wanted: bool) -> None:
         model.forward = runtime.decode
 
 
-def _build(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a directory's config, with its parameters on the meta device."""
-    config = read_config(directory, trust_remote_code=trust_remote_code)
-    with _parameters_on_meta():
-        return build_model(
-            config, dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-        )
-
-
-_BUILDING = threading.local()
-"""Whether this thread builds a model whose parameters get no storage."""
-
-
-def _move_to_meta(
-    module: nn.Module, name: str, parameter: nn.Parameter | None
-) -> nn.Parameter | None:
-    building = getattr(_BUILDING, "on_meta", False)
-    if not building or parameter is None or parameter.device.type == "meta":
-        return None  # which leaves the parameter as it is, tied ones one and the same
-    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-
-
-register_module_parameter_registration_hook(_move_to_meta)  # type: ignore[arg-type]
-# Never removed: torch knows hooks for all threads only, and to change them would disturb others.
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules that this thread builds get parameters without storage.
-
-    Buffers, which the config decides, are real, and other threads build theirs as ever.
-    """
-    _BUILDING.on_meta = True
-    try:
-        yield
-    finally:
-        _BUILDING.on_meta = False
-
-
-def _fill(
-    model: PreTrainedModel,
-    directory: Path,
-    codes: dict[str, QuantizedWeight],
-    device: str,
-    tied: Sequence[End],
-) -> dict[str, torch.dtype]:
+def _fill(model: PreTrainedModel, output: Output, device: str, tied: Sequence[End]) -> None:
     """Give the model its packed and its float tensors, and nothing else.
 
     The ``tied`` ends get the codes that were stored once for both.
-
-    Returns:
-        The dtypes of the float tensors as they were stored.
     """
-    state, dtype = load_float_state(directory), model.dtype
-    for name, weight in codes.items():
+    state, dtype = output.state, model.dtype
+    for name, weight in output.weights.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         del module._parameters[leaf]
@@ -193,10 +143,9 @@ def _fill(
     if missing or len(floats) != len(state):
         odd = missing or sorted(state.keys() - floats.keys())
         raise CheckpointError(
-            f"{directory} does not hold the tensors of its config: {len(odd)} are missing or left"
-            f" over, among them {odd[0]}; copy or write the model again"
+            f"{output.directory} does not hold the tensors of its config: {len(odd)} are missing or"
+            f" left over, among them {odd[0]}; copy or write the model again"
         )
-    return {name: value.dtype for name, value in state.items()}
 
 
 def _share_codes(model: PreTrainedModel, tied: Sequence[End]) -> None:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from qatc.kernels import native
 from qatc.kernels.integer_linear import LARGEST_WIDTH
-from qatc.kernels.packed_linear import KERNELS, PACKED_LINEAR, PHASES, Site, choose
+from qatc.kernels.packed_linear import PACKED_LINEAR
+from qatc.kernels.site import PHASES, Site
+from qatc.kernels.table import KERNELS, choose
 from qatc.machine import cpu
 from qatc.models.preparation import can_compile
 from qatc.numerics.minmax import quantize

@@ -1,0 +1,28 @@
+"""What a format is: a name, and how it is written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qatc.output import Output, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that another runtime loads.
+
+    Attributes:
+        name: what users call it.
+        loads_in: the runtimes that load it.
+        write: writes an opened output into an empty directory, with the codes and scales as they
+            were trained, bit for bit. What the format cannot hold is a ``ConfigError`` that says
+            why, and which format can.
+        read: the inverse: the quantized weights of such a directory by name.
+    """
+
+    name: str
+    loads_in: str
+    write: Callable[[Output, Path], None]
+    read: Callable[[Path], Mapping[str, QuantizedWeight]]

@@ -1,0 +1,216 @@
+"""The table of kernels that run lowered linears, and the choice of one.
+
+:data:`KERNELS` is the table from which :func:`choose` takes the first entry that applies; every
+entry says why it stands where it does, and what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from qatc.kernels import integer_linear, native, products
+from qatc.kernels.site import (
+    Phase,
+    Site,
+    needs_bytes,
+    needs_fused,
+    needs_int4pack,
+    needs_int_mm,
+    needs_integers,
+    needs_native,
+    needs_native_bytes,
+    needs_scaled,
+    needs_tinygemm,
+)
+from qatc.numerics import minmax, packing
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a lowered linear.
+
+    Attributes:
+        name: what a graph and a report call it.
+        phases: when it may run.
+        reason: why it is preferred to what comes after it in the table.
+        obstacle: why it cannot run at a site, or None if it can.
+        run: ``(x, packed, scale, bias, site) -> [..., N]``; None for a kernel that has an obstacle
+            everywhere, and stands in the table so that a report can say which.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    reason: str
+    obstacle: Callable[[Site], str | None]
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Site], Tensor] | None
+
+
+def _run_int_mm(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
+) -> Tensor:
+    codes = packing.unpack(packed, site.weights.bits, site.inputs)
+    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
+    sums = integer_linear.int_mm(x_codes, codes)
+    return _scaled(sums, x, x_scale, scale, bias, site)
+
+
+def _scaled(
+    sums: Tensor, x: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, site: Site
+) -> Tensor:
+    product = integer_linear.scale_sums(sums, x_scale, scale, bias, x.dtype)
+    return product.view(*x.shape[:-1], site.outputs)
+
+
+def _run_native(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
+) -> Tensor:
+    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
+    sums = products.packed_mm(x_codes, packed, site.weights.bits)
+    return _scaled(sums, x, x_scale, scale, bias, site)
+
+
+def _run_fused(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    """Unpack inside the reduction: every byte of the weight is read once, and nothing is written.
+
+    The codes enter unsigned, and what that adds to the sum is taken off afterwards; all partial
+    sums are integers that fp32 holds. Several rows would unpack them anew for each.
+    """
+    if any(size != 1 for size in x.shape[:-1]):
+        return _run_int_mm(x, packed, scale, bias, site)
+    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
+    pieces = packing.parts(packed, site.weights.bits, site.inputs)
+    assert pieces is not None, "checked by the table"
+    values = x_codes.float()
+    cut = values.unsqueeze(-2).chunk(len(pieces), -1)
+    products = [piece.float() * part for piece, part in zip(pieces, cut, strict=True)]
+    offset = 1 << (site.weights.bits - 1)
+    total = sum(products[1:], products[0]).sum(-1) - offset * values.sum(-1, keepdim=True)
+    return _scaled(total, x, x_scale, scale, bias, site)
+
+
+def _run_scaled(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
+) -> Tensor:
+    """The very values of :func:`_run_float`, summed in fp32."""
+    values = minmax.fake_quantize(x, site.activations).flatten(0, -2)
+    product = products.scaled_mm(values, packed, scale, site.weights.bits)
+    product = product if bias is None else product + bias.float()
+    return product.to(x.dtype).view(*x.shape[:-1], site.outputs)
+
+
+def _run_float(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    in_c = site.device == "cpu" and site.weights.bits < 8 and native.obstacle() is None
+    unpack = products.unpack if in_c else packing.unpack
+    codes = unpack(packed, site.weights.bits, site.inputs)
+    weight = minmax.dequantize(codes, scale, x.dtype)
+    return F.linear(minmax.fake_quantize(x, site.activations), weight, bias)
+
+
+KERNELS = (
+    Kernel(
+        "int8 product",
+        ("decode",),
+        "the processor's byte products, in C, on int8 codes as they are stored: at 8 rows of"
+        " 4096 x 4096 twice as fast as int_mm, and no slower at a single row",
+        needs_native_bytes,
+        _run_native,
+    ),
+    Kernel(
+        "int_mm",
+        ("prefill", "decode"),
+        "int8 codes as they are stored, an exact int32 product in torch's own kernel: on a CPU with"
+        " AVX512-VNNI 1.7 times as fast as a bf16 linear at 512 rows of 4096 x 4096",
+        needs_bytes,
+        _run_int_mm,
+    ),
+    Kernel(
+        "packed product",
+        ("prefill", "decode"),
+        "packed codes go into the processor's byte products out of registers, in C: at a single row"
+        " of 4096 x 4096 and 4 bits 3 times as fast as Inductor's fused unpack, and about as fast"
+        " as _weight_int4pack_mm_for_cpu, which rounds its sums to bf16; for more than 16 rows they"
+        " are unpacked once, in C, for int_mm or, where that is slow, for the product in blocks",
+        needs_native,
+        _run_native,
+    ),
+    Kernel(
+        "tinygemm (_weight_int4pack_mm)",
+        ("prefill", "decode"),
+        "4-bit weights on tensor cores; its choice would be by measurement, which was not run",
+        needs_tinygemm,
+        None,
+    ),
+    Kernel(
+        "_weight_int4pack_mm_for_cpu",
+        ("prefill", "decode"),
+        "3 times as fast as the fused unpack at a single row of 4096 x 4096",
+        needs_int4pack,
+        None,
+    ),
+    Kernel(
+        "fused unpack",
+        ("decode",),
+        "codes are unpacked in the registers of one fused reduction, so that a quarter of bf16's"
+        " bytes are read; unpacking to memory first costs ten times as much at a single row",
+        needs_fused,
+        _run_fused,
+    ),
+    Kernel(
+        "unpack + int_mm",
+        ("prefill", "decode"),
+        "codes are unpacked to int8 once for all rows of a prefill, whose product then is int_mm's",
+        needs_int_mm,
+        _run_int_mm,
+    ),
+    Kernel(
+        "blocked product",
+        ("prefill", "decode"),
+        "an exact product of int8 codes, unpacked to memory where they are packed, without torch's:"
+        " in C for 16 rows at a time where the processor has byte products or there are no more, or"
+        " in fp32 for 1024 columns at a time, summed in integers",
+        needs_integers,
+        _run_int_mm,
+    ),
+    Kernel(
+        "scaled product",
+        ("decode",),
+        "the product in fp32 for groups and for inputs in float: a row of the weight at a time is"
+        " dequantized into the cache of a core, in C, where a copy of all of it takes 4 to 9 times"
+        " as long at a single row of 4096 x 4096 and 4 bits",
+        needs_scaled,
+        _run_scaled,
+    ),
+    Kernel(
+        "dequantize + linear",
+        ("prefill", "decode"),
+        "the product in float: what is left where no integer product computes what was trained",
+        lambda site: None,
+        _run_float,
+    ),
+)
+"""Kernels, the preferred ones first."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel of a site, and why nothing before it in the table runs there."""
+
+    kernel: Kernel
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def choose(site: Site, phase: Phase) -> Choice:
+    """The first kernel of the table that computes ``site`` exactly in this phase."""
+    passed_over: list[tuple[str, str]] = []
+    for kernel in KERNELS:
+        obstacle = kernel.obstacle(site)
+        if phase not in kernel.phases:
+            obstacle = f"it is for {' and '.join(kernel.phases)} only"
+        if obstacle is None:
+            return Choice(kernel, tuple(passed_over))
+        passed_over.append((kernel.name, obstacle))
+    raise AssertionError("the last kernel applies everywhere")

@@ -1,0 +1,110 @@
+"""The first stage of a run: what the user gave, read before anything expensive begins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qatc.data.corpus import Corpus, Rows, is_complete, read_text, require_known, text_rows
+from qatc.errors import ConfigError
+from qatc.machine.device import pick_device, pick_dtype
+from qatc.models import load_config, load_tokenizer
+from qatc.models.load import check_length
+from qatc.models.preparation import can_compile
+from qatc.progress import Observer
+from qatc.quantize.settings import QuantizeConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every stage of a run is told.
+
+    Attributes:
+        config: the run.
+        observer: is told what happens.
+        device: torch device.
+        compile: whether graphs are compiled.
+    """
+
+    config: QuantizeConfig
+    observer: Observer
+    device: str
+    compile: bool
+
+    @classmethod
+    def of(cls, config: QuantizeConfig, observer: Observer) -> Setting:
+        """The run on this machine."""
+        compile = can_compile() if config.compile is None else config.compile
+        return cls(config, observer, pick_device(config.device), compile)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gave, besides the model's weights.
+
+    Attributes:
+        tokenizer: of the model.
+        compute: dtype that the run computes in.
+        texts: rows of the evaluation text, if there is one, by its name.
+        corpus: a complete corpus of the user's; None if the teacher is to write or complete one.
+        inputs: fingerprints of text and corpus by what they are called in a message.
+    """
+
+    tokenizer: Any
+    compute: torch.dtype
+    texts: Mapping[str, Rows]
+    corpus: Corpus | None
+    inputs: Mapping[str, str]
+
+
+def read_given(setting: Setting) -> Given:
+    """Read tokenizer, evaluation text and corpus, and find early what is wrong with one.
+
+    Raises:
+        QatcError: something cannot be read, or does not fit.
+    """
+    config = setting.config
+    trust, length = config.trust_remote_code, config.generation.max_length
+    model_config = load_config(config.model, trust_remote_code=trust)
+    check_length(config.model, model_config, length)
+    compute = pick_dtype(config.dtype, setting.device, model_config)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
+    inputs: dict[str, str] = {}
+    texts: dict[str, Rows] = {}
+    if config.eval_text is not None:
+        text = read_text(config.eval_text)
+        rows = text_rows(text, tokenizer, length, config.eval_tokens)
+        digest = hashlib.sha256(text.encode() + rows.tokens.tobytes())  # of the tokenizer as well
+        inputs[f"the evaluation text {config.eval_text}"] = digest.hexdigest()
+        texts[str(config.eval_text)] = rows
+    corpus, sequences = None, config.generation.sequences
+    if config.data is not None and is_complete(config.data):
+        corpus = Corpus.open(config.data)
+        corpus.require_tokenizer(tokenizer)
+        inputs[f"the corpus {config.data}"] = corpus.fingerprint
+        sequences = int(corpus.manifest["sequences"])
+        setting.observer.note(f"training on the corpus {config.data}, {sequences:,} sequences")
+    if sequences < 2 * config.eval_sequences:
+        raise ConfigError(
+            f"{sequences} sequences are too few to hold out {config.eval_sequences} for"
+            " evaluation; generate more (--samples), or lower --eval-samples"
+        )
+    return Given(tokenizer, compute, texts, corpus, inputs)
+
+
+def require_known_tokens(given: Given, model: Any, name: str) -> None:
+    """Find tokens that the model has no embedding for before one is looked up.
+
+    Raises:
+        DataError: there is one in the text or the corpus.
+    """
+    found = {f"the text {title}": rows.tokens for title, rows in given.texts.items()}
+    if given.corpus is not None:
+        found[f"the corpus {given.corpus.path}"] = np.concatenate(given.corpus.sequences())
+    for what, tokens in found.items():
+        require_known(tokens, given.tokenizer, model, what=what, name=name)

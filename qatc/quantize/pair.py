@@ -1,0 +1,152 @@
+"""The second stage of a run: the teacher, and the student with the quantized graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatc.data.corpus import Rows
+from qatc.data.generate import model_fingerprint
+from qatc.evaluation.metrics import Metrics, evaluate
+from qatc.graph import compilation
+from qatc.models import LoadedModel, load_model
+from qatc.models.pipelines import why_no_integer_forward
+from qatc.models.preparation import prepare, prepared_state, quantized_specs
+from qatc.models.vocabulary import tying_note
+from qatc.quantize.given import Setting
+from qatc.recipe.spec import QuantSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """Both models as they were loaded.
+
+    Attributes:
+        student: with fp32 masters.
+        teacher: in the compute dtype.
+        stored: dtype of the checkpoint.
+        inputs: the fingerprint of the model by what it is called in a message.
+    """
+
+    student: Any
+    teacher: LoadedModel
+    stored: torch.dtype
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Both models, ready to train.
+
+    Attributes:
+        student: prepared, with fp32 masters.
+        teacher: in the compute dtype.
+        stored: dtype of the checkpoint, and of what is not quantized in the output.
+        compute: dtype that both compute in.
+        integer_forward: whether the student computes its quantized linears on integers.
+        quantized: the weights that are quantized by name, and how.
+    """
+
+    student: Any
+    teacher: LoadedModel
+    stored: torch.dtype
+    compute: torch.dtype
+    integer_forward: bool
+    quantized: Mapping[str, QuantSpec]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the student is run under."""
+        if self.compute is torch.float32:
+            return nullcontext()
+        device = next(self.student.parameters()).device
+        return torch.autocast(device.type, dtype=self.compute)
+
+
+def load_models(setting: Setting, compute: torch.dtype) -> Loaded:
+    """Load the model twice.
+
+    Raises:
+        QatcError: it cannot be loaded.
+    """
+    config = setting.config
+
+    def load(dtype: torch.dtype) -> LoadedModel:
+        return load_model(
+            config.model,
+            dtype=dtype,
+            device=setting.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    student, teacher = load(torch.float32), load(compute)
+    inputs = {f"the model {config.model}": model_fingerprint(student.model)}
+    if not setting.compile:
+        asked = config.compile is False
+        reason = "as --no-compile asks" if asked else f"as {compilation.obstacle()}: slower"
+        setting.observer.note(f"running uncompiled, {reason}")
+    return Loaded(student.model, teacher, student.dtype, inputs)
+
+
+def make_pair(setting: Setting, loaded: Loaded, compute: torch.dtype) -> Pair:
+    """Put the quantized graph under the student and decide what is trained.
+
+    Raises:
+        QatcError: the model cannot be quantized so.
+    """
+    config, student = setting.config, loaded.student
+    masters = next(student.parameters()).dtype
+    prepare(
+        student,
+        config.recipe,
+        compile=setting.compile,
+        compute_dtype=None if compute is masters else compute,
+        integer_forward=config.integer_forward,
+    )
+    on_integers = prepared_state(student).integer_forward
+    if not on_integers:
+        obstacle = why_no_integer_forward(config.recipe, torch.device(setting.device))
+        setting.observer.note(f"linears computed in float: {obstacle or 'as asked'}")
+    if (note := tying_note(student, config.recipe)) is not None:
+        setting.observer.note(note)
+    if not config.train_embeddings:
+        _share_embeddings(student, loaded.teacher.model)
+    quantized = quantized_specs(student)
+    return Pair(student, loaded.teacher, loaded.stored, compute, on_integers, quantized)
+
+
+def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:
+    """Freeze the student's embeddings and head, and let them use the teacher's memory."""
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        own, source = getattr(student, get)(), getattr(teacher, get)()
+        if own is None:
+            continue
+        own.weight.requires_grad_(False)
+        if own.weight.dtype is source.weight.dtype:
+            own.weight.data = source.weight.data
+
+
+def evaluate_one(setting: Setting, pair: Pair, model: nn.Module, rows: Rows) -> Metrics:
+    """Measure student or teacher on rows, against the teacher."""
+    return evaluate(
+        model,
+        rows,
+        teacher=pair.teacher.model,
+        batch_size=setting.config.training.batch_size,
+        autocast=pair.autocast if model is pair.student else nullcontext,
+        compile=setting.compile,
+        on_progress=setting.observer.evaluated,
+    )
+
+
+@torch.no_grad()
+def round_unquantized(pair: Pair) -> None:
+    """Round what is stored in float to its stored dtype, so that what ships is evaluated."""
+    # Of a tied weight that only one of its users quantizes, the other one stores the float.
+    for name, parameter in pair.student.named_parameters(remove_duplicate=False):
+        if name not in pair.quantized:
+            parameter.copy_(parameter.to(pair.stored).to(parameter.dtype))

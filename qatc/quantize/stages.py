@@ -1,0 +1,135 @@
+"""The stages from a prepared student to a trained one; what they measure is kept with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qatc.data.corpus import Corpus, Rows, pack_rows
+from qatc.data.generate import generate_corpus
+from qatc.evaluation.metrics import Metrics
+from qatc.quantize.given import Given, Setting
+from qatc.quantize.pair import Pair, evaluate_one
+from qatc.quantize.settings import QuantizeConfig, trained_file
+from qatc.storage.files import read_json, write_json
+from qatc.training.distill import Distiller, StepMetrics
+
+GENERATED = "generated"
+"""Name of the held-out generated text in the figures."""
+
+Figures = Mapping[str, Mapping[str, Metrics]]
+"""Text name -> model name (``full precision``, ``RTN``, ``QAT``) -> metrics."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the training went.
+
+    Attributes:
+        rate: the learning rate at its highest.
+        history: every step.
+    """
+
+    rate: float
+    history: Sequence[StepMetrics]
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(step.seconds for step in self.history)
+
+
+def write_corpus(setting: Setting, given: Given, pair: Pair, slots: int | None) -> Corpus:
+    """The corpus that the teacher writes, or completes.
+
+    Args:
+        setting: the run.
+        given: with the tokenizer.
+        pair: with the teacher.
+        slots: sequences to write side by side; None: as many as are fast.
+    """
+    config, observer = setting.config, setting.observer
+    total = config.generation.sequences
+    observer.stage(f"The teacher writes {total} sequences to {config.data_directory}")
+    return generate_corpus(
+        pair.teacher,
+        given.tokenizer,
+        config.data_directory,
+        config.generation,
+        compile=setting.compile,
+        slots=slots,
+        on_progress=lambda sequences, tokens: observer.generated(sequences, total, tokens),
+    )
+
+
+def split(corpus: Corpus, config: QuantizeConfig) -> tuple[Rows, Rows]:
+    """Rows to train on, and rows of the corpus' last sequences, which are held out."""
+    sequences, held = corpus.sequences(), config.eval_sequences
+    length, prompt = config.generation.max_length, corpus.prompt_tokens
+    train, held_out = sequences[:-held], sequences[-held:]
+    return pack_rows(train, length, prompt), pack_rows(held_out, length, prompt)
+
+
+def measure_baselines(setting: Setting, pair: Pair, texts: Mapping[str, Rows]) -> Figures:
+    """Full precision and round-to-nearest."""
+
+    file = setting.config.partial / "baselines.json"
+    if file.exists():
+        return {t: {m: Metrics(**v) for m, v in r.items()} for t, r in read_json(file).items()}
+    setting.observer.stage("Evaluating full precision and round-to-nearest (RTN)")
+    figures = {
+        name: {
+            "full precision": evaluate_one(setting, pair, pair.teacher.model, rows),
+            "RTN": evaluate_one(setting, pair, pair.student, rows),
+        }
+        for name, rows in texts.items()
+    }
+    write_json(file, plain_figures(figures))
+    return figures
+
+
+def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Training:
+    """Train the student; its optimizer is gone afterwards.
+
+    Args:
+        setting: the run.
+        pair: whose student is trained.
+        rows: what it is trained on.
+        rounding_kl: KL divergence of the rounded model to the teacher, which the learning rate is
+            chosen by.
+    """
+    config, steps = setting.config, setting.config.training.steps
+    setting.observer.stage(f"Training for {steps} steps")
+    distiller = Distiller(
+        pair.student,
+        pair.teacher.model,
+        rows,
+        config.training,
+        config.partial,
+        rounding_kl=rounding_kl,
+        autocast=pair.autocast,
+        compile=setting.compile,
+    )
+    history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
+    pair.student.zero_grad(set_to_none=True)
+    return Training(distiller.rate, history)
+
+
+def measure_trained(
+    setting: Setting, pair: Pair, texts: Mapping[str, Rows], baselines: Figures
+) -> Figures:
+    """The baselines, and beside them the trained model."""
+
+    file = trained_file(setting.config)
+    if file.exists():
+        trained = {text: Metrics(**plain) for text, plain in read_json(file).items()}
+    else:
+        setting.observer.stage("Evaluating the trained model")
+        trained = {n: evaluate_one(setting, pair, pair.student, r) for n, r in texts.items()}
+        write_json(file, {name: metrics.to_dict() for name, metrics in trained.items()})
+    return {text: {**models, "QAT": trained[text]} for text, models in baselines.items()}
+
+
+def plain_figures(figures: Figures) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Figures as plain data."""
+    return {t: {m: v.to_dict() for m, v in models.items()} for t, models in figures.items()}

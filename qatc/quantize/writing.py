@@ -1,0 +1,126 @@
+"""The last stage of a run: the output is written, held against what was trained, and reported."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from qatc.errors import PassError
+from qatc.evaluation.parity import verify
+from qatc.machine.device import release_memory
+from qatc.models.preparation import restore
+from qatc.output import Output, QuantizedWeight, loads_elsewhere, open_output, write_output
+from qatc.output.model_card import write_card
+from qatc.quantize.given import Setting
+from qatc.quantize.pair import Pair
+from qatc.quantize.settings import as_options
+from qatc.quantize.stages import Figures, Training
+from qatc.report.markdown import write_report
+from qatc.report.usage import decoding_report, kernel_report, memory
+from qatc.runtime.model import load
+from qatc.storage.directories import complete_directory
+from qatc.storage.files import read_json, write_json
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """All that is left of a run once its models are gone.
+
+    Attributes:
+        output: what is to be written.
+        masters: what its codes were made from, by name.
+        tokenizer: to be written beside it.
+        figures: of all models.
+        training: how it went.
+    """
+
+    output: Output
+    masters: Mapping[str, Tensor]
+    tokenizer: Any
+    figures: Figures
+    training: Training
+
+
+def take_output(
+    setting: Setting, pair: Pair, metadata: Mapping[str, Any]
+) -> tuple[Output, dict[str, Tensor]]:
+    """The output of a trained student, which is a plain model afterwards, and its masters."""
+    model = restore(pair.student)
+    state = model.state_dict()
+    masters = {name: state.pop(name) for name in pair.quantized}
+    floats = {
+        name: value.to(pair.stored) if value.is_floating_point() else value
+        for name, value in state.items()
+    }
+    weights = {
+        name: QuantizedWeight.from_float(master, pair.quantized[name])
+        for name, master in masters.items()
+    }
+    output = Output(
+        model.config,  # type: ignore[arg-type]
+        setting.config.recipe,
+        weights,
+        floats,
+        metadata,
+        model.generation_config,  # type: ignore[arg-type]
+        setting.config.trust_remote_code,
+    )
+    return output, masters
+
+
+def write(setting: Setting, trained: Trained) -> None:
+    """Write the output of a run; it appears in one piece, once it is verified.
+
+    Raises:
+        CheckpointError: it cannot be written.
+        ParityError: it does not compute what was trained.
+    """
+    config, observer = setting.config, setting.observer
+    with complete_directory(config.output, overwrite=config.overwrite) as staging:
+        write_output(staging, trained.output, tokenizer=trained.tokenizer)
+        if not loads_elsewhere(staging):
+            observer.note(
+                "head and embedding are stored as qatc alone loads them; for transformers:"
+                " qatc export"
+            )
+        shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
+        if (options := as_options(config)) is not None:
+            (staging / "run.yaml").write_text(yaml.safe_dump(options, sort_keys=False), "utf-8")
+        found = _verify(setting, staging, trained.masters)
+        write_json(staging / "qatc.json", read_json(staging / "qatc.json") | found)
+        write_card(staging)
+        metadata = {**trained.output.metadata, **found}
+        write_report(staging, metadata, trained.figures, trained.training.history)
+
+
+def _verify(setting: Setting, staging: Path, masters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Hold what was written against what was trained, before it is called complete."""
+    observer, device = setting.observer, setting.device
+    if not setting.config.verify:
+        reason = "--no-verify asked for it"
+        observer.note(f"not verified, as {reason}")
+        return {"parity": {"passed": None, "reason": reason}}
+    observer.stage("Verifying that the integer model computes what was trained")
+    release_memory(device)  # two more models are about to be loaded
+    output = open_output(staging, trust_remote_code=setting.config.trust_remote_code)
+    try:
+        report = verify(output, trained=masters, device=device)
+        release_memory(device)
+        model = load(output, device=device, compile=False)
+    except PassError as error:
+        observer.note(f"not verified, as it does not run on integers: {error}")
+        return {"parity": {"passed": None, "reason": str(error)}}
+    report.require(str(setting.config.output))
+    observer.note(f"{len(report.checks)} checks passed")
+    return {
+        "parity": report.to_dict(),
+        "memory": asdict(memory(model)),
+        "kernels": [asdict(use) for use in kernel_report(model)],
+        "decoding": decoding_report(model),
+    }
