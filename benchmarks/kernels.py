@@ -19,6 +19,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import common, variants
+from qatc.kernels import table
+from qatc.kernels.site import Phase, Site
 from qatc.numerics import minmax, packing
 from qatc.recipe.spec import QuantSpec
 

@@ -7,42 +7,13 @@ else is in ``qatc.json`` and ``config.json``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qatc.models.cards import CARD, HUB_NAME
 from qatc.output.stored import PORTABLE_LAYOUTS, Stored, measure
 from qatc.storage.files import read_json, write_atomically
-
-CARD = "README.md"
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-def license_of(model: str) -> dict[str, str]:
-    """What the card of a model says about its license; nothing if there is no card at hand.
-
-    Args:
-        model: a directory, or a hub name; of that, only what is in the local cache is looked at.
-    """
-    import yaml
-    from huggingface_hub import try_to_load_from_cache
-
-    card: Any = Path(model) / CARD
-    if not Path(model).is_dir():
-        card = try_to_load_from_cache(model, CARD) if _HUB_NAME.fullmatch(model) else None
-    if not isinstance(card, (str, Path)) or not Path(card).is_file():
-        return {}
-    text = Path(card).read_text(encoding="utf-8-sig", errors="replace")
-    found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-    try:
-        front = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
-        return {}  # somebody else's card, which need not be valid
-    names = ("license", "license_name", "license_link")
-    given = front if isinstance(front, dict) else {}
-    return {name: given[name] for name in names if isinstance(given.get(name), str)}
 
 
 def write_card(directory: Path) -> None:
@@ -95,7 +66,7 @@ def _base_name(metadata: Mapping[str, Any]) -> str:
 
 def _is_hub_name(metadata: Mapping[str, Any]) -> bool:
     model = str(metadata.get("model", ""))
-    return bool(_HUB_NAME.fullmatch(model)) and not metadata.get("model_is_directory", False)
+    return bool(HUB_NAME.fullmatch(model)) and not metadata.get("model_is_directory", False)
 
 
 def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: str) -> str:

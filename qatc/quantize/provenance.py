@@ -9,7 +9,7 @@ from typing import Any
 from qatc.data.corpus import (
     Corpus,
 )
-from qatc.output.model_card import license_of
+from qatc.models.cards import license_of
 from qatc.quantize.settings import (
     VERSION_OF,
     QuantizeConfig,
