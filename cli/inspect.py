@@ -12,7 +12,7 @@ from qatc.cli.errors import readable_errors
 from qatc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qatc.report.plan import Plan, Site
+    from qatc.report.plan import Plan, Quantizer
 
 
 def inspect(
@@ -138,7 +138,7 @@ def _render(plan: Plan) -> None:
     )
 
 
-def _row(site: Site) -> str:
+def _row(site: Quantizer) -> str:
     """What one scale is for, where there are no groups."""
     if site.kind == "weight":
         return "per output channel"

@@ -18,6 +18,7 @@ from qatc.graph.nodes import (
     is_fake_quantize,
     parameter_name,
     shape_of,
+    spec_of,
 )
 from qatc.machine.device import pick_device
 from qatc.models.load import load_skeleton
@@ -34,7 +35,7 @@ PAPER_LENGTH = 2048
 
 
 @dataclass(frozen=True)
-class Site:
+class Quantizer:
     """One fake-quant node of a layer kind.
 
     Attributes:
@@ -65,7 +66,7 @@ class LayerKind:
 
     name: str
     layers: tuple[str, ...]
-    sites: tuple[Site, ...]
+    sites: tuple[Quantizer, ...]
     passes: tuple[dict[str, Any], ...]
 
 
@@ -157,7 +158,8 @@ def _kind(model: nn.Module, template: Template, layers: list[str]) -> LayerKind:
         kind, where = _role(node)
         node_shape = shape_of(node)
         shape = tuple(_named(str(size), symbols) for size in node_shape)
-        sites.append(Site(kind, where, shape, int(node.args[1]), node.kwargs["group_size"]))
+        spec = spec_of(node)
+        sites.append(Quantizer(kind, where, shape, spec.bits, spec.group_size or 0))
     order = {"input": 0, "weight": 1, "key": 2, "value": 3, "embedding": 4}
     sites.sort(key=lambda site: order[site.kind])
     records = tuple(asdict(record) for record in pass_records(gm))
