@@ -60,7 +60,7 @@ def display_path(path: str) -> str:
 def random_output(directory: Path, recipe: Any, model: Any) -> Path:
     """An output as ``qatc quantize`` writes it, of a model that was only rounded."""
     from qatc.models.preparation import prepare, quantized_specs, restore
-    from qatc.output import QuantizedWeight, write_model
+    from qatc.output import Output, QuantizedWeight, write_output
 
     prepare(model, recipe, compile=False)
     state = model.state_dict()
@@ -68,7 +68,5 @@ def random_output(directory: Path, recipe: Any, model: Any) -> Path:
     weights = {name: QuantizedWeight.from_float(state[name], spec) for name, spec in specs.items()}
     restore(model)
     directory.mkdir(parents=True)
-    write_model(
-        directory, config=model.config, state=state, weights=weights, recipe=recipe, metadata={}
-    )
+    write_output(directory, Output(model.config, recipe, weights, state))
     return directory

@@ -28,7 +28,7 @@ from transformers import (
 
 from qatc.evaluation.parity import verify
 from qatc.models.preparation import prepare, quantized_specs, restore
-from qatc.output import QuantizedWeight, write_model
+from qatc.output import Output, QuantizedWeight, write_output
 from qatc.recipe.recipe import Recipe
 
 torch.set_num_threads(1)
@@ -97,16 +97,14 @@ def make_output(directory: Path, recipe: Recipe, model: Any = None, tokenizer: A
     }
     restore(model)
     directory.mkdir(parents=True)
-    write_model(
-        directory,
-        config=model.config,
-        state=model.state_dict(),
-        weights=weights,
-        recipe=recipe,
-        metadata={},
+    output = Output(
+        model.config,
+        recipe,
+        weights,
+        model.state_dict(),
         generation_config=model.generation_config,
-        tokenizer=tokenizer,
     )
+    write_output(directory, output, tokenizer=tokenizer)
     return directory
 
 
@@ -179,7 +177,7 @@ def _no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     The command line, which the tests start as a process, does both.
     """
-    monkeypatch.setattr("qatc.quantize.run.verify", partial(verify, reload=False))
+    monkeypatch.setattr("qatc.quantize.writing.verify", partial(verify, reload=False))
 
 
 def run_until_killed(function: Callable[[], object], by: int = signal.SIGKILL) -> None:

@@ -236,17 +236,17 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrain
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    plain = _read_mapping(directory / "config.json")
-    require_trust(directory, plain, trust_remote_code)
     config: PreTrainedConfig
     try:
+        plain = dict(read_json(directory / "config.json"))
+        require_trust(directory, plain, trust_remote_code)
         if "auto_map" in plain:  # whose code transformers fetches, and reads the file again
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         elif plain.get("model_type") in CONFIG_MAPPING:
             config = CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
         else:
             raise ValueError(f"transformers knows no model_type {plain.get('model_type')!r}")
-    except (OSError, ValueError, ImportError) as error:
+    except (DataError, OSError, TypeError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"cannot read the config in {directory}: {reason}") from error
     config._name_or_path = str(directory)

@@ -17,12 +17,8 @@ from torch import Tensor, nn
 
 from qatc.errors import CheckpointError, ConfigError
 from qatc.output.codes import QuantizedWeight
-from qatc.output.compressed_tensors import (
-    find_float_linears,
-    pack,
-    quantization_config,
-    unpack,
-)
+from qatc.output.compressed_tensors import find_float_linears, quantization_config
+from qatc.output.layouts import from_tensors, to_tensors
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 
@@ -88,7 +84,7 @@ def decompress(weight: QuantizedWeight, tensors: dict[str, Tensor]) -> Tensor:
 def test_unpack_inverts_pack(first: QuantizedWeight, second: QuantizedWeight) -> None:
     for weight in (first, second):
         mapping = {NAME: weight, "head.weight": dataclasses.replace(weight)}
-        back = unpack(pack(mapping), weight.spec)
+        back = from_tensors(to_tensors(mapping), weight.spec)
         assert back.keys() == mapping.keys()
         for restored in back.values():
             assert torch.equal(restored.codes, weight.codes)
@@ -101,7 +97,7 @@ def test_unpack_inverts_pack(first: QuantizedWeight, second: QuantizedWeight) ->
 @settings(deadline=None)
 @given(PACKED_WEIGHT)
 def test_packed_words_are_those_written_by_hand(weight: QuantizedWeight) -> None:
-    packed = pack({NAME: weight})[f"{NAME}_packed"]
+    packed = to_tensors({NAME: weight})[f"{NAME}_packed"]
     assert packed.dtype == torch.int32
     np.testing.assert_array_equal(packed.numpy(), reference_words(weight.codes.numpy()))
 
@@ -109,7 +105,7 @@ def test_packed_words_are_those_written_by_hand(weight: QuantizedWeight) -> None
 @settings(deadline=None)
 @given(PACKED_WEIGHT)
 def test_compressed_tensors_packs_and_unpacks_the_same_words(weight: QuantizedWeight) -> None:
-    packed = pack({NAME: weight})[f"{NAME}_packed"]
+    packed = to_tensors({NAME: weight})[f"{NAME}_packed"]
     assert torch.equal(packed, pack_to_int32(weight.codes, 4))
     assert torch.equal(unpack_from_int32(packed, 4, weight.codes.shape), weight.codes)
 
@@ -118,7 +114,7 @@ def test_compressed_tensors_packs_and_unpacks_the_same_words(weight: QuantizedWe
 @given(ANY_WEIGHT)
 def test_compressed_tensors_dequantizes_to_code_times_scale(weight: QuantizedWeight) -> None:
     expected = reference_dequantize(weight)
-    assert np.array_equal(decompress(weight, pack({NAME: weight})).double().numpy(), expected)
+    assert np.array_equal(decompress(weight, to_tensors({NAME: weight})).double().numpy(), expected)
     assert np.array_equal(weight.dequantize().double().numpy(), expected)
 
 
@@ -127,7 +123,7 @@ def test_compressed_tensors_dequantizes_to_code_times_scale(weight: QuantizedWei
 def test_tensors_have_the_documented_names_shapes_and_bytes(
     bits: int, width: int, group_size: int | None
 ) -> None:
-    tensors = pack({NAME: random_weight(QuantSpec(bits, group_size), 5, width)})
+    tensors = to_tensors({NAME: random_weight(QuantSpec(bits, group_size), 5, width)})
     groups = 1 if group_size is None else width // group_size
     assert tensors[f"{NAME}_scale"].shape == (5, groups)
     if bits <= 4:
@@ -143,7 +139,7 @@ def test_tensors_have_the_documented_names_shapes_and_bytes(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scales_are_stored_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
     weight = random_weight(QuantSpec(4), 64, 8)
-    stored = pack({NAME: weight}, dtype=dtype)[f"{NAME}_scale"]
+    stored = to_tensors({NAME: weight}, dtype=dtype)[f"{NAME}_scale"]
     assert stored.dtype == dtype
     assert torch.equal(stored.double(), weight.scale.double())
 
@@ -162,7 +158,7 @@ def test_scales_that_fp16_cannot_hold_are_stored_in_fp32(
 ) -> None:
     scale = torch.tensor([[value], [1.0]])
     weight = QuantizedWeight(torch.zeros(2, 3, dtype=torch.int8), scale, QuantSpec(4))
-    stored = pack({NAME: weight}, dtype=torch.float16)[f"{NAME}_scale"]
+    stored = to_tensors({NAME: weight}, dtype=torch.float16)[f"{NAME}_scale"]
     assert stored.dtype == stored_dtype
     assert torch.equal(stored.double(), scale.double())
 
@@ -171,7 +167,7 @@ def test_a_scale_that_is_not_snapped_is_a_bug() -> None:
     weight = random_weight(QuantSpec(4), 2, 8)
     weight.scale[0, 0] = 0.1
     with pytest.raises(AssertionError, match="not snapped"):
-        pack({NAME: weight})
+        to_tensors({NAME: weight})
 
 
 @pytest.mark.parametrize(("bits", "code"), [(4, -8), (4, 8), (2, 2), (8, -128)])
@@ -179,21 +175,21 @@ def test_a_code_out_of_range_is_a_bug(bits: int, code: int) -> None:
     weight = random_weight(QuantSpec(bits), 2, 8)
     weight.codes[1, 3] = code
     with pytest.raises(AssertionError, match=f"{code}"):
-        pack({NAME: weight})
+        to_tensors({NAME: weight})
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("suffix", ["_scale", "_packed", "_shape", ""])
 def test_a_missing_or_foreign_tensor_is_refused(bits: int, suffix: str) -> None:
     spec = QuantSpec(bits)
-    tensors = pack({NAME: random_weight(spec, 2, 8), "a.weight": random_weight(spec, 2, 8)})
+    tensors = to_tensors({NAME: random_weight(spec, 2, 8), "a.weight": random_weight(spec, 2, 8)})
     name = NAME + suffix
     if name in tensors:
         del tensors[name]
     else:
         tensors[name] = torch.zeros(2)
     with pytest.raises(CheckpointError, match=r"missing or left over.*up_proj") as error:
-        unpack(tensors, spec)
+        from_tensors(tensors, spec)
     assert "\n" not in str(error.value)
 
 
@@ -217,9 +213,9 @@ def test_a_tensor_of_the_wrong_shape_or_dtype_is_refused(
     bits: int, suffix: str, value: Tensor
 ) -> None:
     spec = QuantSpec(bits)
-    tensors = pack({NAME: random_weight(spec, 2, 8)}) | {NAME + suffix: value}
+    tensors = to_tensors({NAME: random_weight(spec, 2, 8)}) | {NAME + suffix: value}
     with pytest.raises(CheckpointError, match=f"{NAME} is damaged"):
-        unpack(tensors, spec)
+        from_tensors(tensors, spec)
 
 
 def test_quantization_config_of_packed_weights() -> None:

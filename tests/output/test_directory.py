@@ -30,13 +30,13 @@ from qatc.errors import CheckpointError, ConfigError
 from qatc.export.formats import export
 from qatc.output import directory as directory_module
 from qatc.output.codes import QuantizedWeight
-from qatc.output.directory import write_model
+from qatc.output.contents import Output
+from qatc.output.directory import write_output
 from qatc.output.reading import (
     load_codes,
-    load_float_state,
     load_reference,
+    open_output,
     read_metadata,
-    read_recipe,
 )
 from qatc.recipe.recipe import Recipe
 
@@ -87,8 +87,11 @@ def write(
         "recipe": recipe,
         "metadata": {"source": "a tiny model"},
     }
-    write_model(directory, **(arguments | changes))
-    weights: dict[str, QuantizedWeight] = (arguments | changes)["weights"]
+    given = arguments | changes
+    own = ("tokenizer", "max_shard_bytes", "portable")
+    options = {name: given.pop(name) for name in own if name in given}
+    write_output(directory, Output(**given), **options)
+    weights: dict[str, QuantizedWeight] = given["weights"]
     return weights
 
 
@@ -215,9 +218,9 @@ def test_codes_recipe_and_metadata_are_read_back(tmp_path: Path) -> None:
     model = make_model()
     weights = write(tmp_path / "out", model, W4A8, metadata={"seed": 3, "quantized": "ours wins"})
     assert_same_codes(load_codes(tmp_path / "out"), weights)
-    assert read_recipe(tmp_path / "out") == W4A8
+    assert open_output(tmp_path / "out").recipe == W4A8
     metadata = read_metadata(tmp_path / "out")
-    stored = {**weights, **load_float_state(tmp_path / "out")}
+    stored = {**weights, **open_output(tmp_path / "out").state}
     assert {**metadata.pop("digests"), **metadata.pop("float_digests")}.keys() == stored.keys()
     assert metadata == {
         "seed": 3,
@@ -227,7 +230,7 @@ def test_codes_recipe_and_metadata_are_read_back(tmp_path: Path) -> None:
         "quantized": sorted(weights),
         "specs": {},
     }
-    state = load_float_state(tmp_path / "out")
+    state = open_output(tmp_path / "out").state
     expected = {n: v for n, v in model.state_dict().items() if n not in weights}
     del expected["lm_head.weight"]
     assert state.keys() == expected.keys()

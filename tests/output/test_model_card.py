@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 
 import qatc
 from qatc.data.config import GenerationConfig
+from qatc.models.cards import license_of
 from qatc.output import load_codes
-from qatc.output.model_card import license_of, make_card, write_card
+from qatc.output.model_card import make_card, write_card
 from qatc.output.stored import measure
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig

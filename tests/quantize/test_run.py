@@ -32,12 +32,13 @@ from qatc.evaluation.metrics import Metrics, recovery
 from qatc.evaluation.parity import Check, ParityReport, verify
 from qatc.models import load_model, load_tokenizer
 from qatc.numerics.minmax import quantize as to_codes
-from qatc.output import load_codes, load_float_state, read_recipe
+from qatc.output import load_codes, open_output
 from qatc.output.reading import why_unverified
 from qatc.progress import Observer
 from qatc.quantize.provenance import package_version
-from qatc.quantize.run import _Run, quantize
+from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
+from qatc.quantize.writing import write
 from qatc.recipe.recipe import Recipe
 from qatc.storage import markers
 from qatc.storage.locks import locked
@@ -81,7 +82,7 @@ def test_output(done: Any) -> None:
     assert metadata["recipe"] == Recipe.from_bits("4-8-4").to_dict()
     assert {"torch", "qatc", "transformers"} <= set(metadata["versions"])
     assert metadata["data"]["seed"] == 0 and len(metadata["data"]["fingerprint"]) == 64
-    assert read_recipe(done.output) == Recipe.from_bits("4-8-4")
+    assert open_output(done.output).recipe == Recipe.from_bits("4-8-4")
     report = (done.output / "report.md").read_text()
     assert "| RTN |" in report and "loss.png" in report
     codes = load_codes(done.output)
@@ -112,13 +113,12 @@ def test_codes_are_those_of_the_masters(
 ) -> None:
     """Under bf16 compute the fp32 masters are what training rounds, so their codes are written."""
     masters: dict[str, Tensor] = {}
-    write = _Run._write
 
-    def remembers(self: _Run, *arguments: Any) -> None:
-        masters.update(self.student.state_dict())
-        write(self, *arguments)
+    def remembers(setting: Any, trained: Any) -> None:
+        masters.update(trained.masters)
+        write(setting, trained)
 
-    monkeypatch.setattr(_Run, "_write", remembers)
+    monkeypatch.setattr("qatc.quantize.run.write", remembers)
     result = quantize(make(shared_model_path, tmp_path / "out", dtype="bfloat16"))
     differ = 0
     for name, weight in load_codes(result.output).items():
@@ -139,7 +139,7 @@ def test_a_tied_weight_of_which_only_the_head_is_quantized(
     recipe = Recipe.from_bits("4-8-4", head_bits=8)
     result = quantize(make(source, tmp_path / "out", recipe=recipe, verify=True))
     head = load_codes(result.output)["lm_head.weight"]
-    table = load_float_state(result.output)["model.embed_tokens.weight"]
+    table = open_output(result.output).state["model.embed_tokens.weight"]
     assert table.dtype is torch.bfloat16
     assert not torch.equal(table, stored.model.embed_tokens.weight)  # it was trained
     codes, scale = to_codes(table.float(), recipe.head, snap=True)
@@ -183,7 +183,7 @@ def test_teacher_and_student_are_gone_when_the_output_is_verified(
 
     alive: list[int] = []
     before = models()
-    monkeypatch.setattr("qatc.quantize.run.verify", counted)
+    monkeypatch.setattr("qatc.quantize.writing.verify", counted)
     quantize(make(shared_model_path, tmp_path / "out", verify=True))
     assert alive == [0]
 
@@ -255,7 +255,7 @@ class TestAfterTraining:
         ("place", "fails", "error"),
         [
             ("verify", failing_gate, ParityError),
-            ("write_model", full_disk, CheckpointError),
+            ("write_output", full_disk, CheckpointError),
             ("write_report", pressed_ctrl_c, KeyboardInterrupt),
             ("load", bug, ZeroDivisionError),
         ],
@@ -273,7 +273,7 @@ class TestAfterTraining:
         gate = place in ("verify", "load")
         config, notes = make(shared_model_path, tmp_path / "out", verify=gate), Notes()
         with monkeypatch.context() as patch, pytest.raises(error) as raised:
-            patch.setattr(f"qatc.quantize.run.{place}", fails)
+            patch.setattr(f"qatc.quantize.writing.{place}", fails)
             quantize(config, notes)
         said = str(raised.value) if issubclass(error, QatcError) else notes.notes[-1]
         kept = f"the trained model is kept in {config.partial}: the same command goes on"
@@ -281,7 +281,7 @@ class TestAfterTraining:
         assert ("--no-verify" in said) == (error is ParityError)
         assert {p.name for p in tmp_path.iterdir()} == {"out.data", "out.partial"}
         monkeypatch.setattr(Distiller, "_step", no_more)
-        monkeypatch.setattr("qatc.quantize.run.evaluate", no_more)
+        monkeypatch.setattr("qatc.quantize.pair.evaluate", no_more)
         monkeypatch.setattr("qatc.data.generate.write_shard", no_more)
         result = quantize(config)
         assert weights(result.output) == weights(done.output)
@@ -296,7 +296,7 @@ class TestAfterTraining:
     ) -> None:
         config, notes = make(shared_model_path, tmp_path / "out", verify=True), Notes()
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(_Run, "_trained", bug)
+            patch.setattr("qatc.quantize.run.measure_trained", bug)
             quantize(config, notes)
         assert "the trained model is kept" in notes.notes[-1]
         monkeypatch.setattr(Distiller, "_step", no_more)
@@ -307,10 +307,10 @@ class TestAfterTraining:
     ) -> None:
         config = make(shared_model_path, tmp_path / "out", verify=True)
         with monkeypatch.context() as patch, pytest.raises(ParityError):
-            patch.setattr("qatc.quantize.run.verify", failing_gate)
+            patch.setattr("qatc.quantize.writing.verify", failing_gate)
             quantize(config)
         monkeypatch.setattr(Distiller, "_step", no_more)
-        monkeypatch.setattr("qatc.quantize.run.verify", no_more)
+        monkeypatch.setattr("qatc.quantize.writing.verify", no_more)
         result = quantize(dataclasses.replace(config, verify=False))
         assert weights(result.output) == weights(done.output)
         parity = json.loads((result.output / "qatc.json").read_text())["parity"]
@@ -326,7 +326,7 @@ class TestAfterTraining:
         config = make(
             shared_model_path, tmp_path / "out", overwrite=True, data=done.data, verify=True
         )
-        monkeypatch.setattr("qatc.quantize.run.verify", failing_gate)
+        monkeypatch.setattr("qatc.quantize.writing.verify", failing_gate)
         with pytest.raises(ParityError):
             quantize(config)
         assert contents(tmp_path / "out") == before
@@ -336,7 +336,7 @@ class TestAfterTraining:
     ) -> None:
         config = make(shared_model_path, tmp_path / "out", verify=True)
         with monkeypatch.context() as patch, pytest.raises(ParityError):
-            patch.setattr("qatc.quantize.run.verify", failing_gate)
+            patch.setattr("qatc.quantize.writing.verify", failing_gate)
             patch.setattr(
                 "qatc.quantize.provenance.package_version", lambda package: f"{package} of old"
             )
@@ -414,7 +414,7 @@ class TestInputs:
             "qatc.quantize.provenance.package_version",
             lambda name: "9.9" if name == package else real(name),
         )
-        monkeypatch.setattr(_Run, "run", no_more)
+        monkeypatch.setattr("qatc.quantize.run.read_given", no_more)
         with pytest.raises(ConfigError, match=f"the version of {package} changed from .* to 9.9"):
             quantize(config)
 
@@ -438,7 +438,7 @@ class TestPlaces:
     ) -> None:
         (tmp_path / "link").symlink_to(model_path)
         before = contents(tmp_path)
-        monkeypatch.setattr(_Run, "run", no_more)
+        monkeypatch.setattr("qatc.quantize.run.read_given", no_more)
         with pytest.raises(ConfigError, match="the model"):
             quantize(make(model_path, tmp_path / output, overwrite=True))
         assert contents(tmp_path) == before
@@ -491,7 +491,7 @@ class TestPlaces:
             return started(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr("qatc.quantize.run.generate_corpus", starts_another)
+            patch.setattr("qatc.quantize.stages.generate_corpus", starts_another)
             quantize(config)
         assert f"{config.data} is being written by process {os.getpid()} " in refused[0]
 
@@ -507,7 +507,7 @@ class TestPlaces:
     ) -> None:
         shutil.copytree(done.output, tmp_path / "out.replaced")
         markers.put(tmp_path / "out.replaced", Mark.REPLACED)
-        assert read_recipe(tmp_path / "out") == Recipe.from_bits("4-8-4")
+        assert open_output(tmp_path / "out").recipe == Recipe.from_bits("4-8-4")
         assert contents(tmp_path) == {f"out/{k}": v for k, v in contents(done.output).items()}
 
 

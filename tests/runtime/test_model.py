@@ -19,7 +19,7 @@ from qatc.evaluation.parity import verify
 from qatc.kernels import native
 from qatc.models.pipelines import recipe_allows_integers
 from qatc.models.preparation import can_compile, prepare
-from qatc.output import load_reference, read_recipe
+from qatc.output import load_reference, open_output
 from qatc.passes import pass_records
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
@@ -57,7 +57,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[st
 
 def trained(directory: Path) -> Any:
     """The graph that was trained, uncompiled, with its integer forward where it has one."""
-    recipe = read_recipe(directory)
+    recipe = open_output(directory).recipe
     integers = recipe_allows_integers(recipe)
     return prepare(load_reference(directory), recipe, compile=False, integer_forward=integers)
 
