@@ -29,19 +29,24 @@ from benchmarks import common
 TESTS = {
     "qatc/numerics/minmax.py": [
         "tests/numerics/test_minmax.py",
+        "tests/numerics/test_minmax_compiled.py",
         "tests/models/test_preparation.py",
         "-k",
         "minmax or small_weights",
     ],
     "qatc/numerics/packing.py": ["tests/numerics/test_packing.py"],
     "qatc/kernels/cached_attention.py": ["tests/kernels/test_cached_attention.py"],
-    "qatc/runtime/cache.py": ["tests/runtime/test_model.py"],
+    "qatc/runtime/cache.py": ["tests/runtime/test_model.py", "tests/runtime/test_cache.py"],
     "qatc/data/sampling.py": ["tests/data/test_sampling.py"],
     "qatc/training/checkpoint.py": [
         "tests/training/test_checkpoint.py",
         "tests/training/test_distill.py",
+        "tests/training/test_resume.py",
     ],
-    "qatc/storage/directories.py": ["tests/storage/test_directories.py"],
+    "qatc/storage/directories.py": [
+        "tests/storage/test_directories.py",
+        "tests/storage/test_interrupted_replacement.py",
+    ],
     "qatc/storage/files.py": ["tests/storage/test_files.py"],
     "qatc/quantize/settings.py": ["tests/quantize/test_settings.py"],
     "qatc/output/codes.py": ["tests/output"],

@@ -40,6 +40,7 @@ LIBRARIES = {
     "typer": {"cli"},
 }
 LARGEST_PACKAGE = 12
+LONGEST_FILE = 350
 
 
 def package_of(module: str) -> str:
@@ -122,6 +123,17 @@ def test_every_package_says_what_it_is_for_and_is_no_attic() -> None:
 def test_tests_stand_as_what_they_test_does() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
     assert folders <= {*PIPELINE, *HELPERS}
+
+
+@pytest.mark.parametrize("folder", ["qatc", "passes", "cli", "tests", "examples", "benchmarks"])
+def test_no_file_is_too_long_to_read_at_once(folder: str) -> None:
+    lengths = {
+        path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert lengths
+    too_long = [f"{path}: {n} lines" for path, n in lengths.items() if n > LONGEST_FILE]
+    assert not too_long, f"split by topic what has over {LONGEST_FILE}:\n" + "\n".join(too_long)
 
 
 @pytest.mark.parametrize("package", PIPELINE)

@@ -3,59 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from qatc.cli.main import app
-from qatc.data.decode import Decoder
 from qatc.evaluation.parity import Check, ParityReport
 from qatc.kernels import native
 from qatc.training.distill import Distiller
-
-TINY = ["--samples", "24", "--max-length", "16", "--eval-samples", "8", "--steps", "4"]
-TINY += ["--batch-size", "4", "--generation-batch-size", "8", "--no-compile"]
-
-
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def refused(code: int, says: str, *arguments: Any) -> str:
-    """The command ends with ``code`` and one line on stderr; returns that line."""
-    result = run(*arguments)
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and says in lines[0], result.stderr
-    assert "Traceback" not in result.output
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def output(shared_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantized model, made by the command in a process of its own."""
-    path = tmp_path_factory.mktemp("cli") / "out"
-    command = [sys.executable, "-m", "qatc.cli", "quantize", "--model", str(shared_model_path)]
-    done = subprocess.run(
-        [*command, "--output", str(path), "--json", *TINY],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)  # nothing but JSON on stdout
-    assert set(result["figures"]["generated"]) == {"full precision", "RTN", "QAT"}
-    assert "Training for 4 steps" in done.stderr and "Warning" not in done.stderr
-    return path
+from tests.cli.conftest import TINY, refused, run
 
 
 @pytest.mark.parametrize("bits", ["4-8", "3.5-8-4", "0-8-4", "9-8-4", "4-8-4-4"])
@@ -128,53 +87,6 @@ def test_existing_and_unwritable_outputs(shared_model_path: Path, output: Path) 
     refused(1, "cannot write", *command, output / "qatc.json" / "below")
 
 
-def test_generate_data(shared_model_path: Path, tmp_path: Path) -> None:
-    target = tmp_path / "corpus"
-    command = ["generate-data", "--model", shared_model_path, "--output", target, "--no-compile"]
-    command += ["--samples", "6", "--max-length", "12", "--shard-size", "2", "--batch-size", "4"]
-    result = run(*command, "--preview", "2")
-    assert result.exit_code == 0 and "sample 1" in result.stdout
-    shard = target / "shard-00001.parquet"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-7])
-    assert "generate-data" in refused(1, "damaged", "evaluate", shared_model_path, "--data", target)
-    assert run(*command).exit_code == 0
-    assert shard.read_bytes() == whole
-    refused(2, "seed", *command, "--seed", "1")
-    refused(2, "batch_size 4, not 'auto'", *command, "--batch-size", "auto")
-    refused(2, "a whole number, or auto; got 'many'", *command, "--batch-size", "many")
-    command[command.index(target)] = tmp_path / "measured"
-    measured = json.loads(run(*command, "--batch-size", "auto", "--json").stdout)
-    assert (measured["batch_size"], measured["slots"]) == ("auto", 2)
-
-
-def test_signals_end_a_command_without_a_traceback(
-    shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "corpus"
-    command = ["generate-data", "--model", shared_model_path, "--output", target, "--no-compile"]
-    command += ["--samples", "6", "--max-length", "12", "--shard-size", "2", "--batch-size", "4"]
-    step = Decoder.step
-    for number, after in (signal.SIGTERM, 12), (signal.SIGINT, 12), (signal.SIGHUP, 5):
-        code, calls = 128 + number, []
-
-        def ends(
-            *args: Any, calls: list[int] = calls, number: int = number, after: int = after
-        ) -> Any:
-            calls.append(1)
-            if len(calls) == after:
-                signal.raise_signal(number)
-            return step(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Decoder, "step", ends)
-            refused(code, "the same command goes on from the last complete shard", *command)
-    assert len(json.loads((target / "manifest.json").read_text())["shards"]) == 2
-    result = run(*command, "--json")
-    assert result.exit_code == 0 and json.loads(result.stdout)["complete"]
-    assert not (tmp_path / "corpus.lock").exists()
-
-
 def test_sigterm_in_training_leaves_a_checkpoint(
     shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,12 +120,6 @@ def test_places_that_are_not_its_own(shared_model_path: Path, tmp_path: Path) ->
     assert recipe.exists() and (model / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("seed", [str(2**43), str(2**64), "1" + "0" * 30])
-def test_a_seed_of_any_size(output: Path, seed: str) -> None:
-    command = ["generate", output, "--prompt", "The", "--max-new-tokens", "2", "--no-compile"]
-    assert run(*command, "--seed", seed).exit_code == 0
-
-
 def test_evaluate(output: Path, shared_model_path: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The old fox sleeps by the bridge. " * 20)
@@ -237,56 +143,6 @@ def test_export(output: Path, tmp_path: Path) -> None:
     refused(1, "qatc quantize", "export", tmp_path / "none", "--output", tmp_path / "x")
 
 
-def test_generate(output: Path, tmp_path: Path) -> None:
-    common = ["--max-new-tokens", "6", "--no-compile"]
-    result = run("generate", output, "--prompt", "The old fox", *common)
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("The old fox") and "tokens/s" in result.stderr
-    again = run("generate", output, "--prompt", "The old fox", *common, "--json")
-    written = json.loads(again.stdout)
-    assert result.stdout.strip() == ("The old fox" + written["text"]).strip()
-    assert written["new_tokens"] <= 6 and written["prompt_tokens"] > 1
-    greedy = [*common, "--temperature", "0", "--json"]
-    one, two = (run("generate", output, "--prompt", "The", *greedy).stdout for _ in range(2))
-    assert json.loads(one)["text"] == json.loads(two)["text"]
-    refused(2, "--prompt TEXT or --chat", "generate", output)
-    refused(2, "has no chat template", "generate", output, "--chat", "--no-compile")
-    refused(2, "takes at most 128", "generate", output, "--prompt", "x", "--max-new-tokens", "999")
-    refused(2, "top-p", "generate", output, "--prompt", "x", "--top-p", "0")
-    refused(1, "qatc quantize", "generate", tmp_path, "--prompt", "x")
-
-
-def test_what_the_terminal_cannot_encode(output: Path, tmp_path: Path) -> None:
-    """Neither a prompt, nor a path, nor the drawing of a table ends a command."""
-
-    def ascii_only(*arguments: Any) -> Any:
-        return CliRunner(charset="ascii").invoke(app, [str(a) for a in arguments])
-
-    command = ["generate", output, "--max-new-tokens", "3", "--no-compile", "--prompt"]
-    result = ascii_only(*command, "caf\u00e9 \u2192")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("caf\\xe9 \\u2192")
-    result = ascii_only("inspect", "--model", tmp_path / "caf\u00e9")
-    assert result.exit_code == 2 and "caf\\xe9" in result.stderr
-    odd = tmp_path / "caf\u00e9"
-    made = ascii_only("export", output, "--output", odd)
-    assert made.exit_code == 0 and made.stdout.splitlines() == [
-        f"{tmp_path}/caf\\xe9: compressed-tensors"
-    ]
-    refused(2, "is not UTF-8", *command, "caf\udce9")
-    refused(2, "caf\\udce9", "evaluate", output, "--text", "caf\udce9")
-
-
-def test_a_terminal_of_ascii(output: Path) -> None:
-    """As above in a process, whose streams and arguments are made by Python itself."""
-    command = [sys.executable, "-m", "qatc.cli", "generate", str(output), "--no-compile"]
-    command += ["--max-new-tokens", "3", "--prompt", "caf\u00e9"]
-    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run(command, capture_output=True, env=os.environ | locale)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(b"caf\\xe9")
-
-
 def test_json_has_no_nan(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Check("global", "something", float("nan"), 1.0)
     monkeypatch.setattr("qatc.evaluation.parity.verify", lambda *_, **__: ParityReport((found,)))
@@ -298,32 +154,6 @@ def test_json_has_no_nan(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     (check,) = json.loads(result.stdout, parse_constant=refuses)["checks"]
     assert check["figure"] is None and not check["passed"]
-
-
-def test_chat(output: Path, tmp_path: Path) -> None:
-    """A turn that cannot be answered does not end the conversation."""
-    talks = Path(shutil.copytree(output, tmp_path / "talks"))
-    (talks / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    said = b"The old fox\n" + b"caf\xe9\n" + b"fox " * 200 + b"\nThe\n\n"
-    command = ["generate", str(talks), "--chat", "--max-new-tokens", "3", "--no-compile"]
-    result = CliRunner().invoke(app, command, input=said)
-    assert result.exit_code == 0, result.output
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 2 and "UTF-8" in errors[0] and "at most 128 tokens" in errors[1]
-    assert result.stderr.count("tokens/s") == 2
-
-
-def test_settings_that_are_left_out_are_told_once(output: Path, tmp_path: Path) -> None:
-    odd = Path(shutil.copytree(output, tmp_path / "odd"))
-    own = {"return_dict_in_generate": True, "num_return_sequences": 2, "temperature": 0.1}
-    (odd / "generation_config.json").write_text(json.dumps(own))
-    command = ["generate", odd, "--max-new-tokens", "3", "--no-compile", "--json", "--prompt"]
-    result = run(*command, "The fox", "--stop", "unheard of")
-    assert result.exit_code == 0 and json.loads(result.stdout)["new_tokens"] == 3
-    assert result.stderr.splitlines() == [
-        "left out of the model's generation config: return_dict_in_generate=True,"
-        " num_return_sequences=2"
-    ]
 
 
 def test_verify(output: Path, tmp_path: Path) -> None:

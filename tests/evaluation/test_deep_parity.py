@@ -27,7 +27,7 @@ from qatc.recipe.recipe import Recipe
 from qatc.runtime.cache import PackedLayer
 from qatc.runtime.model import load
 from tests.conftest import make_llama, make_output
-from tests.evaluation.test_parity import LOWERED, broken
+from tests.evaluation.planting import LOWERED, broken
 
 DEPTHS = (2, 24)
 RECIPE = Recipe.from_bits("4-8-4")

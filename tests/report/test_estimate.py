@@ -23,7 +23,7 @@ from qatc.report.estimate import (
 )
 from qatc.training.distill import distillation_losses
 from tests.conftest import make_llama
-from tests.quantize.test_run import make
+from tests.quantize.conftest import make
 
 
 def test_measuring_a_step_leaves_nothing_behind() -> None:

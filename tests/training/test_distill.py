@@ -1,12 +1,9 @@
-"""The loss, its schedule, and that an interrupted run is the uninterrupted one."""
+"""What a step does, the schedule, and what stops a training."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,50 +15,8 @@ from torch import Tensor
 
 from qatc.data.corpus import Rows, derived_seed, pack_rows
 from qatc.errors import CheckpointError, ConfigError, TrainingError
-from qatc.machine.signals import Terminated, raising
-from qatc.training.checkpoint import Checkpoints
-from qatc.training.distill import (
-    Distiller,
-    StepMetrics,
-    TrainingConfig,
-    default_learning_rate,
-)
-from tests.conftest import kill_at_call, make_llama, run_until_killed
-
-CONFIG = TrainingConfig(steps=12, batch_size=4, learning_rate=1e-2, checkpoint_every=4)
-VOCABULARY = 40
-
-
-def make(seed: int = 0) -> Any:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    return make_llama(VOCABULARY, seed, tie_word_embeddings=False, **sizes)
-
-
-def make_rows(count: int = 16, length: int = 12, longest: int = 12) -> Rows:
-    """Rows of one sequence each, of 3 to ``longest`` tokens; the rest is padding."""
-    random = np.random.default_rng(0)
-    tokens = random.integers(1, VOCABULARY, (count, length), dtype=np.int32)
-    real = np.arange(length) < random.integers(3, longest + 1, (count, 1))
-    return Rows((tokens * real).astype(np.int32), real.astype(np.int32), real)
-
-
-def distiller(directory: Path, config: TrainingConfig = CONFIG, rows: Rows | None = None) -> Any:
-    return Distiller(make(1), make(0), rows or make_rows(), config, directory)
-
-
-def weights(model: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def losses(history: list[StepMetrics]) -> list[StepMetrics]:
-    """All but the seconds."""
-    return [replace(record, seconds=0.0) for record in history]
-
-
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], **how: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, **(how or {"rtol": 0, "atol": 0}))
+from qatc.training.distill import Distiller, StepMetrics, TrainingConfig, default_learning_rate
+from tests.training.conftest import CONFIG, assert_equal, distiller, make_rows, weights
 
 
 class TestStep:
@@ -171,112 +126,6 @@ class TestStep:
 def _first_batch(config: TrainingConfig) -> Any:
     generator = torch.Generator().manual_seed(derived_seed(config.seed, 0))
     return torch.randperm(16, generator=generator)[: config.batch_size].numpy()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An uninterrupted run."""
-    run = distiller(tmp_path_factory.mktemp("distill"))
-    run.run()
-    return run
-
-
-class TestResume:
-    def finish(self, directory: Path, whole: Any) -> None:
-        run = distiller(directory)
-        assert losses(run.run()) == losses(whole.history)
-        assert_equal(weights(run.student), weights(whole.student))
-        lines = (directory / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
-
-    @pytest.mark.parametrize("step", [1, 4, 6, 12])
-    def test_killed_after_a_step(self, tmp_path: Path, whole: Any, step: int) -> None:
-        kill = kill_at_call(lambda _: None, step)
-        run_until_killed(lambda: distiller(tmp_path).run(kill))
-        self.finish(tmp_path, whole)
-
-    @pytest.mark.parametrize("checkpoint", [1, 2])
-    def test_killed_while_a_checkpoint_is_written(
-        self, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, checkpoint: int
-    ) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", kill_at_call(Path.rename, checkpoint))
-            run_until_killed(lambda: distiller(tmp_path).run())
-        kept = [p.name for p in (tmp_path / "checkpoints").glob("step-??????")]
-        assert kept == ["step-000004"][: checkpoint - 1]
-        self.finish(tmp_path, whole)
-
-    def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(
-        self, tmp_path: Path, whole: Any
-    ) -> None:
-        run, handler = distiller(tmp_path), signal.getsignal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            run.run(lambda record: record.step == 6 and os.kill(os.getpid(), signal.SIGINT))
-        assert signal.getsignal(signal.SIGINT) is handler
-        assert run.checkpoints.latest() == len(run.history) == 6
-        self.finish(tmp_path, whole)
-
-    @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-    def test_a_signal_to_end_is_like_ctrl_c(self, tmp_path: Path, whole: Any, name: str) -> None:
-        run, number = distiller(tmp_path), getattr(signal, name)
-        with raising(), pytest.raises(Terminated, match=name) as raised:
-            run.run(lambda record: record.step == 6 and os.kill(os.getpid(), number))
-        assert raised.value.number == number
-        assert signal.getsignal(number) is signal.SIG_DFL
-        assert run.checkpoints.latest() == len(run.history) == 6
-        self.finish(tmp_path, whole)
-
-    def test_a_library_user_without_a_handler_ends_by_the_signal(
-        self, tmp_path: Path, whole: Any
-    ) -> None:
-        def end(record: StepMetrics) -> None:
-            if record.step == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        run_until_killed(lambda: distiller(tmp_path).run(end), by=signal.SIGTERM)
-        assert distiller(tmp_path).checkpoints.latest() == 6
-        self.finish(tmp_path, whole)
-
-    def test_a_signal_after_the_last_checkpoint_is_not_lost(self, tmp_path: Path) -> None:
-        run = distiller(tmp_path)
-        with pytest.raises(KeyboardInterrupt):
-            run.run(lambda record: record.step == 12 and os.kill(os.getpid(), signal.SIGINT))
-        assert run.checkpoints.latest() == 12
-
-    def test_steps_without_their_record(self, tmp_path: Path) -> None:
-        """The report would be written from what is left of it."""
-        distiller(tmp_path).run()
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / "metrics.jsonl").write_text("".join(lines[:9]))
-        with pytest.raises(CheckpointError, match="records 9 steps, .* is of step 12"):
-            distiller(tmp_path).run()
-
-    def test_the_record_is_on_the_disk_before_the_checkpoint(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        order: list[str] = []
-        save = Checkpoints.save
-        monkeypatch.setattr("qatc.training.distill.sync", lambda path: order.append(path.name))
-        monkeypatch.setattr(
-            Checkpoints, "save", lambda *args: (order.append("checkpoint"), save(*args))
-        )
-        distiller(tmp_path, replace(CONFIG, steps=4)).run()
-        assert order == ["metrics.jsonl", "checkpoint"]
-
-    def test_second_ctrl_c_stops_at_once(self, tmp_path: Path, whole: Any) -> None:
-        def twice(record: StepMetrics) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        with pytest.raises(KeyboardInterrupt):
-            distiller(tmp_path).run(twice)
-        assert not (tmp_path / "checkpoints").exists()
-        self.finish(tmp_path, whole)
-
-    def test_nothing_is_left_to_do(self, whole: Any) -> None:
-        run = distiller(whole.metrics_file.parent)
-        assert run.run(lambda record: pytest.fail("trained on")) == whole.history
-        assert_equal(weights(run.student), weights(whole.student))
 
 
 class TestFailure:

@@ -1,0 +1,80 @@
+"""Small random models and what is computed with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qatc.recipe.recipe import Recipe
+
+FLOAT = Recipe.from_bits("16-16-16")
+QUANTIZED = Recipe.from_bits("4-8-4")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def make(kind: str = "llama", attention: str = "sdpa", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SIZES | changes))
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def tokens(rows: int, length: int) -> Tensor:
+    return torch.randint(3, 40, (rows, length), generator=torch.Generator().manual_seed(rows))
+
+
+def logits(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=ids, **kwargs).logits
+    return out
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    """Ids and mask of three rows: whole, padded on the left, padded on the right."""
+    ids, mask = tokens(3, 7), torch.ones(3, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    mask[2, 5:] = 0
+    return ids, mask
+
+
+def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    out = model(input_ids=ids).logits.float()
+    F.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+class Factor(nn.Module):
+    """Multiplies by a factor that an attribute holds in some way."""
+
+    def __init__(self, inner: nn.Module, held: Any) -> None:
+        super().__init__()
+        self.inner, self.held = inner, held
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) * _factor(self.held)
+        return out
+
+
+def _factor(held: Any) -> float:
+    if isinstance(held, dict):
+        return float(held["factor"])
+    if isinstance(held, (tuple, list)):
+        return _factor(held[0])
+    return float(getattr(held, "factor", held))
