@@ -9,6 +9,7 @@ It cannot hold how K and V are quantized, which is a setting of the runtime and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from qatc.export.format import Format
@@ -18,8 +19,8 @@ from qatc.output.directory import copy_companions
 
 def write(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory."""
-    copy_companions(output.place, directory)
-    write_output(directory, output, portable=True)
+    copy_companions(output.place, directory)  # the generation config among them, byte for byte
+    write_output(directory, replace(output, generation_config=None), portable=True)
 
 
 COMPRESSED_TENSORS = Format("compressed-tensors", "transformers, vLLM", write, load_codes)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatc.kernels import cached_attention, packed_linear, row_attention
+from qatc.kernels import cached_attention, row_attention, table
 from qatc.numerics import minmax
 from qatc.passes import InsertKVCache
 from qatc.recipe.spec import QuantSpec
@@ -76,7 +76,7 @@ def later(visible: Tensor) -> Tensor:
 # Each is looked for in shallow and in deep models by tests/evaluation/test_deep_parity.py.
 LOWERED: dict[str, tuple[Any, str, Any, str]] = {
     "bf16 activation scales": (
-        packed_linear, "minmax", Module(minmax, quantize=rounded_scale), "q_proj.weight"
+        table, "minmax", Module(minmax, quantize=rounded_scale), "q_proj.weight"
     ),
     "K scale of the wrong head": (
         cached_attention, "_attend_to_codes", broken(_attend, key_scale=lambda t: t.roll(1, 1)),
@@ -114,7 +114,7 @@ LOWERED: dict[str, tuple[Any, str, Any, str]] = {
         "KV cache",
     ),
     "activations of 7 bits": (
-        packed_linear, "minmax",
+        table, "minmax",
         Module(minmax, quantize=broken(minmax.quantize, spec=lambda s: QuantSpec(7))),
         "q_proj.weight",
     ),

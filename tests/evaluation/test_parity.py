@@ -18,7 +18,7 @@ from torch import Tensor
 import qatc.evaluation.parity as parity
 from qatc.errors import ParityError
 from qatc.evaluation.global_parity import kl
-from qatc.kernels import native, packed_linear, products
+from qatc.kernels import native, packed_linear, products, table
 from qatc.numerics import minmax, packing
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
@@ -146,11 +146,11 @@ IN_C: dict[str, tuple[Any, str, Any, str]] = {
 
 WITHOUT_C: dict[str, tuple[Any, str, Any, str]] = {
     "nibbles swapped at decode": (
-        packed_linear, "packing", Module(packing, parts=lambda *a: packing.parts(*a)[::-1]),
+        table, "packing", Module(packing, parts=lambda *a: packing.parts(*a)[::-1]),
         "q_proj.weight .decode: fused unpack",
     ),
     "nibbles swapped at prefill": (
-        packed_linear, "packing", Module(packing, unpack=broken(packing.unpack, packed=swapped)),
+        table, "packing", Module(packing, unpack=broken(packing.unpack, packed=swapped)),
         "q_proj.weight .prefill: unpack",
     ),
 }  # fmt: skip
@@ -206,7 +206,7 @@ def test_groups_in_the_wrong_order(
         pytest.skip("no C compiler")
     if phase == "prefill":
         broken_ops = Module(minmax, dequantize=flipped(minmax.dequantize))
-        monkeypatch.setattr(packed_linear, "minmax", broken_ops)
+        monkeypatch.setattr(table, "minmax", broken_ops)
     else:
         broken_native = Module(native, scaled_product=flipped(native.scaled_product))
         monkeypatch.setattr(products, "native", broken_native)
@@ -231,12 +231,12 @@ def test_a_bias_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             torch.nn.init.normal_(parameter)
     output = make_output(tmp_path / "o", Recipe.from_bits("4-8-4"), model.eval())
     assert verify(output).passed
-    table = {
+    broken_kernels = {
         name: dataclasses.replace(k, run=broken(k.run, bias=lambda bias: None))
         for name, k in packed_linear._BY_NAME.items()
         if k.run is not None
     }
-    monkeypatch.setattr(packed_linear, "_BY_NAME", table)
+    monkeypatch.setattr(packed_linear, "_BY_NAME", broken_kernels)
     with pytest.raises(ParityError, match=r"differs at .*q_proj\.weight"):
         verify(output).require("it")
 
@@ -259,7 +259,7 @@ def test_a_failure_leaves_no_output(
     from qatc.quantize.run import quantize
     from tests.quantize.conftest import make
 
-    monkeypatch.setattr(packed_linear, "minmax", Module(minmax, quantize=rounded_scale))
+    monkeypatch.setattr(table, "minmax", Module(minmax, quantize=rounded_scale))
     config = make(shared_model_path, tmp_path / "out", integer_forward=False, verify=True)
     with pytest.raises(ParityError, match="do not use the output"):
         quantize(config)
