@@ -32,8 +32,9 @@ lint: venv ## Check style and formatting.
 types: venv ## Check types.
 	$(BIN)/mypy
 
+# Without --quiet, which hides warnings from --strict as well.
 docs: venv ## Build the documentation into build/docs; a broken link is an error.
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: venv ## Fix what can be fixed and format.
 	$(BIN)/ruff check --fix
