@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types format clean
+.PHONY: help venv demo test lint types docs format clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ demo: venv ## Quantize the example model to 4-8-4 and write build/demo/report.md
 		--samples 1024 --steps 300 --overwrite
 	@echo 'What was done and what it cost: build/demo/report.md'
 
-test: lint types ## Run everything that must pass: lint, types and tests.
+test: lint types docs ## Run everything that must pass: lint, types, docs and tests.
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
 lint: venv ## Check style and formatting.
@@ -31,6 +31,10 @@ lint: venv ## Check style and formatting.
 
 types: venv ## Check types.
 	$(BIN)/mypy
+
+# Without --quiet, which hides warnings from --strict as well.
+docs: venv ## Build the documentation into build/docs; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: venv ## Fix what can be fixed and format.
 	$(BIN)/ruff check --fix
