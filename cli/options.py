@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qatc.data.config import GenerationConfig
 from qatc.errors import ConfigError
 from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
 
+Output = Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")]
 Model = Annotated[
     str, typer.Option("--model", help="Hub name or directory of the model.", show_default=False)
 ]
@@ -77,6 +79,15 @@ Target = Annotated[
         show_default=False,
     ),
 ]
+Samples = Annotated[int, typer.Option("--samples", help="Sequences to generate.")]
+Strategy = Annotated[str, typer.Option("--strategy", help="hybrid, sample or greedy.")]
+GreedyTokens = Annotated[str, typer.Option("--greedy-tokens", help="Greedy tokens of hybrid.")]
+Slots = Annotated[
+    str, typer.Option(help="Sequences side by side; auto: as many as are fast and fit into memory.")
+]
+Rows = Annotated[int, typer.Option("--batch-size", help="Rows per forward pass.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+DType = Annotated[str, typer.Option("--dtype", help="Compute in auto, float32 or bfloat16.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -87,13 +98,13 @@ Compile = Annotated[
         "--compile/--no-compile", help="Compile the graphs. Default: if this machine can."
     ),
 ]
-Slots = Annotated[
-    str, typer.Option(help="Sequences side by side; auto: as many as are fast and fit into memory.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is done.")
 ]
+
+GREEDY_TOKENS = "-".join(map(str, GenerationConfig.greedy_tokens))
+"""The default of ``--greedy-tokens``, as :func:`parse_range` reads it."""
 
 
 def build_recipe(

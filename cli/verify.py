@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")],
+    model: options.Output,
     device: options.Device = "cpu",
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
