@@ -74,6 +74,7 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
     from dataclasses import asdict
 
     from qatc.cli import terminal
+    from qatc.report.tables import kernel_rows, memory_rows
     from qatc.report.usage import decoding_report, kernel_report, memory
     from qatc.runtime.model import load
 
@@ -84,20 +85,9 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
         kernels = [asdict(use) for use in uses]
         terminal.print_json({"kernels": kernels, "decoding": decoding, "memory": asdict(held)})
         return
-    rows = [["layer", "weight", "shape", "phase", "kernel", "not used"]]
-    for use in uses:
-        passed_over = "; ".join(f"{name}: {why}" for name, why in use.passed_over)
-        shape = " x ".join(map(str, use.shape))
-        rows.append([use.layer, use.weight, shape, use.phase, use.kernel, passed_over])
-    terminal.print_table(rows)
+    terminal.print_table(kernel_rows(uses))
     terminal.print_table([["a single row is decoded by"], [decoding]])
-    table = [["bytes", "bf16", "held", "ratio"]]
-    if held.bf16_quantized:
-        table.append(_line("quantized linears", held.bf16_quantized, held.quantized))
-    if held.bf16_ends:
-        table.append(_line("quantized head and embedding", held.bf16_ends, held.ends))
-    table.append(_line("KV cache, per token", held.bf16_cache_per_token, held.cache_per_token))
-    terminal.print_table(table)
+    terminal.print_table(memory_rows(held))
 
 
 def _render(plan: Plan) -> None:

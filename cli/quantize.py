@@ -117,7 +117,7 @@ def quantize(
         terminal.quiet_libraries()
         from qatc.quantize.run import quantize as run
         from qatc.quantize.settings import QuantizeConfig
-        from qatc.report.markdown import figure_rows
+        from qatc.report.tables import figure_rows
         from qatc.training.distill import TrainingConfig
 
         config = QuantizeConfig(
