@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,6 +108,12 @@ GREEDY_TOKENS = "-".join(map(str, GenerationConfig.greedy_tokens))
 """The default of ``--greedy-tokens``, as :func:`parse_range` reads it."""
 
 
+def spelled(values: Mapping[str, Any]) -> list[str]:
+    """The options, among these parameters of a command, that were given a value."""
+    given = [name for name, value in values.items() if value not in (None, [], False)]
+    return [f"--{name.replace('_', '-')}" for name in given]
+
+
 def build_recipe(
     bits: str | None,
     recipe: Path | None,
@@ -120,16 +127,9 @@ def build_recipe(
 ) -> Recipe:
     """The recipe that the options describe, or the one that a run's file spells out."""
     if recipe is not None or spelled_out is not None:
-        given: dict[str, Any] = {
-            "--bits": bits,
-            "--group-size": group_size,
-            "--kv-site": kv_site,
-            "--skip": skip,
-        }
-        given["--target"] = target
-        given |= {"--head-bits": head_bits, "--embedding-bits": embedding_bits}
-        clashing = [name for name, value in given.items() if value not in (None, [])]
-        if clashing:
+        values = {"bits": bits, "group_size": group_size, "kv_site": kv_site, "skip": skip}
+        values |= {"target": target, "head_bits": head_bits, "embedding_bits": embedding_bits}
+        if clashing := spelled(values):
             source = "the recipe in --config" if recipe is None else "--recipe"
             raise ConfigError(
                 f"{source} says it all; leave out {', '.join(clashing)} or change the file"

@@ -7,6 +7,7 @@ from typing import Any
 
 from qatc.evaluation.checks import Check
 from qatc.evaluation.metrics import Metrics, recovery
+from qatc.report.contents import CorpusContents, OutputContents
 from qatc.report.usage import KernelUse, Memory
 
 Rows = list[list[str]]
@@ -96,6 +97,50 @@ def _spec_text(spec: Mapping[str, Any], row: str) -> str:
         return "not quantized"
     group = f"{spec['group_size']} values" if spec["group_size"] else row
     return f"{spec['bits']} bits, one scale per {group}, {spec['range']} range"
+
+
+def output_rows(found: OutputContents) -> Rows:
+    """What an output is, apart from its figures and its stored tensors."""
+    recipe, because = found.recipe, f" ({found.unverified})" if found.unverified else ""
+    verified = {
+        True: "it computes what was trained",
+        False: "it differs from what was trained",
+        None: f"not compared with what was trained{because}; see qatc verify",
+    }
+    loads = ["qatc"] if recipe["kv"]["bits"] == 16 or recipe["kv_site"] == "cache" else []
+    loads += ["transformers" if found.loads_elsewhere else "transformers after qatc export"]
+    return [
+        *recipe_rows(recipe),
+        ["made from", found.model or "unknown"],
+        *([["corpus", corpus_text(found.data)]] if found.data else []),
+        ["verified", verified[found.verified]],
+        ["loads in", ", ".join(loads)],
+        *([name, version] for name, version in found.versions.items()),
+    ]
+
+
+def corpus_rows(found: CorpusContents) -> Rows:
+    """What a corpus is, and whether it can be trained on."""
+    manifest = found.manifest
+    state = "complete"
+    if found.damaged:
+        files = ", ".join(found.damaged)
+        state = f"missing or damaged: {files}; the same qatc generate-data command writes it anew"
+    elif not manifest["complete"]:
+        state = "unfinished; the same qatc generate-data command completes it"
+    side_by_side = f"{manifest['slots']} side by side" if "slots" in manifest else ""
+    return [
+        ["setting", "value"],
+        ["state", state],
+        ["sequences", f"{found.sequences:,} of {manifest['sequences']:,}"],
+        ["tokens", f"{found.tokens:,}, at most {manifest['max_length']:,} a sequence"],
+        ["written by", manifest["model"]],
+        ["strategy", f"{manifest['strategy']}, seed {manifest['seed']}"],
+        ["decoded", ", ".join(filter(None, [side_by_side, f"in {manifest['dtype']}"]))],
+        ["files", f"{len(manifest['shards'])} of up to {manifest['shard_size']:,} sequences"],
+        ["fingerprint", found.fingerprint or "none yet"],
+        *([name, manifest[f"{name}_version"]] for name in ("qatc", "torch", "transformers")),
+    ]
 
 
 def corpus_text(manifest: Mapping[str, Any]) -> str:
