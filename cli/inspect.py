@@ -83,6 +83,8 @@ def inspect(
 
 def _refuse_idle(what: str, kind: Kind, asked: list[str], kernels: bool) -> None:
     """Raise ``ConfigError`` for options that say nothing of what there is."""
+    if kernels and kind is Kind.MODEL and not Path(what).exists():
+        raise ConfigError(f"--kernels is about an output, and there is no directory {what} here")
     if kernels and kind is Kind.MODEL:
         raise ConfigError(
             f"--kernels is about an output, and {what} is a model in full precision; leave it out,"

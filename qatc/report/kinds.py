@@ -32,6 +32,8 @@ def kind_of(name: str) -> Kind:
     if not os.path.lexists(path):  # unlike Path.exists, it raises for no name
         recover(path)
         if not os.path.lexists(path):
+            if name.startswith((".", "/", "~")) or name.count("/") > 1:
+                raise ConfigError(f"there is no {name}; {_EXPECTED}")
             return Kind.MODEL
     if not path.is_dir():
         if _tells(path.parent) is not None:

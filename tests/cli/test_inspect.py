@@ -125,7 +125,8 @@ def test_what_is_none_of_these(output: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a text")
     refused("is not a directory; give a model", text)
-    refused("no model directory", tmp_path / "absent")
+    refused(f"there is no {tmp_path}/absent; give a model", tmp_path / "absent")
+    refused("there is no directory some/model here", "some/model", "--kernels")
     refused("File name too long", "x" * 300)
     empty = tmp_path / "empty"
     empty.mkdir()
