@@ -5,6 +5,8 @@ Signals end it as shells expect: 130 after Ctrl-C, 143 after SIGTERM, 128 and it
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +15,9 @@ import typer
 from qatc.cli.terminal import print_error
 from qatc.errors import ConfigError, QatcError
 from qatc.machine.signals import Terminated, raising
+
+_OF_A_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP}
+"""What is wrong with a path itself; what is wrong with a disk is told by who writes to it."""
 
 
 @contextmanager
@@ -34,6 +39,12 @@ def readable_errors(interrupted: str = "interrupted") -> Iterator[None]:
     except KeyboardInterrupt:
         print_error(interrupted)
         raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno not in _OF_A_PATH or error.filename is None:
+            raise
+        path = os.fsdecode(error.filename)
+        print_error(f"cannot open {path}: {error.strerror}; give another path")
+        raise typer.Exit(2) from None
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

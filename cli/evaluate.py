@@ -32,7 +32,7 @@ def evaluate(
     embedding_bits: options.EmbeddingBits = None,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, at most.")] = 65_536,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    batch_size: options.Rows = 8,
     device: options.Device = "auto",
     compile: options.Compile = None,
     trust_remote_code: options.TrustRemoteCode = False,

@@ -12,7 +12,7 @@ from qatc.cli.errors import readable_errors
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")],
+    source: options.Output,
     output: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
     format: Annotated[str, typer.Option(help="compressed-tensors.")] = "compressed-tensors",
     overwrite: options.Overwrite = False,

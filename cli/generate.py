@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from qatc.errors import ConfigError, QatcError
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")],
+    model: options.Output,
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue.", show_default=False)
     ] = None,
@@ -29,7 +28,7 @@ def generate(
         list[str] | None,
         typer.Option(help="Text to stop at; may be repeated.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: options.Seed = 0,
     device: options.Device = "auto",
     compile: options.Compile = None,
     trust_remote_code: options.TrustRemoteCode = False,

@@ -9,20 +9,25 @@ import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
+from qatc.data.config import GenerationConfig
 
 
 def generate_data(
     model: options.Model,
     output: Annotated[Path, typer.Option(help="Directory of the corpus.", show_default=False)],
-    samples: Annotated[int, typer.Option(help="Sequences to generate.")] = 4096,
-    max_length: Annotated[int, typer.Option(help="Tokens per sequence at most.")] = 256,
-    strategy: Annotated[str, typer.Option(help="hybrid, sample or greedy.")] = "hybrid",
-    greedy_tokens: Annotated[str, typer.Option(help="Greedy tokens of hybrid.")] = "3-5",
+    samples: options.Samples = GenerationConfig.sequences,
+    max_length: Annotated[int, typer.Option(help="Tokens per sequence at most.")] = (
+        GenerationConfig.max_length
+    ),
+    strategy: options.Strategy = GenerationConfig.strategy,
+    greedy_tokens: options.GreedyTokens = options.GREEDY_TOKENS,
     batch_size: options.Slots = "auto",
-    shard_size: Annotated[int, typer.Option(help="Sequences per file.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    shard_size: Annotated[int, typer.Option(help="Sequences per file.")] = (
+        GenerationConfig.shard_size
+    ),
+    seed: options.Seed = GenerationConfig.seed,
     preview: Annotated[int, typer.Option(help="Print this many samples at the end.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Compute in auto, float32 or bfloat16.")] = "auto",
+    dtype: options.DType = "auto",
     device: options.Device = "auto",
     compile: options.Compile = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -43,7 +48,6 @@ def generate_data(
     with readable_errors("interrupted; the same command goes on from the last complete shard"):
         greedy = options.parse_range(greedy_tokens)
         terminal.quiet_libraries()
-        from qatc.data.config import GenerationConfig
         from qatc.data.generate import corpus_place, generate_corpus
         from qatc.models import load_tokenizer
         from qatc.models.load import load_teacher

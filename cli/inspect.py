@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
 from qatc.errors import ConfigError
+from qatc.report.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from qatc.report.plan import Plan, Quantizer
 
 
 def inspect(
-    output: Annotated[
-        Path | None,
-        typer.Argument(help="A qatc output, for --kernels.", show_default=False),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Hub name or directory of the model.", show_default=False),
-    ] = None,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|OUTPUT|CORPUS",
+            help="Directory or hub name of a model, an output of qatc quantize, or a corpus.",
+            show_default=False,
+        ),
+    ],
     kernels: Annotated[
         bool, typer.Option("--kernels", help="What runs every linear of an output, and its memory.")
     ] = False,
@@ -38,42 +39,101 @@ def inspect(
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
-    """Show what would be quantized, what is skipped and why, and the size. Loads no weights.
+    """Show what a model, an output or a corpus is. Loads no weights, but for --kernels.
+
+    Of a model: what would be quantized, what is skipped and why, and the size. Of an output: its
+    recipe, what is stored, and its figures. Of a corpus: how it was made, and whether it is whole.
 
     [bold]Examples[/]
 
-      qatc inspect --model meta-llama/Llama-2-7b-hf --bits 4-8-4
+      qatc inspect meta-llama/Llama-2-7b-hf --bits 4-8-4
+
+      qatc inspect Llama-2-7b-4-8-4
 
       qatc inspect Llama-2-7b-4-8-4 --kernels
+
+      qatc inspect Llama-2-7b-4-8-4.data
     """
     from qatc.cli import terminal
 
     with readable_errors():
-        if kernels:
-            if output is None:
-                raise ConfigError("--kernels is about an output: qatc inspect OUTPUT --kernels")
-            terminal.quiet_libraries()
-            _render_kernels(output, json, trust_remote_code)
-            return
-        if model is None:
-            raise ConfigError("say what to inspect: --model MODEL, or OUTPUT --kernels")
-        chosen = options.build_recipe(
-            bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits
-        )
+        asked: dict[str, Any] = {"bits": bits, "recipe": recipe, "group_size": group_size}
+        asked |= {"kv_site": kv_site, "skip": skip, "target": target}
+        asked |= {"head_bits": head_bits, "embedding_bits": embedding_bits}
+        kind = kind_of(what)
+        _refuse_idle(what, kind, options.spelled(asked), kernels)
+        if kind is Kind.MODEL:
+            chosen = options.build_recipe(**asked)
         terminal.quiet_libraries()
-        from qatc.report.plan import inspect_model
+        if kind is Kind.CORPUS:
+            _render_corpus(Path(what), json)
+        elif kind is Kind.OUTPUT and kernels:
+            _render_kernels(Path(what), json, trust_remote_code)
+        elif kind is Kind.OUTPUT:
+            _render_output(Path(what), json)
+        else:
+            from qatc.report.plan import inspect_model
 
-        plan = inspect_model(model, chosen, trust_remote_code=trust_remote_code)
+            plan = inspect_model(what, chosen, trust_remote_code=trust_remote_code)
+            if json:
+                terminal.print_json(plan.to_dict())
+            else:
+                _render(plan)
+
+
+def _refuse_idle(what: str, kind: Kind, asked: list[str], kernels: bool) -> None:
+    """Raise ``ConfigError`` for options that say nothing of what there is."""
+    if kernels and kind is Kind.MODEL and not Path(what).exists():
+        raise ConfigError(f"--kernels is about an output, and there is no directory {what} here")
+    if kernels and kind is Kind.MODEL:
+        raise ConfigError(
+            f"--kernels is about an output, and {what} is a model in full precision; leave it out,"
+            f" or make one: qatc quantize --model {what}"
+        )
+    if kernels and kind is Kind.CORPUS:
+        raise ConfigError(f"--kernels is about an output, and {what} is a corpus; leave it out")
+    if asked and kind is not Kind.MODEL:
+        is_what = {Kind.OUTPUT: "an output, quantized already", Kind.CORPUS: "a corpus"}[kind]
+        raise ConfigError(
+            f"{what} is {is_what}; leave out {', '.join(asked)}, or inspect a model in full"
+            " precision"
+        )
+
+
+def _render_corpus(path: Path, json: bool) -> None:
+    from qatc.cli import terminal
+    from qatc.report.contents import corpus_contents
+    from qatc.report.tables import corpus_rows
+
+    found = corpus_contents(path)
     if json:
-        terminal.print_json(plan.to_dict())
+        terminal.print_json(found.to_dict())
         return
-    _render(plan)
+    terminal.print_table(corpus_rows(found))
+
+
+def _render_output(path: Path, json: bool) -> None:
+    from qatc.cli import terminal
+    from qatc.output.model_card import stored_rows
+    from qatc.report.contents import output_contents
+    from qatc.report.tables import figure_rows, output_rows
+
+    found = output_contents(path)
+    if json:
+        terminal.print_json(found.to_dict())
+        return
+    terminal.print_table(output_rows(found))
+    terminal.print_table(stored_rows(found.stored))
+    if found.figures:
+        terminal.print_table(figure_rows(found.figures))
+    terminal.note(f"what runs it, and the memory: qatc inspect {path} --kernels")
 
 
 def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
     from dataclasses import asdict
 
     from qatc.cli import terminal
+    from qatc.report.tables import kernel_rows, memory_rows
     from qatc.report.usage import decoding_report, kernel_report, memory
     from qatc.runtime.model import load
 
@@ -84,20 +144,9 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
         kernels = [asdict(use) for use in uses]
         terminal.print_json({"kernels": kernels, "decoding": decoding, "memory": asdict(held)})
         return
-    rows = [["layer", "weight", "shape", "phase", "kernel", "not used"]]
-    for use in uses:
-        passed_over = "; ".join(f"{name}: {why}" for name, why in use.passed_over)
-        shape = " x ".join(map(str, use.shape))
-        rows.append([use.layer, use.weight, shape, use.phase, use.kernel, passed_over])
-    terminal.print_table(rows)
+    terminal.print_table(kernel_rows(uses))
     terminal.print_table([["a single row is decoded by"], [decoding]])
-    table = [["bytes", "bf16", "held", "ratio"]]
-    if held.bf16_quantized:
-        table.append(_line("quantized linears", held.bf16_quantized, held.quantized))
-    if held.bf16_ends:
-        table.append(_line("quantized head and embedding", held.bf16_ends, held.ends))
-    table.append(_line("KV cache, per token", held.bf16_cache_per_token, held.cache_per_token))
-    terminal.print_table(table)
+    terminal.print_table(memory_rows(held))
 
 
 def _render(plan: Plan) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from qatc.data.config import GenerationConfig
 from qatc.errors import ConfigError
 from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
 
+Output = Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")]
 Model = Annotated[
     str, typer.Option("--model", help="Hub name or directory of the model.", show_default=False)
 ]
@@ -77,6 +80,15 @@ Target = Annotated[
         show_default=False,
     ),
 ]
+Samples = Annotated[int, typer.Option("--samples", help="Sequences to generate.")]
+Strategy = Annotated[str, typer.Option("--strategy", help="hybrid, sample or greedy.")]
+GreedyTokens = Annotated[str, typer.Option("--greedy-tokens", help="Greedy tokens of hybrid.")]
+Slots = Annotated[
+    str, typer.Option(help="Sequences side by side; auto: as many as are fast and fit into memory.")
+]
+Rows = Annotated[int, typer.Option("--batch-size", help="Rows per forward pass.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+DType = Annotated[str, typer.Option("--dtype", help="Compute in auto, float32 or bfloat16.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -87,13 +99,19 @@ Compile = Annotated[
         "--compile/--no-compile", help="Compile the graphs. Default: if this machine can."
     ),
 ]
-Slots = Annotated[
-    str, typer.Option(help="Sequences side by side; auto: as many as are fast and fit into memory.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is done.")
 ]
+
+GREEDY_TOKENS = "-".join(map(str, GenerationConfig.greedy_tokens))
+"""The default of ``--greedy-tokens``, as :func:`parse_range` reads it."""
+
+
+def spelled(values: Mapping[str, Any]) -> list[str]:
+    """The options, among these parameters of a command, that were given a value."""
+    given = [name for name, value in values.items() if value not in (None, [], False)]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def build_recipe(
@@ -109,16 +127,9 @@ def build_recipe(
 ) -> Recipe:
     """The recipe that the options describe, or the one that a run's file spells out."""
     if recipe is not None or spelled_out is not None:
-        given: dict[str, Any] = {
-            "--bits": bits,
-            "--group-size": group_size,
-            "--kv-site": kv_site,
-            "--skip": skip,
-        }
-        given["--target"] = target
-        given |= {"--head-bits": head_bits, "--embedding-bits": embedding_bits}
-        clashing = [name for name, value in given.items() if value not in (None, [])]
-        if clashing:
+        values = {"bits": bits, "group_size": group_size, "kv_site": kv_site, "skip": skip}
+        values |= {"target": target, "head_bits": head_bits, "embedding_bits": embedding_bits}
+        if clashing := spelled(values):
             source = "the recipe in --config" if recipe is None else "--recipe"
             raise ConfigError(
                 f"{source} says it all; leave out {', '.join(clashing)} or change the file"

@@ -9,6 +9,7 @@ import typer
 
 from qatc.cli import options, run_file
 from qatc.cli.errors import readable_errors
+from qatc.data.config import GenerationConfig
 from qatc.errors import ConfigError
 from qatc.storage.directories import refuse_overlap
 
@@ -36,13 +37,15 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Sequences to generate.")] = 4096,
-    max_length: Annotated[int, typer.Option(help="Tokens per training row and sequence.")] = 256,
-    strategy: Annotated[str, typer.Option(help="hybrid, sample or greedy.")] = "hybrid",
-    greedy_tokens: Annotated[str, typer.Option(help="Greedy tokens of hybrid.")] = "3-5",
+    samples: options.Samples = GenerationConfig.sequences,
+    max_length: Annotated[int, typer.Option(help="Tokens per training row and sequence.")] = (
+        GenerationConfig.max_length
+    ),
+    strategy: options.Strategy = GenerationConfig.strategy,
+    greedy_tokens: options.GreedyTokens = options.GREEDY_TOKENS,
     generation_batch_size: options.Slots = "auto",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1500,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    batch_size: options.Rows = 8,
     accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
     lr: Annotated[
         float | None,
@@ -54,7 +57,7 @@ def quantize(
         bool,
         typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of data and training order.")] = 0,
+    seed: options.Seed = GenerationConfig.seed,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
     keep_checkpoints: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
     resume: Annotated[
@@ -64,7 +67,7 @@ def quantize(
         Path | None, typer.Option(help="Text file to evaluate on as well.", show_default=False)
     ] = None,
     eval_samples: Annotated[int, typer.Option(help="Generated sequences to hold out.")] = 256,
-    dtype: Annotated[str, typer.Option(help="Compute in auto, float32 or bfloat16.")] = "auto",
+    dtype: options.DType = "auto",
     device: options.Device = "auto",
     compile: options.Compile = None,
     integer_forward: Annotated[
@@ -112,10 +115,9 @@ def quantize(
         if resume and not output.with_name(output.name + ".partial").exists():
             raise ConfigError(f"there is no unfinished run of {output} to resume; drop --resume")
         terminal.quiet_libraries()
-        from qatc.data.config import GenerationConfig
         from qatc.quantize.run import quantize as run
         from qatc.quantize.settings import QuantizeConfig
-        from qatc.report.markdown import figure_rows
+        from qatc.report.tables import figure_rows
         from qatc.training.distill import TrainingConfig
 
         config = QuantizeConfig(

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(help="Directory written by qatc quantize.")],
+    model: options.Output,
     device: options.Device = "cpu",
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -29,16 +24,13 @@ def verify(
         terminal.quiet_libraries()
         from qatc.evaluation.parity import verify as run
         from qatc.machine.device import pick_device
+        from qatc.report.tables import check_rows
 
         report = run(model, device=pick_device(device), trust_remote_code=trust_remote_code)
         if json:
             terminal.print_json(report.to_dict())
         else:
-            rows = [["", "compared", "found", "limit"]]
-            rows += [
-                ["ok" if c.passed else "differs", f"{c.point}: {c.what}", f"{c.figure:.2g}"]
-                + ["reported" if c.limit is None else f"{c.limit:.2g}"]
-                for c in report.checks
-            ]
-            terminal.print_table(rows)
+            verdicts = ["", *("ok" if check.passed else "differs" for check in report.checks)]
+            rows = check_rows(report.checks)
+            terminal.print_table([[v, *row] for v, row in zip(verdicts, rows, strict=True)])
         report.require(str(model))

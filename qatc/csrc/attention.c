@@ -111,7 +111,8 @@ static uint16_t to_bf16(float value) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* scores[s] = q . keys[s] for `count` slots, rounded up to LANES. */
+/* scores[s] = q . keys[s] for `count` slots, rounded up to LANES. q: [padded], keys: [CHUNK, padded],
+ * scores: [CHUNK]; what lies beyond `count` is masked by weigh. */
 INLINE void multiply_keys(const float *q, const float *keys, float *scores, int64_t count,
                                  int64_t padded) {
     for (int64_t s = 0; s < count; s += LANES) {
@@ -127,7 +128,8 @@ INLINE void multiply_keys(const float *q, const float *keys, float *scores, int6
 }
 
 /* out[h] = out[h] * factor[h] + weights[h] @ values for one or two heads: sums of several vectors at
- * once, since each waits for its own last value. */
+ * once, since each waits for its own last value. weights: [heads, CHUNK], values: [CHUNK, padded],
+ * out: [heads, padded], factor: [heads]. */
 INLINE void add_values(const float *weights, const float *values, float *out, int64_t count,
                               int64_t padded, const float *factor, int heads) {
     for (int64_t start = 0; start < padded; start += 4 * LANES) {
@@ -187,7 +189,7 @@ static inline void prefetch(const char *from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-/* Scores of a chunk become weights relative to the largest score so far; their sum is returned, and
+/* Scores [CHUNK] of a chunk of `count` slots become weights relative to the largest score so far; their sum is returned, and
  * in `factor` what the weights before them are to be multiplied by. */
 static float weigh(float *scores, int64_t count, float *largest, float *factor) {
     for (int64_t s = count; s < CHUNK; s++) scores[s] = -__builtin_inff();
@@ -210,6 +212,8 @@ static float weigh(float *scores, int64_t count, float *largest, float *factor) 
 
 /* Write the new key and value of every row into its slot, then attend to all slots up to that one.
  *
+ * A group is a head of keys and values, and `heads` the query heads that share it.
+ *
  * query: [rows, groups * heads, width]; key: [rows, groups, width]; value: [rows, groups, deep];
  * out: [rows, groups * heads, deep]; all dense, of fp32 or bf16
  * caches: [rows, groups, slots, width or deep] of the same kind; a row and a group begin every so
@@ -226,6 +230,8 @@ void qatc_row_attention(const void *query, const void *key, const void *value, v
     int64_t widest = wide > high ? wide : high;
 #pragma omp parallel num_threads(threads)
     {
+        /* Of one (row, group): q [heads, wide], held [CHUNK, wide or high], weights [heads, CHUNK] and
+         * sum [heads, high]; wide and high are width and deep rounded up to LANES. */
         float q[heads * wide], held[CHUNK * widest], weights[heads * CHUNK], sum[heads * high];
         float largest[heads], total[heads], factor[heads];
         /* The last group of LANES slots of a chunk is multiplied whole. */

@@ -3,7 +3,9 @@
  *
  * The layout is that of qatc/numerics/packing.py: a code of b bits, made unsigned by adding 2^(b-1), is cut
  * into planes of 4, 2 and 1 bits, the low bits first; a plane of p bits holds, in byte j, the j-th
- * value of each of the 8 / p equal parts of the row. 8 bits are plain int8.
+ * value of each of the 8 / p equal parts of the row. 8 bits are plain int8. A row of K codes of 6 bits
+ * is [ceil(K / 2) bytes of plane 4 | ceil(K / 4) bytes of plane 2], and with n = ceil(K / 2) byte j of
+ * the first holds the low 4 bits of the codes j and n + j.
  *
  * The loops are plain C that compilers turn into dot-product instructions (VNNI, i8mm) where the
  * processor has them. All integer sums are exact. qatc_unpack alone writes all codes, for others.
@@ -28,6 +30,7 @@ int qatc_is_parallel(void) {
     for (int64_t j = 0; j < (count); j++)                              \
         (sum) += (int32_t)(uint8_t)(((bytes)[j] >> (shift)) & (mask)) * (int32_t)(x)[j];
 
+/* The same over whole planes of `count` bytes: w: uint8 [count], x: int8 [8 / p * count]. */
 static int32_t dot_plane4(const uint8_t *restrict w, const int8_t *restrict x, int64_t count) {
     int32_t low = 0, high = 0;
     for (int64_t j = 0; j < count; j++) {
@@ -52,7 +55,8 @@ static int32_t dot_plane1(const uint8_t *restrict w, const int8_t *restrict x, i
     return sum;
 }
 
-/* Codes of 8 bits are stored as they are; made unsigned, they fit the same instructions. */
+/* Codes of 8 bits are stored as they are; made unsigned, they fit the same instructions.
+ * w, x: [count]. */
 static int32_t dot_bytes(const uint8_t *restrict w, const int8_t *restrict x, int64_t count) {
     int32_t sum = 0;
     for (int64_t j = 0; j < count; j++)
@@ -60,7 +64,10 @@ static int32_t dot_bytes(const uint8_t *restrict w, const int8_t *restrict x, in
     return sum;
 }
 
-/* The sum of code * x over a row of `width` codes of 2 to 8 bits; x is padded to 8 with zeros. */
+/* The sum of code * x over a row of `width` codes of 2 to 8 bits; x is padded to 8 with zeros.
+ *
+ * The planes hold u = code + 2^(bits-1), so that the sum of u * x is too large by x_sum times that.
+ */
 int32_t dot_row(const uint8_t *w, const int8_t *x, int64_t width, int bits, int32_t x_sum) {
     int32_t sum = 0;
     int low = 0;

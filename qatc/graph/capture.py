@@ -260,6 +260,10 @@ def _as_template(
     numbers: dict[Number, Any],
     read: tuple[int, ...],
 ) -> Template:
+    # There is an input spec for every placeholder, in the graph's order: parameters and buffers (by
+    # their names in _Flat, below "module."), constants, which become attributes of the graph, and
+    # the tensors of ``inputs``. Of these, ``shapes`` has the sizes, which are integers or symbols
+    # of export: hidden states [B, T, 32] are ("s0", "s1", 32).
     gm = exported.graph_module
     placeholders = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
     parameters: list[str] = []

@@ -127,6 +127,10 @@ def _attend_to_codes(
     value_width: int,
     scale: float,
 ) -> Tensor:
+    # Sizes: B rows, Hkv groups of G = Hq / Hkv query heads, S slots, D and E values of a key and of
+    # a value, whose codes come in n consecutive parts. All is fp32, the codes as well. A part of
+    # the keys, [B, Hkv, 1, S, D/n], times that of the query, [B, Hkv, G, 1, D/n], summed over its
+    # last dimension and over the parts, gives the scores [B, Hkv, G, S].
     batch, heads, _, width = query.shape
     dtype = query.dtype
     groups = key_codes.shape[1]
@@ -137,9 +141,11 @@ def _attend_to_codes(
         (piece.unsqueeze(2) * part).sum(-1)
         for piece, part in zip(keys, grouped.chunk(len(keys), -1), strict=True)
     )
+    # Scales are [B, Hkv, S, 1], here [B, Hkv, 1, S]; visible is bool [B, 1, 1, S].
     scores = scores * key_scale.squeeze(-1).unsqueeze(2)
     scores = scores.masked_fill(~visible, -torch.inf)
     weights = torch.ops.qatc.materialize(scores.softmax(-1) * value_scale.squeeze(-1).unsqueeze(2))
+    # [B, Hkv, G, S, 1] times [B, Hkv, 1, S, E/n], summed over the slots: [B, Hkv, G, E/n].
     values = _signed_parts(value_codes, bits, value_width)
     parts = [(weights.unsqueeze(-1) * piece.unsqueeze(2)).sum(-2) for piece in values]
     return torch.cat(parts, -1).view(batch, heads, 1, -1).to(dtype)

@@ -41,7 +41,7 @@ def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: St
         *_what(metadata, stored),
         "## What is quantized",
         _table([["", ""], *_recipe_rows(recipe)]),
-        _table([["stored", "numbers", "bytes"], *_stored_rows(recipe, stored)]),
+        _table(stored_rows(stored)),
         *_figures(metadata),
         "## How to run it",
         *_runtimes(metadata, config),
@@ -143,8 +143,9 @@ def _codes(spec: Mapping[str, Any]) -> str:
     return f"codes -{largest + 1} to {largest}, scale = max / {largest + 0.5:g}"
 
 
-def _stored_rows(recipe: Mapping[str, Any], stored: Stored) -> list[list[str]]:
-    rows = []
+def stored_rows(stored: Stored) -> list[list[str]]:
+    """What the weight files hold, header first."""
+    rows = [["stored", "numbers", "bytes"]]
     if stored.weights:
         rows += [
             [

@@ -18,6 +18,26 @@ from qatc.runtime.forward import Runtime, runtime_of
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a quantized part of a loaded model takes.
+
+    Attributes:
+        part: what it is.
+        held: bytes.
+        bf16: bytes that it would take in bf16.
+    """
+
+    part: str
+    held: int
+    bf16: int
+
+    @property
+    def ratio(self) -> float:
+        """The first of the second."""
+        return self.held / self.bf16
+
+
+@dataclass(frozen=True)
 class Memory:
     """What a loaded model holds, in bytes.
 
@@ -39,6 +59,15 @@ class Memory:
     bf16_cache_per_token: int
     ends: int = 0
     bf16_ends: int = 0
+
+    def shares(self) -> tuple[Share, ...]:
+        """The parts that the model has."""
+        parts = (
+            Share("quantized linears", self.quantized, self.bf16_quantized),
+            Share("quantized head and embedding", self.ends, self.bf16_ends),
+            Share("KV cache, per token", self.cache_per_token, self.bf16_cache_per_token),
+        )
+        return tuple(part for part in parts if part.bf16)
 
 
 @dataclass(frozen=True)

@@ -269,6 +269,10 @@ def _signature(
 
     Cheaper than a pytree; None for arguments that only a pytree can take apart.
     """
+    # Leaves stand as TemplateForward.find flattens them: positional arguments, then the others by
+    # name, in place of a tuple what is in it, such as cos and sin [B, T, D]. Of a tensor the key
+    # has the number of dimensions and the dtype, as Template.fits compares the sizes; numbers,
+    # strings and None are constants of a graph, and stand in the key themselves.
     names = sorted(kwargs)
     key: list[Any] = [len(args), *names]
     leaves: list[Any] = []

@@ -52,7 +52,7 @@ def test_what_the_terminal_cannot_encode(output: Path, tmp_path: Path) -> None:
     result = ascii_only(*command, "caf\u00e9 \u2192")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("caf\\xe9 \\u2192")
-    result = ascii_only("inspect", "--model", tmp_path / "caf\u00e9")
+    result = ascii_only("inspect", tmp_path / "caf\u00e9")
     assert result.exit_code == 2 and "caf\\xe9" in result.stderr
     odd = tmp_path / "caf\u00e9"
     made = ascii_only("export", output, "--output", odd)

@@ -9,7 +9,8 @@ import pytest
 
 from qatc.evaluation.metrics import Metrics
 from qatc.recipe.recipe import Recipe
-from qatc.report.markdown import figure_rows, recovery_text, write_report
+from qatc.report.markdown import write_report
+from qatc.report.tables import figure_rows, recovery_text
 from qatc.training.distill import StepMetrics
 
 FIGURES = {

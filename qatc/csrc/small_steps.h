@@ -1,0 +1,172 @@
+/* Steps that every thread runs for itself, in memory of its own. */
+
+#ifndef QATC_SMALL_STEPS_H
+#define QATC_SMALL_STEPS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "numbers.h"
+#include "packed.h"
+#include "steps.h"
+
+#define EACH(expression)                       \
+    for (int64_t j = 0; j < cols; j++) {       \
+        float x = a[j * stride];               \
+        out[j] = (expression);                 \
+    }                                          \
+    break;
+
+static inline __attribute__((always_inline)) void unary_row(float *restrict out,
+                                                            const float *restrict a, int64_t stride,
+                                                            int64_t cols, int function) {
+    switch (function) {
+    case COPY: EACH(x)
+    case NEG: EACH(-x)
+    case SILU: EACH(x / (1.0f + exp_(-x)))
+    case GELU: EACH(0.5f * x * (1.0f + erff(x * 0.70710678118654752f)))
+    case GELU_TANH: EACH(gelu_tanh(x))
+    case RSQRT: EACH(1.0f / sqrtf(x))
+    case SQRT: EACH(sqrtf(x))
+    case TANH: EACH(tanhf(x))
+    case RELU: EACH(x > 0 ? x : 0)
+    case EXP: EACH(expf(x))
+    case SIGMOID: EACH(1.0f / (1.0f + exp_(-x)))
+    case COS: EACH(cosf(x))
+    case SIN: EACH(sinf(x))
+    case SQUARE: EACH(x * x)
+    }
+}
+
+static void unary(const step *s, const place_of *here) {
+    float *out = at(here, s->out);
+    const float *a = at(here, s->a);
+    for (int64_t r = 0; r < s->rows; r++) {
+        float *to = out + r * s->cols;
+        const float *from = a + r * s->a_row;
+        if (s->a_col == 1)
+            unary_row(to, from, 1, s->cols, (int)s->kind);
+        else
+            unary_row(to, from, s->a_col, s->cols, (int)s->kind);
+        if (s->rounds) round_all(to, s->cols);
+    }
+}
+
+#define PAIRS(expression)                             \
+    for (int64_t j = 0; j < cols; j++) {              \
+        float x = a[j * a_col], y = b[j * b_col];     \
+        out[j] = (expression);                        \
+    }                                                 \
+    break;
+
+static inline __attribute__((always_inline)) void binary_row(
+    float *restrict out, const float *restrict a, int64_t a_col, const float *restrict b,
+    int64_t b_col, int64_t cols, int function) {
+    switch (function) {
+    case ADD: PAIRS(x + y)
+    case SUB: PAIRS(x - y)
+    case MUL: PAIRS(x * y)
+    case DIV: PAIRS(x / y)
+    }
+}
+
+static void binary(const step *s, const place_of *here) {
+    float *out = at(here, s->out);
+    const float *a = at(here, s->a), *b = at(here, s->b);
+    for (int64_t r = 0; r < s->rows; r++) {
+        float *to = out + r * s->cols;
+        const float *x = a + r * s->a_row, *y = b + r * s->b_row;
+        if (s->a_col == 1 && s->b_col == 1)
+            binary_row(to, x, 1, y, 1, s->cols, (int)s->kind);
+        else if (s->a_col == 1 && s->b_col == 0)
+            binary_row(to, x, 1, y, 0, s->cols, (int)s->kind);
+        else
+            binary_row(to, x, s->a_col, y, s->b_col, s->cols, (int)s->kind);
+        if (s->rounds) round_all(to, s->cols);
+    }
+}
+
+static void mean(const step *s, const place_of *here) {
+    float *out = at(here, s->out);
+    const float *a = at(here, s->a);
+    for (int64_t r = 0; r < s->rows; r++)
+        out[r] = sum_of(a + r * s->a_row, s->cols) / (float)s->cols;
+    if (s->rounds) round_all(out, s->rows);
+}
+
+static void layer_norm(const step *s, const place_of *here) {
+    float *out = at(here, s->out);
+    const float *a = at(here, s->a), *weight = s->b ? at(here, s->b) : 0,
+                *bias = s->c ? at(here, s->c) : 0;
+    int64_t cols = s->cols;
+    for (int64_t r = 0; r < s->rows; r++) {
+        const float *x = a + r * s->a_row;
+        float *y = out + r * cols;
+        float middle = sum_of(x, cols) / (float)cols, spread = 0;
+#pragma omp simd reduction(+ : spread)
+        for (int64_t j = 0; j < cols; j++) spread += (x[j] - middle) * (x[j] - middle);
+        float factor = 1.0f / sqrtf(spread / (float)cols + (float)s->f0);
+        for (int64_t j = 0; j < cols; j++) {
+            float value = (x[j] - middle) * factor;
+            if (weight) value *= weight[j];
+            if (bias) value += bias[j];
+            y[j] = value;
+        }
+        if (s->rounds) round_all(y, cols);
+    }
+}
+
+/* A row of a table of floats, for a token. */
+static void embed(const step *s, const place_of *here) {
+    int64_t width = s->cols, row = *(int64_t *)at(here, s->c);
+    const char *table = at(here, s->a);
+    load(at(here, s->out), table + row * width * (s->kind ? 2 : 4), width, (int)s->kind);
+}
+
+/* A row of a table of packed codes: one scale for each of the i1 groups of width / i1 values. */
+static void embed_packed(const step *s, const place_of *here) {
+    int64_t width = s->cols, bytes = s->i0, groups = s->i1, row = *(int64_t *)at(here, s->c);
+    const uint8_t *packed = (const uint8_t *)at(here, s->a) + row * bytes;
+    const float *scale = (const float *)at(here, s->b) + row * groups;
+    float *out = at(here, s->out);
+    int8_t unpacked[width];
+    const int8_t *codes = (const int8_t *)packed;
+    if (s->kind < 8) {
+        unpack_row(packed, unpacked, width, (int)s->kind);
+        codes = unpacked;
+    }
+    for (int64_t j = 0; j < width; j++) out[j] = (float)codes[j] * scale[j / (width / groups)];
+    if (s->rounds) round_all(out, width);
+}
+
+/* The contract of qatc/numerics/minmax.py: scale = max|x| / steps, 1 for zeros; code = round(x / scale). */
+static void quantize_row(const float *restrict x, int8_t *restrict codes, float *scale_out,
+                         int64_t count, float steps, float low, float high) {
+    uint32_t largest = 0;
+    for (int64_t j = 0; j < count; j++) {
+        uint32_t bits = as_bits(x[j]) & 0x7fffffffu; /* ordered as the values are */
+        largest = bits > largest ? bits : largest;
+    }
+    float scale = (float)((double)as_float(largest) / (double)steps);
+    if (scale == 0) scale = 1;
+    *scale_out = scale;
+    for (int64_t j = 0; j < count; j++) {
+        float code = rintf(x[j] / scale);
+        code = code < low ? low : code;
+        code = code > high ? high : code;
+        codes[j] = (int8_t)(int32_t)code;
+    }
+}
+
+static void quantize(const step *s, const place_of *here) {
+    quantized *out = at(here, s->out);
+    quantize_row(at(here, s->a), out->codes, &out->scale, s->cols, (float)s->f0, (float)s->i0,
+                 (float)s->i1);
+    memset(out->codes + s->cols, 0, 512);
+    int32_t sum = 0;
+    for (int64_t j = 0; j < s->cols; j++) sum += out->codes[j];
+    out->sum = sum;
+}
+
+#endif

@@ -1,0 +1,151 @@
+"""Results as rows of text, header first, for the report and the command line to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qatc.evaluation.checks import Check
+from qatc.evaluation.metrics import Metrics, recovery
+from qatc.report.contents import CorpusContents, OutputContents
+from qatc.report.usage import KernelUse, Memory
+
+Rows = list[list[str]]
+
+
+def figure_rows(figures: Mapping[str, Mapping[str, Metrics]]) -> Rows:
+    """One row for every text and model, with recovery."""
+    rows = [["text", "model", "perplexity", "KL to teacher", "top-1 agreement", "recovery"]]
+    for text, models in figures.items():
+        for name, metrics in models.items():
+            rows.append(
+                [
+                    text,
+                    name,
+                    f"{metrics.perplexity:.4g}",
+                    "" if metrics.kl is None else f"{metrics.kl:.4f}",
+                    "" if metrics.top1_agreement is None else f"{metrics.top1_agreement:.1%}",
+                    recovery_text(models) if name == "QAT" else "",
+                ]
+            )
+    return rows
+
+
+def recovery_text(models: Mapping[str, Metrics]) -> str:
+    """Recovery of perplexity and of KL, in percent, as text."""
+    full, rounded, trained = (models[name] for name in ("full precision", "RTN", "QAT"))
+    parts = []
+    perplexity = recovery(full.perplexity, rounded.perplexity, trained.perplexity)
+    if perplexity is not None:
+        parts.append(f"{perplexity:.1f} %")
+    if rounded.kl is not None and trained.kl is not None:
+        divergence = recovery(0.0, rounded.kl, trained.kl)
+        if divergence is not None:
+            parts.append(f"(KL {divergence:.1f} %)")
+    return " ".join(parts)
+
+
+def check_rows(checks: Iterable[Check]) -> Rows:
+    """What the parity gate compared."""
+    rows = [["compared", "found", "limit"]]
+    for check in checks:
+        limit = "reported" if check.limit is None else f"{check.limit:.2g}"
+        rows.append([f"{check.point}: {check.what}", f"{check.figure:.2g}", limit])
+    return rows
+
+
+def memory_rows(held: Memory) -> Rows:
+    """What a loaded model holds, beside what it would hold in bf16."""
+    rows = [["bytes", "held", "in bf16", "share"]]
+    for share in held.shares():
+        rows.append([share.part, f"{share.held:,}", f"{share.bf16:,}", f"{share.ratio:.3f}"])
+    return rows
+
+
+def kernel_rows(uses: Iterable[KernelUse]) -> Rows:
+    """What runs every linear, and why no kernel before it does."""
+    rows = [["layer", "weight", "shape", "phase", "kernel", "not used"]]
+    for use in uses:
+        shape = " x ".join(map(str, use.shape))
+        passed_over = "; ".join(f"{name}: {why}" for name, why in use.passed_over)
+        rows.append([use.layer, use.weight, shape, use.phase, use.kernel, passed_over])
+    return rows
+
+
+def recipe_rows(recipe: Mapping[str, Any], code: str = "") -> Rows:
+    """What a recipe, as plain data, quantizes and how.
+
+    Args:
+        recipe: as :meth:`qatc.recipe.recipe.Recipe.to_dict` gives it.
+        code: what to put around names, such as the backtick of Markdown.
+    """
+    kv_row = {"cache": "token and head", "projection": "token"}[recipe["kv_site"]]
+    return [
+        ["setting", "value"],
+        ["weights", _spec_text(recipe["weights"], "output channel")],
+        ["activations", _spec_text(recipe["activations"], "token")],
+        ["KV cache", _spec_text(recipe["kv"], kv_row)],
+        ["output head", _spec_text(recipe["head"], "token of the vocabulary")],
+        ["token embedding", _spec_text(recipe["embedding"], "token of the vocabulary")],
+        ["KV site", recipe["kv_site"]],
+        ["in full precision", ", ".join(f"{code}{p}{code}" for p in recipe["skip"])],
+    ]
+
+
+def _spec_text(spec: Mapping[str, Any], row: str) -> str:
+    if spec["bits"] == 16:
+        return "not quantized"
+    group = f"{spec['group_size']} values" if spec["group_size"] else row
+    return f"{spec['bits']} bits, one scale per {group}, {spec['range']} range"
+
+
+def output_rows(found: OutputContents) -> Rows:
+    """What an output is, apart from its figures and its stored tensors."""
+    recipe, because = found.recipe, f" ({found.unverified})" if found.unverified else ""
+    verified = {
+        True: "it computes what was trained",
+        False: "it differs from what was trained",
+        None: f"not compared with what was trained{because}; see qatc verify",
+    }
+    loads = ["qatc"] if recipe["kv"]["bits"] == 16 or recipe["kv_site"] == "cache" else []
+    loads += ["transformers" if found.loads_elsewhere else "transformers after qatc export"]
+    return [
+        *recipe_rows(recipe),
+        ["made from", found.model or "unknown"],
+        *([["corpus", corpus_text(found.data)]] if found.data else []),
+        ["verified", verified[found.verified]],
+        ["loads in", ", ".join(loads)],
+        *([name, version] for name, version in found.versions.items()),
+    ]
+
+
+def corpus_rows(found: CorpusContents) -> Rows:
+    """What a corpus is, and whether it can be trained on."""
+    manifest = found.manifest
+    state = "complete"
+    if found.damaged:
+        files = ", ".join(found.damaged)
+        state = f"missing or damaged: {files}; the same qatc generate-data command writes it anew"
+    elif not manifest["complete"]:
+        state = "unfinished; the same qatc generate-data command completes it"
+    side_by_side = f"{manifest['slots']} side by side" if "slots" in manifest else ""
+    return [
+        ["setting", "value"],
+        ["state", state],
+        ["sequences", f"{found.sequences:,} of {manifest['sequences']:,}"],
+        ["tokens", f"{found.tokens:,}, at most {manifest['max_length']:,} a sequence"],
+        ["written by", manifest["model"]],
+        ["strategy", f"{manifest['strategy']}, seed {manifest['seed']}"],
+        ["decoded", ", ".join(filter(None, [side_by_side, f"in {manifest['dtype']}"]))],
+        ["files", f"{len(manifest['shards'])} of up to {manifest['shard_size']:,} sequences"],
+        ["fingerprint", found.fingerprint or "none yet"],
+        *([name, manifest[f"{name}_version"]] for name in ("qatc", "torch", "transformers")),
+    ]
+
+
+def corpus_text(manifest: Mapping[str, Any]) -> str:
+    """What a corpus is, in a line, from what its manifest says."""
+    return (
+        f"{manifest['sequences']} sequences of at most {manifest['max_length']} tokens written by"
+        f" {manifest['model']} (strategy {manifest['strategy']}, seed {manifest['seed']})"
+    )
