@@ -125,7 +125,9 @@ def compiled(
     kernel: packed_linear.Kernel, x: Any, scale: Any, site: packed_linear.Site
 ) -> Callable[[Any], Any]:
     """A kernel as it runs in a compiled layer."""
-    run = torch.compile(lambda x, packed, scale: kernel.run(x, packed, scale, None, site))
+    product = kernel.run
+    assert product is not None, f"{kernel.name} runs in no layer by itself"
+    run = torch.compile(lambda x, packed, scale: product(x, packed, scale, None, site))
     return lambda packed: run(x, packed, scale)
 
 

@@ -30,4 +30,4 @@ def main(model: str, output: str, steps: int = 300, samples: int = 1024) -> None
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
