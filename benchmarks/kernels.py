@@ -124,7 +124,9 @@ def over_copies(run: Callable[[Any], Any], weight: Any) -> Callable[[], Any]:
 
 def compiled(kernel: table.Kernel, x: Any, scale: Any, site: Site) -> Callable[[Any], Any]:
     """A kernel as it runs in a compiled layer."""
-    run = torch.compile(lambda x, packed, scale: kernel.run(x, packed, scale, None, site))
+    product = kernel.run
+    assert product is not None, f"{kernel.name} runs in no layer by itself"
+    run = torch.compile(lambda x, packed, scale: product(x, packed, scale, None, site))
     return lambda packed: run(x, packed, scale)
 
 

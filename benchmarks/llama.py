@@ -106,7 +106,7 @@ class Llama:
         from llama_cpp import Llama as Loaded
 
         threads = torch.get_num_threads()
-        self._model = Loaded(
+        self._model: Any = Loaded(
             str(path), n_ctx=slots, n_batch=512, n_threads=threads, n_threads_batch=threads,
             verbose=False,
         )  # fmt: skip

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common, models
+from examples.train_demo_model import read_corpus
 
 HELD_OUT = "held-out-modules.txt"
 
@@ -57,9 +58,6 @@ def main() -> None:
 
 def held_out_modules() -> str:
     """What the demonstration model was not trained on, of this interpreter's own library."""
-    sys.path.insert(0, str(common.ROOT / "examples"))
-    from train_demo_model import read_corpus
-
     return "\n".join(read_corpus(Path(sysconfig.get_path("stdlib")))[1])
 
 

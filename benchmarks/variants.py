@@ -156,10 +156,11 @@ def _add_torchao(
     )
 
     absent: dict[str, str] = {}
-    for name, make in (
-        ("torchao W8A8 compiled", lambda: Int8DynamicActivationInt8WeightConfig(version=2)),
-        ("torchao W4A16 compiled", lambda: Int4WeightOnlyConfig(group_size=128)),
-    ):
+    schemes: dict[str, Callable[[], Any]] = {
+        "torchao W8A8 compiled": lambda: Int8DynamicActivationInt8WeightConfig(version=2),
+        "torchao W4A16 compiled": lambda: Int4WeightOnlyConfig(group_size=128),
+    }
+    for name, make in schemes.items():
         if not _chosen(name, options):
             continue
         model = _plain(config, options, torch.bfloat16)

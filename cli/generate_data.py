@@ -9,23 +9,23 @@ import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 
 
 def generate_data(
     model: options.Model,
     output: Annotated[Path, typer.Option(help="Directory of the corpus.", show_default=False)],
-    samples: options.Samples = GenerationConfig.sequences,
+    samples: options.Samples = CorpusConfig.sequences,
     max_length: Annotated[int, typer.Option(help="Tokens per sequence at most.")] = (
-        GenerationConfig.max_length
+        CorpusConfig.max_length
     ),
-    strategy: options.Strategy = GenerationConfig.strategy,
+    strategy: options.Strategy = CorpusConfig.strategy,
     greedy_tokens: options.GreedyTokens = options.GREEDY_TOKENS,
     batch_size: options.Slots = "auto",
     shard_size: Annotated[int, typer.Option(help="Sequences per file.")] = (
-        GenerationConfig.shard_size
+        CorpusConfig.shard_size
     ),
-    seed: options.Seed = GenerationConfig.seed,
+    seed: options.Seed = CorpusConfig.seed,
     preview: Annotated[int, typer.Option(help="Print this many samples at the end.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
@@ -53,7 +53,7 @@ def generate_data(
         from qatc.models.load import load_teacher
         from qatc.models.preparation import can_compile
 
-        config = GenerationConfig(
+        config = CorpusConfig(
             sequences=samples,
             max_length=max_length,
             strategy=strategy,  # type: ignore[arg-type]  # checked by the config

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 from qatc.errors import ConfigError
 from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
 
@@ -104,7 +104,7 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is done.")
 ]
 
-GREEDY_TOKENS = "-".join(map(str, GenerationConfig.greedy_tokens))
+GREEDY_TOKENS = "-".join(map(str, CorpusConfig.greedy_tokens))
 """The default of ``--greedy-tokens``, as :func:`parse_range` reads it."""
 
 

@@ -9,7 +9,7 @@ import typer
 
 from qatc.cli import options, run_file
 from qatc.cli.errors import readable_errors
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 from qatc.errors import ConfigError
 from qatc.storage.directories import refuse_overlap
 
@@ -37,11 +37,11 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    samples: options.Samples = GenerationConfig.sequences,
+    samples: options.Samples = CorpusConfig.sequences,
     max_length: Annotated[int, typer.Option(help="Tokens per training row and sequence.")] = (
-        GenerationConfig.max_length
+        CorpusConfig.max_length
     ),
-    strategy: options.Strategy = GenerationConfig.strategy,
+    strategy: options.Strategy = CorpusConfig.strategy,
     greedy_tokens: options.GreedyTokens = options.GREEDY_TOKENS,
     generation_batch_size: options.Slots = "auto",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1500,
@@ -57,7 +57,7 @@ def quantize(
         bool,
         typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
     ] = True,
-    seed: options.Seed = GenerationConfig.seed,
+    seed: options.Seed = CorpusConfig.seed,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
     keep_checkpoints: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
     resume: Annotated[
@@ -124,7 +124,7 @@ def quantize(
             model=model,
             output=output,
             recipe=chosen,
-            generation=GenerationConfig(
+            generation=CorpusConfig(
                 sequences=samples,
                 max_length=max_length,
                 strategy=strategy,  # type: ignore[arg-type]  # checked by the config

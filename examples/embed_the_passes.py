@@ -35,7 +35,8 @@ class Block(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm_2(x))))
+        return out
 
 
 class TinyTransformer(nn.Module):
@@ -51,7 +52,9 @@ class TinyTransformer(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Logits ``[B, T, vocabulary]`` for token ids ``[B, T]``."""
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return self.lm_head(self.blocks(self.embed(ids) + self.embed_positions(positions)))
+        hidden = self.blocks(self.embed(ids) + self.embed_positions(positions))
+        logits: Tensor = self.lm_head(hidden)
+        return logits
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:

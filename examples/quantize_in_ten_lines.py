@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from qatc import Recipe, load_codes
-from qatc.data import GenerationConfig
+from qatc.data import CorpusConfig
 from qatc.quantize import QuantizeConfig, quantize
 from qatc.training import TrainingConfig
 
@@ -18,7 +18,7 @@ def main(model: str, output: str, steps: int = 300, samples: int = 1024) -> None
             model=model,
             output=Path(output),
             recipe=Recipe.from_bits("4-8-4"),
-            generation=GenerationConfig(sequences=samples, max_length=128),
+            generation=CorpusConfig(sequences=samples, max_length=128),
             training=TrainingConfig(steps=steps),
             eval_sequences=min(256, samples // 4),
         )
@@ -30,4 +30,4 @@ def main(model: str, output: str, steps: int = 300, samples: int = 1024) -> None
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     FalconConfig,
@@ -59,7 +60,7 @@ def make_tokenizer(size: int = 112, *, bos: bool = True) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-def make_llama(vocabulary: int = 112, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+def make_llama(vocabulary: int = 112, seed: int = 0, **changes: Any) -> Any:
     """A random Llama of two layers; large weights, so that its logits have something to say."""
     settings: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -77,6 +78,14 @@ def make_llama(vocabulary: int = 112, seed: int = 0, **changes: Any) -> LlamaFor
     }
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def load_with_transformers(directory: Path) -> Any:
+    """The model, of which no weight may be missing and none left over."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, info = loaded
+    assert not any(info.values()), info
+    return model
 
 
 def save(directory: Path, model: PreTrainedModel, tokenizer: Any = None) -> Path:
@@ -111,7 +120,10 @@ def make_output(directory: Path, recipe: Recipe, model: Any = None, tokenizer: A
 @pytest.fixture(autouse=True)
 def signals_as_at_a_terminal() -> Iterator[None]:
     """Under ``nohup`` and in the background a test starts with SIGHUP and SIGINT ignored."""
-    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    usual: dict[int, Any] = {
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
     ignored = [number for number in usual if signal.getsignal(number) is signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, usual[number])

@@ -1,5 +1,5 @@
 """What is trained on: the corpus that the teacher writes."""
 
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 
-__all__ = ["GenerationConfig"]
+__all__ = ["CorpusConfig"]

@@ -16,7 +16,7 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
+class CorpusConfig:
     """How a corpus is generated.
 
     Args:

@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 
 import qatc
-from qatc.data.config import GenerationConfig, OnProgress
+from qatc.data.config import CorpusConfig, OnProgress
 from qatc.data.corpus import (
     FORMAT_VERSION,
     MANIFEST,
@@ -50,7 +50,7 @@ def generate_corpus(
     teacher: LoadedModel,
     tokenizer: Any,
     output: Path,
-    config: GenerationConfig,
+    config: CorpusConfig,
     *,
     compile: bool = True,
     slots: int | None = None,
@@ -84,7 +84,7 @@ def _generate(
     teacher: LoadedModel,
     tokenizer: Any,
     output: Path,
-    config: GenerationConfig,
+    config: CorpusConfig,
     manifest: dict[str, Any],
     compile: bool,
     measured: int | None,
@@ -118,7 +118,7 @@ def _generate(
     return Corpus.open(output)
 
 
-def _count_slots(decoder: Decoder, config: GenerationConfig, device: Any) -> int:
+def _count_slots(decoder: Decoder, config: CorpusConfig, device: Any) -> int:
     """Slots for a new corpus, as many as are asked for or, measured, as are fast.
 
     A product of matrices may round otherwise with another number of rows, which decides a token now
@@ -146,7 +146,7 @@ class Speed:
 
 
 def measure_speed(
-    teacher: LoadedModel, output: Path, config: GenerationConfig, *, compile: bool = True
+    teacher: LoadedModel, output: Path, config: CorpusConfig, *, compile: bool = True
 ) -> Speed:
     """Measure some steps of what :func:`generate_corpus` is about to do with the same arguments."""
     manifest = read_manifest(output) if (output / MANIFEST).exists() else {"shards": []}
@@ -159,7 +159,7 @@ def measure_speed(
 
 
 def describe(
-    teacher: LoadedModel, tokenizer: Any, config: GenerationConfig, compile: bool
+    teacher: LoadedModel, tokenizer: Any, config: CorpusConfig, compile: bool
 ) -> dict[str, Any]:
     """What decides a corpus, as its manifest says it; :func:`check_corpus` compares it."""
     settings = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they come back
@@ -288,7 +288,7 @@ class _Shard:
     and beside whatever others it stands, as far as the model's logits are.
     """
 
-    def __init__(self, config: GenerationConfig, vocabulary: Vocabulary, number: int) -> None:
+    def __init__(self, config: CorpusConfig, vocabulary: Vocabulary, number: int) -> None:
         self.config, self.vocabulary = config, vocabulary
         self.first, self.count = number * config.shard_size, config.shard_sequences(number)
         self.finished: dict[int, Tokens] = {}

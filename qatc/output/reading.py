@@ -80,7 +80,7 @@ def open_output(directory: Path | str, *, trust_remote_code: bool = False) -> Ou
     """
     directory = Path(directory)
     metadata = read_metadata(directory)
-    recipe = _recipe(directory, metadata)
+    recipe = recipe_of(directory, metadata)
     stored = _stored(directory, metadata, recipe)
     config = read_config(directory, trust_remote_code=trust_remote_code)
     tensors = _read_tensors(directory)
@@ -105,12 +105,14 @@ def load_codes(directory: Path | str) -> dict[str, QuantizedWeight]:
     """
     directory = Path(directory)
     metadata = read_metadata(directory)
-    stored = _stored(directory, metadata, _recipe(directory, metadata))
+    stored = _stored(directory, metadata, recipe_of(directory, metadata))
     names = {own for name, (_, layout) in stored.items() for own in tensor_names(name, layout)}
     return _weights(directory, stored, _read_tensors(directory, names))
 
 
-def _recipe(directory: Path, metadata: Mapping[str, Any]) -> Recipe:
+def recipe_of(directory: Path, metadata: Mapping[str, Any]) -> Recipe:
+    """The recipe in the metadata of an output; the directory is for a message."""
+    """The recipe in the metadata of an output; a directory for the message."""
     try:
         return Recipe.from_dict(metadata["recipe"])
     except (ConfigError, TypeError, ValueError) as error:

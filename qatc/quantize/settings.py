@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 from qatc.data.corpus import is_complete
 from qatc.errors import CheckpointError, ConfigError
 from qatc.machine.device import DType, check_dtype
@@ -55,7 +55,7 @@ class QuantizeConfig:
     model: str
     output: Path
     recipe: Recipe = field(default_factory=Recipe)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    generation: CorpusConfig = field(default_factory=CorpusConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: Path | None = None
     eval_text: Path | None = None
@@ -107,7 +107,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         two seeds.
     """
     generation, training = config.generation, config.training
-    usual = (GenerationConfig.shard_size, QuantizeConfig.eval_tokens)
+    usual = (CorpusConfig.shard_size, QuantizeConfig.eval_tokens)
     if generation.seed != training.seed or (generation.shard_size, config.eval_tokens) != usual:
         return None
     low, high = generation.greedy_tokens

@@ -13,7 +13,7 @@ from qatc.data.corpus import Corpus, read_manifest, shard_is_whole
 from qatc.errors import CheckpointError
 from qatc.evaluation.metrics import Metrics
 from qatc.output import loads_elsewhere
-from qatc.output.reading import read_metadata, read_recipe
+from qatc.output.reading import read_metadata, recipe_of
 from qatc.output.stored import Stored, measure
 
 
@@ -58,7 +58,8 @@ def output_contents(directory: Path) -> OutputContents:
     Raises:
         CheckpointError: it is no output, or a file is missing or damaged.
     """
-    metadata, recipe = read_metadata(directory), read_recipe(directory)
+    metadata = read_metadata(directory)
+    recipe = recipe_of(directory, metadata)
     parity = metadata.get("parity") or {}
     return OutputContents(
         path=str(directory),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qatc.evaluation.parity import Check, ParityReport
+from qatc.evaluation.checks import Check, ParityReport
 from qatc.kernels import native
 from qatc.training.distill import Distiller
 from tests.cli.conftest import TINY, refused, run

@@ -41,7 +41,8 @@ def test_signals_end_a_command_without_a_traceback(
     command += ["--samples", "6", "--max-length", "12", "--shard-size", "2", "--batch-size", "4"]
     step = Decoder.step
     for number, after in (signal.SIGTERM, 12), (signal.SIGINT, 12), (signal.SIGHUP, 5):
-        code, calls = 128 + number, []
+        code = 128 + number
+        calls: list[int] = []
 
         def ends(
             *args: Any, calls: list[int] = calls, number: int = number, after: int = after

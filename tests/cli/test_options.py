@@ -13,7 +13,7 @@ from typer.models import ParameterInfo
 
 from qatc.cli import options
 from qatc.cli.main import app
-from qatc.data import GenerationConfig
+from qatc.data import CorpusConfig
 from qatc.quantize import QuantizeConfig
 from qatc.training import TrainingConfig
 
@@ -61,12 +61,12 @@ NAMES = {  # of the settings whose options are called otherwise
 ELSEWHERE = {"shard_size", "eval_tokens", "generation", "training", "recipe", "model", "output"}
 
 
-@pytest.mark.parametrize("config", [GenerationConfig, TrainingConfig, QuantizeConfig])
+@pytest.mark.parametrize("config", [CorpusConfig, TrainingConfig, QuantizeConfig])
 def test_defaults_are_those_of_the_library(config: Any) -> None:
     given = inspect.signature(COMMANDS["quantize"]).parameters
     for field in dataclasses.fields(config):
         name = NAMES.get(field.name, field.name)
-        if config is GenerationConfig and name == "batch_size":
+        if config is CorpusConfig and name == "batch_size":
             name = "generation_batch_size"
         if name in ELSEWHERE:
             continue

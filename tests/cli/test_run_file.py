@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import qatc.quantize.run
 from qatc.cli.main import app
-from qatc.data import GenerationConfig
+from qatc.data import CorpusConfig
 from qatc.errors import ConfigError
 from qatc.quantize import QuantizeConfig
 from qatc.quantize.settings import as_options
@@ -44,7 +44,7 @@ def other(value: Any) -> Any:
 
 def config_of(tmp_path: Path) -> QuantizeConfig:
     """No value is a default."""
-    generation, training = GenerationConfig(), TrainingConfig()
+    generation, training = CorpusConfig(), TrainingConfig()
     return QuantizeConfig(
         model="some/model",
         output=tmp_path / "out",

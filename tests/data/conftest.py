@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 from qatc.data.corpus import Corpus
 from qatc.data.generate import generate_corpus
 from qatc.models.load import LoadedModel
 from tests.conftest import make_llama
 
 BOS, EOS = 0, 1
-CONFIG = GenerationConfig(sequences=40, max_length=24, batch_size=8, shard_size=16, seed=3)
+CONFIG = CorpusConfig(sequences=40, max_length=24, batch_size=8, shard_size=16, seed=3)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def teacher() -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def write(teacher: LoadedModel, tokenizer: Any) -> Callable[..., Corpus]:
-    def write(output: Path, config: GenerationConfig = CONFIG, **changes: Any) -> Corpus:
+    def write(output: Path, config: CorpusConfig = CONFIG, **changes: Any) -> Corpus:
         given = {"teacher": teacher, "tokenizer": tokenizer, "compile": False} | changes
         return generate_corpus(output=output, config=config, **given)
 

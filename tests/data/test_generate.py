@@ -17,9 +17,9 @@ from qatc.data import corpus as data
 from qatc.data import generate
 from qatc.data.corpus import Corpus
 from qatc.data.decode import Decoder
+from qatc.errors import CheckpointError
 from qatc.models.load import LoadedModel
 from qatc.models.preparation import can_compile
-from qatc.storage import files
 from tests.conftest import contents, kill_at_call, make_llama, make_tokenizer, run_until_killed
 from tests.data.conftest import BOS, CONFIG, EOS
 
@@ -223,8 +223,8 @@ class TestResume:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "fsync", full)
-            with pytest.raises(files.CheckpointError, match="No space left on device; free some"):
+            patch.setattr("qatc.storage.files.os.fsync", full)
+            with pytest.raises(CheckpointError, match="No space left on device; free some"):
                 write(tmp_path / "corpus")
         assert contents(tmp_path / "corpus") == {}
         self.finish(tmp_path / "corpus", write, whole)

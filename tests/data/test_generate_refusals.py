@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qatc.data import corpus as data
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 from qatc.data.corpus import Corpus
 from qatc.data.generate import model_fingerprint
 from qatc.errors import ConfigError
@@ -169,4 +169,4 @@ class TestRefusals:
     )
     def test_config(self, change: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match=f"{next(iter(change))} must be"):
-            GenerationConfig(**change)
+            CorpusConfig(**change)

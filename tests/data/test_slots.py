@@ -84,7 +84,7 @@ class TestTokens:
         teacher = LoadedModel(model, "tiny", torch.float32)
         corpus = write(tmp_path / "corpus", self.CONFIG, teacher=teacher, tokenizer=tokenizer)
         assert min(len(s) for s in corpus.sequences()) >= 3
-        slots = Slots(Never(), Vocabulary([BOS], frozenset({5}), [5], []), 1, 4, "cpu")
+        slots = Slots(never(), Vocabulary([BOS], frozenset({5}), [5], []), 1, 4, "cpu")
         found: list[Any] = []
         slots.run([Plan([BOS, 5], 2, np.zeros(4))], lambda _, tokens: found.append(tokens))
         assert found[0].tolist() == [BOS, 5, 0, 0]
@@ -145,6 +145,10 @@ class Never:
         return torch.tensor([[9.0, 0, 0, 0, 0, 0]]).repeat(len(tokens), 1)
 
 
+def never() -> Any:
+    return Never()
+
+
 class TestSlotsByMeasurement:
     @pytest.fixture
     def rates(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -160,21 +164,21 @@ class TestSlotsByMeasurement:
         return tried
 
     def test_doubled_while_that_is_worth_it(self, rates: list[int]) -> None:
-        assert slots.choose_slots(Never(), 1000, 8, "cpu") == 64
+        assert slots.choose_slots(never(), 1000, 8, "cpu") == 64
         assert rates == [16, 32, 64, 128]
 
     @pytest.mark.parametrize(("most", "wanted"), [(1, 1), (5, 5), (20, 20), (48, 48)])
     def test_no_more_than_there_are_sequences(
         self, rates: list[int], most: int, wanted: int
     ) -> None:
-        assert slots.choose_slots(Never(), most, 8, "cpu") == wanted
+        assert slots.choose_slots(never(), most, 8, "cpu") == wanted
 
     @pytest.mark.parametrize(("free", "wanted"), [(100_000, 50), (10_000, 16)])
     def test_half_of_the_free_memory(
         self, rates: list[int], monkeypatch: pytest.MonkeyPatch, free: int, wanted: int
     ) -> None:
         monkeypatch.setattr(slots, "available_memory", lambda _: free)
-        assert slots.choose_slots(Never(), 1000, 8, "cpu") == wanted
+        assert slots.choose_slots(never(), 1000, 8, "cpu") == wanted
 
     def test_measured_once_and_kept(
         self, tmp_path: Path, write: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch

@@ -84,15 +84,11 @@ class Gate:
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("deep")
-    models = {
-        f"{kind} {depth}": make()
-        for depth in DEPTHS
-        for kind, make in (
-            ("llama", lambda depth=depth: make_llama(num_hidden_layers=depth)),
-            ("qwen2", lambda depth=depth: tiny("qwen2", depth)),
-            ("mistral", lambda depth=depth: tiny("mistral", depth, sliding_window=4 * depth)),
-        )
-    }
+    models: dict[str, Any] = {}
+    for depth in DEPTHS:
+        models[f"llama {depth}"] = make_llama(num_hidden_layers=depth)
+        models[f"qwen2 {depth}"] = tiny("qwen2", depth)
+        models[f"mistral {depth}"] = tiny("mistral", depth, sliding_window=4 * depth)
     return {name: make_output(folder / name, RECIPE, model) for name, model in models.items()}
 
 
@@ -208,7 +204,7 @@ def late(self: PackedLayer, new: int, *, error: int) -> None:
 def keep_one_less(self: PackedLayer) -> None:
     forget(self)
     if self.forgotten and not getattr(self, "less", False):
-        self.less = True
+        setattr(self, "less", True)  # noqa: B010
         self.tensors = [t.roll(-1, 2) for t in self.tensors]
 
 

@@ -48,7 +48,8 @@ def test_rounded(shared_model_path: Path, text_file: Path, tokenizer: Any) -> No
 
 
 def test_needs_one_text(text_file: Path) -> None:
-    for given in ({}, {"text": text_file, "data": text_file}):
+    both: dict[str, Any] = {"text": text_file, "data": text_file}
+    for given in ({}, both):
         with pytest.raises(ConfigError, match="either --text FILE or --data CORPUS"):
             AssessConfig("model", **given)
 

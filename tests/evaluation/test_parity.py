@@ -17,8 +17,10 @@ from torch import Tensor
 
 import qatc.evaluation.parity as parity
 from qatc.errors import ParityError
+from qatc.evaluation.checks import Check, ParityReport
 from qatc.evaluation.global_parity import kl
 from qatc.kernels import native, packed_linear, products, table
+from qatc.machine.toolchain import compilers
 from qatc.numerics import minmax, packing
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
@@ -29,7 +31,7 @@ from tests.evaluation.planting import LOWERED, Module, broken, rounded_scale
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 
 
-def verify(directory: Path, **options: Any) -> parity.ParityReport:
+def verify(directory: Path, **options: Any) -> ParityReport:
     return parity.verify(directory, reload=False, **options)
 
 
@@ -51,7 +53,7 @@ def own(output: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(output, tmp_path / "o"))
 
 
-def failed(report: parity.ParityReport) -> list[parity.Check]:
+def failed(report: ParityReport) -> list[Check]:
     return [check for check in report.checks if not check.passed]
 
 
@@ -127,6 +129,10 @@ def test_codes_of_another_range(tmp_path: Path) -> None:
     assert str(failed(report)[0].where).startswith("model.layers.0.mlp.down_proj")
 
 
+def backwards(parts: list[Tensor] | None) -> list[Tensor] | None:
+    return parts and parts[::-1]
+
+
 def swapped(packed: Tensor) -> Tensor:
     """The other nibble first."""
     return packed << 4 | packed >> 4
@@ -146,7 +152,7 @@ IN_C: dict[str, tuple[Any, str, Any, str]] = {
 
 WITHOUT_C: dict[str, tuple[Any, str, Any, str]] = {
     "nibbles swapped at decode": (
-        table, "packing", Module(packing, parts=lambda *a: packing.parts(*a)[::-1]),
+        table, "packing", Module(packing, parts=broken(packing.parts, result=backwards)),
         "q_proj.weight .decode: fused unpack",
     ),
     "nibbles swapped at prefill": (
@@ -165,7 +171,7 @@ def plant_and_find(
         verify(output).require("it")
 
 
-@pytest.mark.skipif(not native.compilers(), reason="no C compiler")
+@pytest.mark.skipif(not compilers(), reason="no C compiler")
 @pytest.mark.parametrize("bug", IN_C)
 def test_bugs_in_c(output: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_and_find(output, monkeypatch, *IN_C[bug])
@@ -202,7 +208,7 @@ def test_groups_in_the_wrong_order(
     recipe = dataclasses.replace(Recipe.from_bits("4-8-4"), weights=QuantSpec(4, 16))
     output = make_output(tmp_path / "o", recipe)
     assert verify(output).passed
-    if phase == "decode" and not native.compilers():
+    if phase == "decode" and not compilers():
         pytest.skip("no C compiler")
     if phase == "prefill":
         broken_ops = Module(minmax, dequantize=flipped(minmax.dequantize))

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from qatc.errors import CheckpointError, ConfigError
 from qatc.export.formats import export
+from qatc.output import Output
 from qatc.output import directory as directory_module
 from qatc.recipe.recipe import Recipe
 from tests.output.conftest import make_model, make_tokenizer, write, write_whole_and_in_shards
@@ -85,7 +86,7 @@ def test_two_exports_at_once(tmp_path: Path, pristine: Path) -> None:
         except ConfigError as error:
             refused.append(str(error))
 
-    def start_another(source: Path) -> None:
+    def start_another(source: Output) -> None:
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()

@@ -121,8 +121,9 @@ def test_the_empty_result_has_the_shape_of_the_result() -> None:
 class Numbered(nn.Module):
     def __init__(self, number: int, used: bool) -> None:
         super().__init__()
-        self.inner = nn.Linear(4, 4)
-        self.inner.layer_idx = number
+        inner: Any = nn.Linear(4, 4)
+        inner.layer_idx = number
+        self.inner = inner
         self.used = used
 
     def forward(self, x: Tensor) -> Tensor:

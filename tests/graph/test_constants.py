@@ -117,7 +117,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str) -> None:
-    module = nn.Sequential(Inner())
+    module: Any = nn.Sequential(Inner())
     module[0].array = np.zeros(2) if "array" in change else None
     module[0].slotted = Slotted(1.0) if "slot" in change else None
     constants = Constants(module)
@@ -135,7 +135,8 @@ def test_a_change_is_noticed(change: str) -> None:
 
 
 def test_numbers_of_layers_and_checkpointing_do_not_count() -> None:
-    one, other = Inner(), Inner()
+    one: Any = Inner()
+    other: Any = Inner()
     one.plain = other.plain = SHARED
     one.layer_idx, other.layer_idx = 1, 2
     other.gradient_checkpointing = True

@@ -36,9 +36,8 @@ class Example(nn.Module):
         q = self.q(x)
         kv = F.linear(x, self.kv.weight.float())
         table = F.linear(x, x)  # no parameter: not a linear layer
-        out = F.scaled_dot_product_attention(
-            *(t[None, None] for t in (q, kv.sin(), kv)), attn_mask=mask, scale=0.5
-        )
+        query, key, value = (t[None, None] for t in (q, kv.sin(), kv))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
         return out.sum() + table.sum()
 
 

@@ -111,8 +111,8 @@ def test_padding_changes_nothing() -> None:
 def test_gradients_are_those_of_straight_through_estimation() -> None:
     """The gradient of a quantized weight is that of the product with the quantized input."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(8, 4, bias=False))
-    weight = module[0].weight
+    linear = nn.Linear(8, 4, bias=False)
+    module, weight = nn.Sequential(linear), linear.weight
     x = torch.randn(3, 5, 8, requires_grad=True)
     prepare(module, Recipe.from_bits("4-8-16"), compile=False)
     gradient = torch.randn(3, 5, 4)
@@ -124,7 +124,7 @@ def test_gradients_are_those_of_straight_through_estimation() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt"])
 def test_bf16_compute_over_fp32_masters(kind: str) -> None:
-    changes = {"ffn_dim": 48, "word_embed_proj_dim": 32} if kind == "opt" else {}
+    changes: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32} if kind == "opt" else {}
     ids = tokens(2, 6)
     model = make(kind, **changes)
     wanted = logits(model, ids)
@@ -142,7 +142,7 @@ def test_bf16_compute_over_fp32_masters(kind: str) -> None:
 def test_masters_are_quantized_and_not_their_bf16_copies() -> None:
     """So that training has the codes that an export of the masters has, compiled or not."""
     ids = tokens(2, 6)
-    model = prepare(
+    model: Any = prepare(
         make(), Recipe.from_bits("4-16-16"), compile=False, compute_dtype=torch.bfloat16
     )
     reference = make()

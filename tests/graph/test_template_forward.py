@@ -71,7 +71,7 @@ def test_gradient_checkpointing(
     when: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tokens(2, 6)
-    model = prepare(make(), QUANTIZED, compile=False).train()
+    model: Any = prepare(make(), QUANTIZED, compile=False).train()
     wanted = gradients(model, ids)
     if when == "before":
         restore(model)
@@ -80,9 +80,12 @@ def test_gradient_checkpointing(
         prepare(model, QUANTIZED, compile=False)
     runs: list[TemplateForward] = []
     run = TemplateForward._run
-    monkeypatch.setattr(
-        TemplateForward, "_run", lambda self, *a, **k: (runs.append(self), run(self, *a, **k))[1]
-    )
+
+    def counted(self: TemplateForward, *args: Any, **kwargs: Any) -> Any:
+        runs.append(self)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(TemplateForward, "_run", counted)
     found = gradients(model, ids)
     assert len(runs) == 4, "each layer runs in the forward pass and again in the backward pass"
     for name, gradient in wanted.items():
@@ -159,7 +162,8 @@ def test_an_object_that_is_read_is_refused() -> None:
 
 
 def test_hooks_inside_a_layer_are_refused() -> None:
-    model, ids = prepare(make(), FLOAT, compile=False), tokens(2, 6)
+    model: Any = prepare(make(), FLOAT, compile=False)
+    ids = tokens(2, 6)
     calls: list[str] = []
     layer = model.model.layers[1]
     layer.register_forward_hook(lambda *a: calls.append("layer"))

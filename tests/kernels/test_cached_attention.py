@@ -92,7 +92,8 @@ def test_chunks_of_any_size_over_packed_codes(
         now = slice(start, start + new)
         outs.append(
             quantized_attention(
-                *(query[:, :, now], key[:, :, now], value[:, :, now], *caches),
+                *(query[:, :, now], key[:, :, now], value[:, :, now]),
+                *(caches[0], caches[1], caches[2], caches[3]),
                 torch.arange(start, start + new).expand(rows, new),
                 None if mask is None else mask[:, :, now],
                 spec=f"int{bits}",
@@ -133,8 +134,10 @@ def test_no_token_leaves_the_cache_alone() -> None:
     ]
     before = [cache.clone() for cache in (*floats, *codes)]
     for out in (
-        cached_attention(query, new, new, *floats, positions),
-        quantized_attention(query, new, new, *codes, positions, spec="int4"),
+        cached_attention(query, new, new, floats[0], floats[1], positions),
+        quantized_attention(
+            query, new, new, codes[0], codes[1], codes[2], codes[3], positions, spec="int4"
+        ),
     ):
         assert out.shape == query.shape
     after = [*floats, *codes]

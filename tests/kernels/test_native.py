@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatc.kernels import native, products
+from qatc.machine.toolchain import compilers
 from qatc.numerics import packing
 
-built = pytest.mark.skipif(not native.compilers(), reason="no C compiler")
+built = pytest.mark.skipif(not compilers(), reason="no C compiler")
 
 
 @built
@@ -131,7 +132,7 @@ def test_nothing_is_left_to_the_compiler(tmp_path: Path) -> None:
         "                assert torch.equal(native.unpack(packed, bits, width), codes)\n"
     )
     environment = os.environ | {
-        "CC": " ".join((*native.compilers()[0], checks)),
+        "CC": " ".join((*compilers()[0], checks)),
         "XDG_CACHE_HOME": str(tmp_path),
     }
     done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)

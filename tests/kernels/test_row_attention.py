@@ -67,8 +67,8 @@ def test_against_fp64(
                 cache[row][:, kept], old[row][:, kept], rtol=0, atol=0, equal_nan=True
             )
         for head in range(groups * heads):
-            held = (t[row, head // heads, :length] for t in (keys, values))
-            wanted = reference(query[row, head, 0], *held, scale)
+            held_k, held_v = (t[row, head // heads, :length] for t in (keys, values))
+            wanted = reference(query[row, head, 0], held_k, held_v, scale)
             tolerance = DTYPES[dtype] * max(1.0, np.abs(wanted).max())
             np.testing.assert_allclose(out[row, head, 0].float(), wanted, atol=tolerance, rtol=0)
 
@@ -87,8 +87,8 @@ def test_the_same_with_and_without_a_library(
     out = attend(query, key, value, keys, values, positions, 0.25)
     for row, last in enumerate([0, 70, 89]):
         for head in range(6):
-            held = (t[row, head // 3, : last + 1] for t in (keys, values))
-            wanted = reference(query[row, head, 0], *held, 0.25)
+            held_k, held_v = (t[row, head // 3, : last + 1] for t in (keys, values))
+            wanted = reference(query[row, head, 0], held_k, held_v, 0.25)
             np.testing.assert_allclose(out[row, head, 0], wanted, atol=1e-5)
 
 

@@ -181,7 +181,7 @@ def test_generate_and_caches() -> None:
 def test_gradient_checkpointing() -> None:
     grads = []
     for checkpointing in (False, True):
-        model = prepare(make_llama(96), Recipe.from_bits("4-8-4"), compile=False)
+        model: Any = prepare(make_llama(96), Recipe.from_bits("4-8-4"), compile=False)
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable()

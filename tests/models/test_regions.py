@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -7,7 +9,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from qatc.errors import CaptureError
 from qatc.models import find_regions, is_transformers_model
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 16,
     "hidden_size": 8,
     "intermediate_size": 8,

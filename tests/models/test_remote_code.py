@@ -135,7 +135,7 @@ def test_every_command_takes_the_flag(
 
 
 def verify_passes() -> Any:
-    from qatc.evaluation.parity import Check
+    from qatc.evaluation.checks import Check
 
     return Check("cached", "not looked at here, but when the output was made", 0, 0)
 

@@ -30,12 +30,12 @@ def test_what_cannot_be_treated_says_so(kind: str, request: pytest.FixtureReques
 
 
 def moe(**changes: Any) -> Any:
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
-        attn_implementation="sdpa", **changes,
-    )  # fmt: skip
-    return MixtralForCausalLM(config).eval()
+    sizes: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "attn_implementation": "sdpa",
+    }  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**(sizes | changes))).eval()
 
 
 def test_stacked_experts_are_refused_and_can_be_skipped() -> None:

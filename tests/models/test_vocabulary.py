@@ -35,7 +35,11 @@ def family(name: str) -> Any:
         )
         return transformers.GemmaForCausalLM(config).eval()
     if name == "Granite":  # multiplies what it looked up, and divides its logits
-        own = {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "pad_token_id": 5}
+        own: dict[str, Any] = {
+            "logits_scaling": 3.0,
+            "embedding_multiplier": 2.0,
+            "pad_token_id": 5,
+        }
         config = transformers.GraniteConfig(intermediate_size=48, **own, **sizes)
         return transformers.GraniteForCausalLM(config).eval()
     if name == "OPT":  # learned positions beside its tokens

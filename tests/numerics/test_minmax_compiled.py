@@ -6,6 +6,7 @@ import io
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,17 +71,19 @@ def test_inductor_fuses_the_op() -> None:
 @pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
 def test_compiled_is_eager_bit_for_bit() -> None:
     """Above all the bf16 rounding of weight scales, which a cast and back would not survive."""
+    dtypes: list[Any] = ["bfloat16", "float16"]
+    ranges: list[tuple[int, Any]] = [(4, "restricted"), (8, "full")]
     cases = [
         (QuantSpec(bits, group_size, range_, scale_dtype), snap)
         for (bits, range_), group_size, snap, scale_dtype in itertools.product(
-            [(4, "restricted"), (8, "full")], [None, 8], [False, True], ["bfloat16", "float16"]
+            ranges, [None, 8], [False, True], dtypes
         )
     ]
 
     def everything(x: Tensor) -> list[Tensor]:
         return [fake_quantize(x, spec, snap_scale=snap) for spec, snap in cases]
 
-    compiled = torch.compile(everything, options=minmax.COMPILE_OPTIONS)
+    compiled = torch.compile(everything, options={**minmax.COMPILE_OPTIONS})
     x = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
     x = x * 10.0 ** torch.arange(-38, 26).unsqueeze(1)
     for one, other in zip(compiled(x), everything(x), strict=True):
@@ -96,9 +99,10 @@ def test_compiled_code_of_another_body_is_not_found_again(
     edited = shutil.copytree(package, tmp_path / "qatc", symlinks=True)
     with (edited / "kernels" / "cached_attention.py").open("a") as file:
         file.write("# another body\n")
+    settings: Any = torch.compiler.config
     tags = []
     for folder in (package, shutil.copytree(package, tmp_path / "same", symlinks=True), edited):
-        with torch.compiler.config.patch(cache_key_tag="own;"):
+        with settings.patch(cache_key_tag="own;"):
             minmax._tag_compiled_code(folder)
             tags.append(torch.compiler.config.cache_key_tag)
     assert tags[0] == tags[1] != tags[2]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import qatc
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 from qatc.models.cards import license_of
 from qatc.output import load_codes
 from qatc.output.model_card import make_card, write_card
@@ -62,7 +62,7 @@ def quantized(shared_model_path: Path, tmp_path_factory: pytest.TempPathFactory)
     config = QuantizeConfig(
         model=str(model),
         output=root / "out",
-        generation=GenerationConfig(sequences=24, max_length=16, batch_size=8),
+        generation=CorpusConfig(sequences=24, max_length=16, batch_size=8),
         training=TrainingConfig(steps=2, batch_size=4, accumulate=2),
         eval_sequences=8,
         compile=False,

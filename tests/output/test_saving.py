@@ -94,7 +94,8 @@ def test_what_save_pretrained_refuses(outputs: dict[str, Path], tmp_path: Path) 
         with pytest.raises(ConfigError, match="exists"):
             model.save_pretrained(place)
         assert contents(place) == before
-    for options in ({"push_to_hub": True}, {"state_dict": {}}, {"variant": "fp16"}):
+    refused: list[dict[str, Any]] = [{"push_to_hub": True}, {"state_dict": {}}, {"variant": "fp16"}]
+    for options in refused:
         with pytest.raises(ConfigError, match=f"cannot be saved with {next(iter(options))}="):
             model.save_pretrained(tmp_path / "new", **options)
     with pytest.raises(ConfigError, match="max_shard_size"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 from qatc.progress import Observer
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
@@ -20,7 +20,7 @@ def make(model: Path, output: Path, **changes: Any) -> QuantizeConfig:
         "model": str(model),
         "output": output,
         "recipe": Recipe.from_bits("4-8-4"),
-        "generation": GenerationConfig(sequences=24, max_length=16, batch_size=8, shard_size=8),
+        "generation": CorpusConfig(sequences=24, max_length=16, batch_size=8, shard_size=8),
         "training": TrainingConfig(steps=6, batch_size=4, checkpoint_every=2),
         "eval_sequences": 8,
         "compile": False,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qatc.errors import CheckpointError, ConfigError, ParityError, QatcError
-from qatc.evaluation.parity import Check, ParityReport
+from qatc.evaluation.checks import Check, ParityReport
 from qatc.output.reading import why_unverified
 from qatc.quantize.run import quantize
 from qatc.recipe.recipe import Recipe

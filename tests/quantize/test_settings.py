@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qatc.data.config import GenerationConfig
+from qatc.data.config import CorpusConfig
 from qatc.errors import CheckpointError, ConfigError
 from qatc.quantize.settings import (
     VERSION_OF,
@@ -111,7 +111,7 @@ def test_every_setting_decides_but_for_a_few(config: QuantizeConfig) -> None:
     training = {field.name for field in fields(TrainingConfig)}
     left_out = training - config.to_dict()["training"].keys()
     assert left_out == {"checkpoint_every", "keep_checkpoints"}
-    generation = {field.name for field in fields(GenerationConfig)}
+    generation = {field.name for field in fields(CorpusConfig)}
     assert config.to_dict()["generation"].keys() == generation
 
 
@@ -262,8 +262,9 @@ def test_overlapping_places(tmp_path: Path, change: dict[str, str], says: str) -
 @pytest.mark.parametrize("place", ["output", "data"])
 def test_a_place_under_a_file(config: QuantizeConfig, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
+    change: dict[str, Any] = {place: tmp_path / "file" / "below"}
     with pytest.raises(CheckpointError, match="file is not a directory that can be written to"):
-        check_places(replace(config, **{place: tmp_path / "file" / "below"}))
+        check_places(replace(config, **change))
 
 
 def test_values() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def test_a_cache_grows_past_its_window(outputs: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
 def test_a_sliding_window_is_all_that_is_kept(kind: str, tmp_path: Path) -> None:
-    window, settings = 12, {
+    window = 12
+    settings: dict[str, Any] = {
         "vocab_size": 112, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "sliding_window": 12,
@@ -97,7 +99,7 @@ def test_a_sliding_window_is_all_that_is_kept(kind: str, tmp_path: Path) -> None
     output = make_output(tmp_path / kind, RECIPES["4-8-4"], model)
     ids = torch.randint(2, 112, (2, 120), generator=torch.Generator().manual_seed(0))
     wanted = logits(trained(output), ids)
-    lowered = qatc.load(output, compile=False)
+    lowered: Any = qatc.load(output, compile=False)
     for chunks in ([120], [90] + [1] * 30, [7, 30, 60, 3] + [1] * 20):
         got = in_chunks(lowered, ids, chunks)
         assert (got - wanted).abs().max().item() <= 1e-4 * wanted.abs().max().item()

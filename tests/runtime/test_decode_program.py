@@ -138,8 +138,9 @@ def test_what_a_program_does_not_do_goes_to_the_graphs(tmp_path: Path) -> None:
     programmed = qatc.load(tmp_path / "o", compile=False, decode_program=True)
     decode = runtime_of(programmed).decode
     assert decode is not None and decode.program() is not None
-    calls = []
-    decode.program().program = lambda pointers: calls.append(pointers)  # type: ignore[union-attr, assignment]
+    calls: list[Any] = []
+    program: Any = decode.program()
+    program.program = calls.append
     seen: list[Any] = []
     mask = torch.ones(1, 6, dtype=torch.long)
     mask[0, 0] = 0
@@ -166,10 +167,10 @@ def test_generate_is_the_same(tmp_path: Path) -> None:
     output = make_output(tmp_path / "o", Recipe.from_bits("8-8-8"))
     options: dict[str, Any] = {"max_new_tokens": 90, "do_sample": False, "eos_token_id": None}
     prompt = {"input_ids": IDS[:, :5], "attention_mask": torch.ones(1, 5, dtype=torch.long)}
-    one, other = (
-        qatc.load(output, compile=False, decode_program=wanted).generate(**prompt, **options)
-        for wanted in (False, True)
-    )
+    models: list[Any] = [
+        qatc.load(output, compile=False, decode_program=wanted) for wanted in (False, True)
+    ]
+    one, other = (model.generate(**prompt, **options) for model in models)
     assert torch.equal(one, other) and one.shape == (1, 95)
 
 

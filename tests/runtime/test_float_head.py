@@ -20,7 +20,7 @@ class Batches(TorchDispatchMode):
     """Counts products of batches of matrices, which make a contiguous copy of what they get."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

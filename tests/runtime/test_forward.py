@@ -16,7 +16,7 @@ from tests.runtime.conftest import IDS, RECIPES, in_chunks, logits
 
 
 def test_a_model_that_was_cast_or_moved(outputs: dict[str, Path]) -> None:
-    model = qatc.load(outputs["4-8-4"], compile=False)
+    model: Any = qatc.load(outputs["4-8-4"], compile=False)
     with pytest.raises(ConfigError, match=r"loaded for torch.float32 on cpu.*qatc\.load\(OUT"):
         model.to(torch.float64)(input_ids=IDS)
 
@@ -41,7 +41,7 @@ def compile_count(layers: int, directory: Path, monkeypatch: pytest.MonkeyPatch)
     output = make_output(directory, RECIPES["4-8-4"], make_llama(num_hidden_layers=layers))
     counter = Compiles()
     monkeypatch.setattr("qatc.runtime.forward.inductor", counter)
-    model = qatc.load(output, compile=True, decode_program=False)
+    model: Any = qatc.load(output, compile=True, decode_program=False)
     for prompt in (5, 9, 30):
         model.generate(
             input_ids=IDS[:1, :1].expand(1, prompt).contiguous(), max_new_tokens=20,

@@ -45,7 +45,12 @@ def with_settings(output: Path, copy: Path, **settings: Any) -> Path:
 
 
 def writer(model: Path, **options: Any) -> Writer:
-    defaults = {"compile": False, "max_new_tokens": 8, "temperature": 0.0, "device": "cpu"}
+    defaults: dict[str, Any] = {
+        "compile": False,
+        "max_new_tokens": 8,
+        "temperature": 0.0,
+        "device": "cpu",
+    }
     return Writer(model, **(defaults | options))
 
 
@@ -173,12 +178,11 @@ def test_the_space_in_front_of_the_first_word(tmp_path: Path) -> None:
 
 def test_prompts_that_are_none(output: Path) -> None:
     one = writer(output)
-    for call in (
-        lambda: one.write("caf\udce9"),
-        lambda: one.answer([{"role": "user", "content": "caf\udce9"}]),
-    ):
-        with pytest.raises(ConfigError, match=r"the prompt 'caf\\udce9' is not UTF-8"):
-            call()
+    says = r"the prompt 'caf\\udce9' is not UTF-8"
+    with pytest.raises(ConfigError, match=says):
+        one.write("caf\udce9")
+    with pytest.raises(ConfigError, match=says):
+        one.answer([{"role": "user", "content": "caf\udce9"}])
     one.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(DataError, match=r"holds the token '\[PAD\]', number 116.* 116 tokens only"):
         one.write("The [PAD] fox")

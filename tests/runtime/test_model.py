@@ -71,7 +71,7 @@ def test_four_bits_take_at_most_0_27_of_bf16(tmp_path: Path) -> None:
 
 
 def test_generate(outputs: dict[str, Path], capsys: Any, tokenizer: Any) -> None:
-    model = qatc.load(outputs["4-8-4"], compile=False)
+    model: Any = qatc.load(outputs["4-8-4"], compile=False)
     options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
     prompt = {"input_ids": IDS[:1, :5], "attention_mask": torch.ones(1, 5, dtype=torch.long)}
     greedy = model.generate(**prompt, do_sample=False, **options)
@@ -98,7 +98,7 @@ def test_one_model_for_several_threads(outputs: dict[str, Path], compile: bool) 
     """With masks and without, of different lengths and batches: no call sees another one's."""
     if compile and not can_compile():
         pytest.skip("no C++ compiler")
-    model = qatc.load(outputs["4-8-4"], compile=compile)
+    model: Any = qatc.load(outputs["4-8-4"], compile=compile)
 
     def write(number: int) -> Tensor:
         ids = IDS[: 1 + number % 3, : 5 + 3 * number]
@@ -173,7 +173,7 @@ def test_modules_that_another_thread_builds_meanwhile_are_its_own(
 ) -> None:
     """Loading builds without storage; whoever builds at the same time is none of its business."""
     found = []
-    build = transformers.AutoModelForCausalLM.from_config
+    build: Any = transformers.AutoModelForCausalLM.from_config
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         with ThreadPoolExecutor(1) as pool:

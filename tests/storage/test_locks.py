@@ -95,7 +95,8 @@ def test_a_lock_file_deleted_by_its_holder_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Locking a file without a name would let a third process lock a new one."""
-    real, calls = locks._try_lock, []
+    real = locks._try_lock
+    calls: list[int] = []
 
     def late(file: int) -> None:
         if not calls:

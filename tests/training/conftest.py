@@ -44,7 +44,7 @@ def losses(history: list[StepMetrics]) -> list[StepMetrics]:
     return [replace(record, seconds=0.0) for record in history]
 
 
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], **how: float) -> None:
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], **how: Any) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, **(how or {"rtol": 0, "atol": 0}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     run = distiller(tmp_path_factory.mktemp("distill"))
     run.run()
     return run
+
+
+def signal_at(step: int, number: int) -> Callable[[StepMetrics], None]:
+    """What a user does who ends the training after this step."""
+
+    def end(record: StepMetrics) -> None:
+        if record.step == step:
+            os.kill(os.getpid(), number)
+
+    return end
 
 
 class TestResume:
@@ -57,7 +68,7 @@ class TestResume:
     ) -> None:
         run, handler = distiller(tmp_path), signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            run.run(lambda record: record.step == 6 and os.kill(os.getpid(), signal.SIGINT))
+            run.run(signal_at(6, signal.SIGINT))
         assert signal.getsignal(signal.SIGINT) is handler
         assert run.checkpoints.latest() == len(run.history) == 6
         self.finish(tmp_path, whole)
@@ -66,7 +77,7 @@ class TestResume:
     def test_a_signal_to_end_is_like_ctrl_c(self, tmp_path: Path, whole: Any, name: str) -> None:
         run, number = distiller(tmp_path), getattr(signal, name)
         with raising(), pytest.raises(Terminated, match=name) as raised:
-            run.run(lambda record: record.step == 6 and os.kill(os.getpid(), number))
+            run.run(signal_at(6, number))
         assert raised.value.number == number
         assert signal.getsignal(number) is signal.SIG_DFL
         assert run.checkpoints.latest() == len(run.history) == 6
@@ -75,10 +86,7 @@ class TestResume:
     def test_a_library_user_without_a_handler_ends_by_the_signal(
         self, tmp_path: Path, whole: Any
     ) -> None:
-        def end(record: StepMetrics) -> None:
-            if record.step == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
-
+        end = signal_at(6, signal.SIGTERM)
         run_until_killed(lambda: distiller(tmp_path).run(end), by=signal.SIGTERM)
         assert distiller(tmp_path).checkpoints.latest() == 6
         self.finish(tmp_path, whole)
@@ -86,7 +94,7 @@ class TestResume:
     def test_a_signal_after_the_last_checkpoint_is_not_lost(self, tmp_path: Path) -> None:
         run = distiller(tmp_path)
         with pytest.raises(KeyboardInterrupt):
-            run.run(lambda record: record.step == 12 and os.kill(os.getpid(), signal.SIGINT))
+            run.run(signal_at(12, signal.SIGINT))
         assert run.checkpoints.latest() == 12
 
     def test_steps_without_their_record(self, tmp_path: Path) -> None:
@@ -103,9 +111,12 @@ class TestResume:
         order: list[str] = []
         save = Checkpoints.save
         monkeypatch.setattr("qatc.training.distill.sync", lambda path: order.append(path.name))
-        monkeypatch.setattr(
-            Checkpoints, "save", lambda *args: (order.append("checkpoint"), save(*args))
-        )
+
+        def saves(*args: Any) -> None:
+            order.append("checkpoint")
+            save(*args)
+
+        monkeypatch.setattr(Checkpoints, "save", saves)
         distiller(tmp_path, replace(CONFIG, steps=4)).run()
         assert order == ["metrics.jsonl", "checkpoint"]
 
