@@ -32,6 +32,7 @@ def generate(
     device: options.Device = "auto",
     compile: options.Compile = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    kernels: options.Kernels = "auto",
     json: options.Json = False,
 ) -> None:
     """Write text with the integer model: packed weights, packed KV cache.
@@ -67,6 +68,7 @@ def generate(
             seed=seed,
             stop=stop or (),
             trust_remote_code=trust_remote_code,
+            kernels=kernels,
         )
         if writer.left_out:
             settings = ", ".join(f"{name}={value!r}" for name, value in writer.left_out.items())

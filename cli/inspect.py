@@ -28,6 +28,9 @@ def inspect(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="What runs every linear of an output, and its memory.")
     ] = False,
+    prefer: Annotated[
+        str, typer.Option(help="With --kernels: as they are with --kernels auto, torchao or qatc.")
+    ] = "auto",
     bits: options.Bits = None,
     recipe: options.RecipeFile = None,
     group_size: options.GroupSize = None,
@@ -62,13 +65,15 @@ def inspect(
         asked |= {"head_bits": head_bits, "embedding_bits": embedding_bits}
         kind = kind_of(what)
         _refuse_idle(what, kind, options.spelled(asked), kernels)
+        if prefer != "auto" and not kernels:
+            raise ConfigError("--prefer is about kernels; give --kernels as well")
         if kind is Kind.MODEL:
             chosen = options.build_recipe(**asked)
         terminal.quiet_libraries()
         if kind is Kind.CORPUS:
             _render_corpus(Path(what), json)
         elif kind is Kind.OUTPUT and kernels:
-            _render_kernels(Path(what), json, trust_remote_code)
+            _render_kernels(Path(what), json, trust_remote_code, prefer)
         elif kind is Kind.OUTPUT:
             _render_output(Path(what), json)
         else:
@@ -129,7 +134,7 @@ def _render_output(path: Path, json: bool) -> None:
     terminal.note(f"what runs it, and the memory: qatc inspect {path} --kernels")
 
 
-def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
+def _render_kernels(output: Path, json: bool, trust_remote_code: bool, prefer: str) -> None:
     from dataclasses import asdict
 
     from qatc.cli import terminal
@@ -137,7 +142,12 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool) -> None:
     from qatc.report.usage import decoding_report, kernel_report, memory
     from qatc.runtime.model import load
 
-    loaded = load(output, compile=False, trust_remote_code=trust_remote_code)
+    loaded = load(
+        output,
+        compile=False,
+        trust_remote_code=trust_remote_code,
+        kernels=prefer,  # type: ignore[arg-type]  # checked there
+    )
     terminal.warn_unverified(output)
     uses, held, decoding = kernel_report(loaded), memory(loaded), decoding_report(loaded)
     if json:

@@ -75,8 +75,8 @@ Target = Annotated[
     str | None,
     typer.Option(
         "--target",
-        help="Runtime to train for: qatc (default), transformers, vllm or llama.cpp. Sets how"
-        " activations, K and V are rounded.",
+        help="Runtime to train for: qatc (default), transformers, torchao, vllm or llama.cpp. Sets"
+        " how activations, K and V are rounded.",
         show_default=False,
     ),
 ]
@@ -97,6 +97,14 @@ Compile = Annotated[
     bool | None,
     typer.Option(
         "--compile/--no-compile", help="Compile the graphs. Default: if this machine can."
+    ),
+]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        "--kernels",
+        help="What runs the quantized linears: auto (the fastest exact kernel), torchao (torchao's,"
+        " where one is exact) or qatc (none of torchao's).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -10,6 +10,7 @@ def verify(
     model: options.Output,
     device: options.Device = "cpu",
     trust_remote_code: options.TrustRemoteCode = False,
+    kernels: options.Kernels = "auto",
     json: options.Json = False,
 ) -> None:
     """Compare the integer model with the graph that was trained; exit with 1 if they differ.
@@ -26,7 +27,12 @@ def verify(
         from qatc.machine.device import pick_device
         from qatc.report.tables import check_rows
 
-        report = run(model, device=pick_device(device), trust_remote_code=trust_remote_code)
+        report = run(
+            model,
+            device=pick_device(device),
+            trust_remote_code=trust_remote_code,
+            kernels=kernels,  # type: ignore[arg-type]  # checked there
+        )
         if json:
             terminal.print_json(report.to_dict())
         else:

@@ -10,6 +10,7 @@ QuantizeEmbeddings      fake-quant nodes behind lookups in a table, one scale pe
 QuantizeKV              fake-quant nodes on keys and values, one scale per token and head
 UseIntegerForward       quantized linears on int8 codes with an exact product, differentiable
 LowerLinear             linears on packed codes, by the fastest exact kernel
+LowerToTorchao          the same by torchao's products, where one is exact
 LowerEmbedding          lookups of packed codes
 InsertKVCache           attention that writes to, and reads from, a preallocated KV cache
 ======================  ===========================================================================
@@ -24,6 +25,7 @@ from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.insert_kv_cache import InsertKVCache
 from qatc.passes.lower_embedding import LowerEmbedding
 from qatc.passes.lower_linear import LowerLinear
+from qatc.passes.lower_to_torchao import LowerToTorchao
 from qatc.passes.quantize_embeddings import QuantizeEmbeddings
 from qatc.passes.quantize_kv import QuantizeKV
 from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs
@@ -37,6 +39,7 @@ __all__ = [
     "InsertKVCache",
     "LowerEmbedding",
     "LowerLinear",
+    "LowerToTorchao",
     "PassRecord",
     "Pipeline",
     "QuantizeEmbeddings",

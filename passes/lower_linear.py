@@ -20,7 +20,7 @@ from qatc.graph.nodes import (
     spec_of,
 )
 from qatc.kernels import integer_linear, packed_linear
-from qatc.kernels.site import PHASES, Site
+from qatc.kernels.site import PHASES, Kernels, Site
 from qatc.kernels.table import choose
 from qatc.numerics import packing
 from qatc.passes.base import Edits, GraphPass
@@ -41,9 +41,11 @@ class LowerLinear(GraphPass):
 
     Args:
         device: type of the device that the graph will run on.
+        kernels: which of them are preferred, see :func:`qatc.kernels.table.choose`.
     """
 
     device: str = "cpu"
+    kernels: Kernels = "auto"
     requires: ClassVar = (QuantizeWeights,)
 
     def edit(self, gm: GraphModule) -> Edits:
@@ -68,7 +70,7 @@ class LowerLinear(GraphPass):
     def _replace(self, found: dict[str, Any], packed: Node, scale: Node) -> None:
         outputs, inputs = (int(size) for size in shape_of(found["weight"]))
         site = Site(found["weights"], found["activations"], outputs, inputs, self.device)
-        prefill, decode = (choose(site, phase).kernel.name for phase in PHASES)
+        prefill, decode = (choose(site, phase, self.kernels).kernel.name for phase in PHASES)
         read = (found["x"], packed, scale, found["bias"], inputs)
         specs = (spec_arg(site.activations), spec_arg(site.weights))
         kernels = {"prefill": prefill, "decode": decode}

@@ -162,10 +162,10 @@ static void attend(const step *s, const place_of *here) {
         int8_t codes[width > value_width ? width : value_width];
         for (int64_t h = 0; h < kv_heads; h++) {
             int64_t slot = h * capacity + held;
-            quantize_row(key + h * width, codes, key_scale + slot, width, steps, low, high);
+            quantize_row(key + h * width, codes, key_scale + slot, width, steps, low, high, 0);
             pack_row(codes, key_codes + slot * key_bytes, width, bits);
             quantize_row(value + h * value_width, codes, value_scale + slot, value_width, steps,
-                         low, high);
+                         low, high, 0);
             pack_row(codes, value_codes + slot * value_bytes, value_width, bits);
         }
     }

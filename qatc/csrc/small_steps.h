@@ -140,19 +140,22 @@ static void embed_packed(const step *s, const place_of *here) {
     if (s->rounds) round_all(out, width);
 }
 
-/* The contract of qatc/numerics/minmax.py: scale = max|x| / steps, 1 for zeros; code = round(x / scale). */
+/* The contract of qatc/numerics/minmax.py: scale = max|x| / steps, 1 below 2^-124; code = round(x / scale).
+ * By reciprocal: scale of at least 2^-23; code = round(x * (1 / scale)). */
 static void quantize_row(const float *restrict x, int8_t *restrict codes, float *scale_out,
-                         int64_t count, float steps, float low, float high) {
+                         int64_t count, float steps, float low, float high, int by_reciprocal) {
     uint32_t largest = 0;
     for (int64_t j = 0; j < count; j++) {
         uint32_t bits = as_bits(x[j]) & 0x7fffffffu; /* ordered as the values are */
         largest = bits > largest ? bits : largest;
     }
-    float scale = (float)((double)as_float(largest) / (double)steps);
-    if (scale == 0) scale = 1;
+    double exact = (double)as_float(largest) / (double)steps;
+    float scale = exact < 0x1p-124 ? 1 : (float)exact;
+    if (by_reciprocal) scale = exact < 0x1p-23 ? 0x1p-23f : (float)exact;
     *scale_out = scale;
+    float reciprocal = 1 / scale;
     for (int64_t j = 0; j < count; j++) {
-        float code = rintf(x[j] / scale);
+        float code = rintf(by_reciprocal ? x[j] * reciprocal : x[j] / scale);
         code = code < low ? low : code;
         code = code > high ? high : code;
         codes[j] = (int8_t)(int32_t)code;
@@ -162,7 +165,7 @@ static void quantize_row(const float *restrict x, int8_t *restrict codes, float 
 static void quantize(const step *s, const place_of *here) {
     quantized *out = at(here, s->out);
     quantize_row(at(here, s->a), out->codes, &out->scale, s->cols, (float)s->f0, (float)s->i0,
-                 (float)s->i1);
+                 (float)s->i1, (int)s->kind);
     memset(out->codes + s->cols, 0, 512);
     int32_t sum = 0;
     for (int64_t j = 0; j < s->cols; j++) sum += out->codes[j];

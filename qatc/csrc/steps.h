@@ -27,7 +27,8 @@ enum place { ABSOLUTE, PRIVATE, SHARED, CALL };
  *   EMBED         out[cols] = a[token, :] of a[V, cols], bf16 where kind is 1; c: the token, int64
  *   EMBED_PACKED  the same of codes a[V, i0 bytes] of `kind` bits, with scales b[V, i1]
  *   TO_FLOAT      out[1] = c[1], int64
- *   QUANTIZE      out: `quantized` from a[cols]; f0: steps, i0 and i1: least and greatest code
+ *   QUANTIZE      out: `quantized` from a[cols]; f0: steps, i0 and i1: least and greatest code;
+ *                 kind is 1 where the scale's reciprocal is multiplied with
  *   PRODUCT       out[N = rows] from a: `quantized` of K = cols, b: codes [N, i0 bytes] of `kind` bits,
  *                 c: scales [N], d: bias [N] or none
  *   LINEAR        out[N = rows] from a[K = cols], b[N, K], bf16 where kind is 1, d: bias [N] or none

@@ -36,6 +36,7 @@ from qatc.evaluation.checks import Check, ParityReport
 from qatc.evaluation.end_parity import compare_ends
 from qatc.evaluation.global_parity import Texts, exact_sums, score
 from qatc.evaluation.layer_parity import LIMITS, compare_in_float, compare_on_integers
+from qatc.kernels.site import Kernels
 from qatc.models.pipelines import recipe_allows_integers
 from qatc.models.preparation import prepare, restore
 from qatc.numerics import packing
@@ -59,6 +60,7 @@ def verify(
     device: str = "cpu",
     reload: bool = True,
     trust_remote_code: bool = False,
+    kernels: Kernels = "auto",
 ) -> ParityReport:
     """Compare an output's integer model with the graph that was trained.
 
@@ -68,6 +70,7 @@ def verify(
         device: torch device.
         reload: load the output in a new process as well.
         trust_remote_code: run the code that comes with the model.
+        kernels: those of the integer model, see :func:`qatc.load`.
 
     Returns:
         All checks, in order. Nothing is raised for one that fails; see
@@ -80,7 +83,8 @@ def verify(
     """
     output = opened(directory, trust_remote_code)
     recipe = output.recipe
-    lowered = load(output, device=device, dtype=torch.float32, compile=False)
+    plain: Any = {"dtype": torch.float32, "compile": False, "kernels": kernels}
+    lowered = load(output, device=device, **plain)
     checks = [_stored(lowered, output, trained)]
     reference = load_reference(output).to(device)  # type: ignore[arg-type]
     prepare(reference, recipe, compile=False, integer_forward=False)
@@ -109,7 +113,7 @@ def verify(
         _programmed(lowered, texts)
         checks += texts.checks
         if reload:
-            checks.append(_reloaded(output, on_integers, ids, device))
+            checks.append(_reloaded(output, on_integers, ids, device, kernels))
     return ParityReport(tuple(checks))
 
 
@@ -220,16 +224,18 @@ from qatc.evaluation.parity import fingerprint
 from qatc.runtime.model import load
 torch.set_num_threads(int(sys.argv[3]))
 options = {"device": sys.argv[4], "trust_remote_code": sys.argv[5] == "trust"}
+options["kernels"] = sys.argv[6]
 model = load(Path(sys.argv[1]), dtype=torch.float32, compile=False, **options)
 with torch.no_grad():
     print(fingerprint(score(model, torch.tensor(json.loads(sys.argv[2]), device=sys.argv[4]))))
 """
 
 
-def _reloaded(output: Output, logits: Tensor, ids: Tensor, device: str) -> Check:
+def _reloaded(output: Output, logits: Tensor, ids: Tensor, device: str, kernels: str) -> Check:
     directory = output.place
     arguments = [str(directory), json.dumps(ids.tolist()), str(torch.get_num_threads()), device]
     arguments.append("trust" if output.trust_remote_code else "")
+    arguments.append(kernels)
     done = subprocess.run(
         [sys.executable, "-c", _RELOAD, *arguments], capture_output=True, text=True, check=False
     )

@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qatc.kernels import integer_linear, native
+from qatc.kernels import integer_linear, native, torchao_linear
 from qatc.numerics import packing
 from qatc.recipe.spec import QuantSpec
+
+Library = Literal["qatc", "torch", "torchao"]
+"""Whose kernel it is."""
+
+Kernels = Literal["auto", "torchao", "qatc"]
+"""Which kernels are preferred: the fastest, torchao's where one can run, or none of torchao's."""
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -93,8 +99,22 @@ def needs_int4pack(site: Site) -> str | None:
     if site.weights.bits != 4 or site.device != "cpu":
         return f"it is for 4 bits on a CPU, and this is {site.weights.bits} on {site.device}"
     if not site.activations.quantizes:
-        return "it takes inputs and scales in bf16 only, and rounds its sums to it"
+        return "it rounds its sums to bf16, or is a loop over scalars for inputs in fp32"
     return "it rounds the sums of int8 codes to bf16 before they can be scaled"
+
+
+def needs_torchao(site: Site) -> str | None:
+    if site.inputs < 2 or site.inputs > torchao_linear.LARGEST_WIDTH:
+        return f"it does not take rows of {site.inputs} codes"
+    return needs_integers(site) or torchao_linear.obstacle(site.device)
+
+
+def needs_da8w4(site: Site) -> str | None:
+    if site.weights.bits != 4 or site.device != "cpu":
+        return f"it is for 4 bits on a CPU, and this is {site.weights.bits} on {site.device}"
+    if not site.activations.quantizes:
+        return "its input is not quantized"
+    return torchao_linear.da8w4_obstacle()
 
 
 def needs_bytes(site: Site) -> str | None:

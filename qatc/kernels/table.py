@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from qatc.kernels import integer_linear, native, products
+from qatc.kernels import integer_linear, native, products, torchao_linear
 from qatc.kernels.site import (
+    Kernels,
+    Library,
     Phase,
     Site,
     needs_bytes,
+    needs_da8w4,
     needs_fused,
     needs_int4pack,
     needs_int_mm,
@@ -25,6 +28,7 @@ from qatc.kernels.site import (
     needs_native_bytes,
     needs_scaled,
     needs_tinygemm,
+    needs_torchao,
 )
 from qatc.numerics import minmax, packing
 
@@ -38,6 +42,7 @@ class Kernel:
         phases: when it may run.
         reason: why it is preferred to what comes after it in the table.
         obstacle: why it cannot run at a site, or None if it can.
+        library: whose it is.
         run: ``(x, packed, scale, bias, site) -> [..., N]``; None for a kernel that has an obstacle
             everywhere, and stands in the table so that a report can say which.
     """
@@ -47,6 +52,7 @@ class Kernel:
     reason: str
     obstacle: Callable[[Site], str | None]
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Site], Tensor] | None
+    library: Library = "qatc"
 
 
 def _run_int_mm(
@@ -56,6 +62,20 @@ def _run_int_mm(
     x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
     sums = integer_linear.int_mm(x_codes, codes)
     return _scaled(sums, x, x_scale, scale, bias, site)
+
+
+def _run_torchao(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
+) -> Tensor:
+    """The sums of :func:`_run_int_mm`, scaled in the same order: the very same bits."""
+    in_c = site.weights.bits < 8 and native.obstacle() is None
+    unpack = products.unpack if in_c else packing.unpack
+    codes = unpack(packed, site.weights.bits, site.inputs)
+    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
+    values = torchao_linear.torchao_mm(x_codes, codes, x_scale) * scale.t()
+    if bias is not None:
+        values = values + bias.float()
+    return values.to(x.dtype).view(*x.shape[:-1], site.outputs)
 
 
 def _scaled(
@@ -126,6 +146,7 @@ KERNELS = (
         " AVX512-VNNI 1.7 times as fast as a bf16 linear at 512 rows of 4096 x 4096",
         needs_bytes,
         _run_int_mm,
+        "torch",
     ),
     Kernel(
         "packed product",
@@ -143,6 +164,7 @@ KERNELS = (
         "4-bit weights on tensor cores; its choice would be by measurement, which was not run",
         needs_tinygemm,
         None,
+        "torch",
     ),
     Kernel(
         "_weight_int4pack_mm_for_cpu",
@@ -150,6 +172,7 @@ KERNELS = (
         "3 times as fast as the fused unpack at a single row of 4096 x 4096",
         needs_int4pack,
         None,
+        "torch",
     ),
     Kernel(
         "fused unpack",
@@ -165,6 +188,24 @@ KERNELS = (
         "codes are unpacked to int8 once for all rows of a prefill, whose product then is int_mm's",
         needs_int_mm,
         _run_int_mm,
+    ),
+    Kernel(
+        "torchao int_scaled_matmul",
+        ("prefill", "decode"),
+        "torchao's integer product, exact on codes of any rule: int_mm, behind which it stands,"
+        " with the sums of the weight computed anew at every call; packed codes are unpacked for"
+        " it",
+        needs_torchao,
+        _run_torchao,
+        "torchao",
+    ),
+    Kernel(
+        "torchao da8w4_linear_cpu",
+        ("prefill", "decode"),
+        "torchao's product of int8 activations and packed int4 weights",
+        needs_da8w4,
+        None,
+        "torchao",
     ),
     Kernel(
         "blocked product",
@@ -203,10 +244,20 @@ class Choice:
     passed_over: tuple[tuple[str, str], ...]
 
 
-def choose(site: Site, phase: Phase) -> Choice:
-    """The first kernel of the table that computes ``site`` exactly in this phase."""
+def choose(site: Site, phase: Phase, kernels: Kernels = "auto") -> Choice:
+    """The first kernel of the table that computes ``site`` exactly in this phase.
+
+    Args:
+        site: the linear.
+        phase: what it is for.
+        kernels: ``auto``: the fastest; ``torchao``: one of torchao's, if any can; ``qatc``: none of
+            torchao's.
+    """
     passed_over: list[tuple[str, str]] = []
-    for kernel in KERNELS:
+    rest = [kernel for kernel in KERNELS if kernel.library != "torchao"]
+    first = [kernel for kernel in KERNELS if kernel.library == "torchao"]
+    order = {"auto": KERNELS, "torchao": (*first, *rest), "qatc": tuple(rest)}[kernels]
+    for kernel in order:
         obstacle = kernel.obstacle(site)
         if phase not in kernel.phases:
             obstacle = f"it is for {' and '.join(kernel.phases)} only"

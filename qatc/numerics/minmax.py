@@ -26,6 +26,9 @@ the whole row.
 5. ``code = round_half_to_even(float32(x) / scale)``, clamped to the range, with the division of
    IEEE 754, ``div.rn.f32``. Eager divisions of two tensors are that; those that Inductor makes for
    a GPU are it with :data:`COMPILE_OPTIONS` only.
+   Where ``spec.rounding`` is ``reciprocal``, the rule of torchao's activations: ``code =
+   round_half_to_even(float32(x) * (1 / scale))``, and a scale below 2^-23 becomes 2^-23 in place
+   of 2.
 6. The value is ``float32(code) * scale``, rounded once to the dtype of ``x``.
 
 Infinity and NaN in ``x`` give NaN, so that they are noticed.
@@ -47,6 +50,9 @@ from qatc.recipe.spec import QuantSpec, read_spec_arg, spec_arg
 MIN_SCALE = 2.0**-124
 """The smallest scale, of weights and others: values that devices may flush are less than half of
 it."""
+
+SMALLEST_OF_RECIPROCAL = 2.0**-23
+"""The smallest scale where ``spec.rounding`` is ``reciprocal``: torchao's."""
 
 FP16_STEP = 2.0**-24
 """The distance of neighbouring fp16 numbers below 2^-14."""
@@ -70,7 +76,10 @@ def compute_scale(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> Tensor:
     """
     amax = _in_groups(x, spec.group_size or 0).float().abs().amax(dim=-1)
     exact = amax.double() / spec.steps
-    scale = torch.where(exact < MIN_SCALE, 1.0, exact).float()
+    if spec.rounding == "reciprocal":
+        scale = exact.float().clamp(min=SMALLEST_OF_RECIPROCAL)
+    else:
+        scale = torch.where(exact < MIN_SCALE, 1.0, exact).float()
     if snap:
         scale = _snap(scale, spec)
     scale = scale.clamp(max=largest_scale(spec, x.dtype, snap=snap))
@@ -159,7 +168,9 @@ def _in_groups(x: Tensor, group_size: int) -> Tensor:
 
 
 def _round_to_codes(groups: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    codes = torch.round(groups.float() / scale)  # torch.round: half to even
+    values = groups.float()
+    exact = values * (1.0 / scale) if spec.rounding == "reciprocal" else values / scale
+    codes = torch.round(exact)  # half to even
     return codes.clamp(spec.code_min, spec.code_max)
 
 

@@ -78,6 +78,12 @@ class Recipe:
                     f"{site}.scale_dtype is {getattr(self, site).scale_dtype!r}, and only the"
                     " scales of weights are stored; leave it out"
                 )
+        for site in ("weights", "kv", "head", "embedding"):
+            if getattr(self, site).rounding != QuantSpec.rounding:
+                raise ConfigError(
+                    f"{site}.rounding is {getattr(self, site).rounding!r}, and only activations are"
+                    " rounded so by a runtime; leave it out"
+                )
         if self.kv_site not in get_args(KVSite):
             raise ConfigError(
                 f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"

@@ -12,7 +12,8 @@ full           ``max|x| / ((2**b - 1)/2)``  ``-2**(b-1) .. 2**(b-1)-1``
 
 ``code = round_half_to_even(x / scale)`` and the quantized value is ``code * scale``. The restricted
 range is the one of LLM-QAT (arXiv 2305.17888, equation 1); the full range is that of torchao and of
-compressed-tensors in transformers.
+compressed-tensors in transformers. torchao multiplies with the reciprocal, ``x * (1 / scale)``, and
+has no scale below 2^-23: see ``rounding``.
 
 A weight's scale is rounded before its codes are, to a value that the dtype in which the runtime
 stores it holds exactly, and bf16 as well: see ``scale_dtype``.
@@ -30,6 +31,8 @@ from qatc.errors import ConfigError
 Range = Literal["restricted", "full"]
 
 ScaleDType = Literal["bfloat16", "float16"]
+
+Rounding = Literal["division", "reciprocal"]
 
 FLOAT_BITS = 16
 """The number of bits that stands for "not quantized"."""
@@ -50,6 +53,8 @@ class QuantSpec:
         scale_dtype: of weights: what else than fp32 must hold their scales exactly. ``"bfloat16"``
             has fp32's range. ``"float16"``, in which GGUF stores scales, ends at 65504 and has
             steps of 2^-24 below 2^-14.
+        rounding: of activations: ``"division"`` rounds ``x / scale``, ``"reciprocal"`` rounds
+            ``x * (1 / scale)`` with a scale of at least 2^-23, as torchao does.
 
     Raises:
         ConfigError: a value is not one of the above.
@@ -59,6 +64,7 @@ class QuantSpec:
     group_size: int | None = None
     range: Range = "restricted"
     scale_dtype: ScaleDType = "bfloat16"
+    rounding: Rounding = "division"
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in VALID_BITS:
@@ -78,6 +84,10 @@ class QuantSpec:
             raise ConfigError(
                 f"scale_dtype must be one of {', '.join(get_args(ScaleDType))};"
                 f" got {self.scale_dtype!r}"
+            )
+        if self.rounding not in get_args(Rounding):
+            raise ConfigError(
+                f"rounding must be one of {', '.join(get_args(Rounding))}; got {self.rounding!r}"
             )
 
     @property

@@ -48,6 +48,7 @@ class Target:
 _ANY = (2, 3, 4, 5, 6, 7, 8, 16)
 _PLAIN: Mapping[str, Any] = MappingProxyType({})
 _FULL: Mapping[str, Any] = MappingProxyType({"range": "full"})
+_TORCHAO: Mapping[str, Any] = MappingProxyType({"range": "full", "rounding": "reciprocal"})
 _BLOCKS: Mapping[str, Any] = MappingProxyType({"group_size": 32})
 _FP16_BLOCKS: Mapping[str, Any] = MappingProxyType({"group_size": 32, "scale_dtype": "float16"})
 
@@ -65,6 +66,16 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             " kv_cache_scheme with strategy group and the head dimension as group: amax / 127.5 and"
             " amax / 7.5 per token and head",
             "K and V bits are set in the runtime's kv_cache_scheme, not by the checkpoint",
+        ),
+        "torchao": Target(
+            _PLAIN,
+            _TORCHAO,
+            _PLAIN,
+            _ANY,
+            "torchao 0.18, Int8Tensor: dynamic per-token int8 with a scale of amax / 127.5, of at"
+            " least 2^-23, codes -128..127, and a product with the scale's reciprocal",
+            "in bf16 it computes so when it is compiled; uncompiled it rounds scales to bf16, and"
+            " it has no cache for K and V",
         ),
         "vllm": Target(
             _PLAIN,

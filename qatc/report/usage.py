@@ -162,7 +162,7 @@ def _uses(layer: str, node: torch.fx.Node, runtime: Runtime) -> list[KernelUse]:
     name = packed.meta["parameter"].removesuffix(PACKED)
     uses = []
     for phase in PHASES:
-        choice = choose(site, phase)
+        choice = choose(site, phase, runtime.kernels)
         shape = (site.outputs, site.inputs)
         uses.append(KernelUse(layer, name, shape, phase, choice.kernel.name, choice.passed_over))
     return uses

@@ -247,6 +247,8 @@ class DecodeForward:
 
     def _make(self) -> None:
         try:
+            if self.runtime.kernels == "torchao":
+                raise Untranslatable("its products are no kernels of torchao, which were asked for")
             with torch.inference_mode(False), torch.no_grad():
                 self._program = DecodeProgram(self.model, self.runtime)
         except Untranslatable as reason:

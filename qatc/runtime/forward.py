@@ -21,10 +21,18 @@ from qatc.graph.structure import Structure
 from qatc.graph.template_forward import TemplateForward
 from qatc.graph.templates import TemplateStore
 from qatc.kernels.cached_attention import first_slots
+from qatc.kernels.site import Kernels
 from qatc.models.pipelines import embedding_pipeline, recipe_allows_integers, training_pipeline
 from qatc.models.preparation import inductor
 from qatc.models.vocabulary import End, head_recipe
-from qatc.passes import GraphPass, InsertKVCache, LowerEmbedding, LowerLinear, Pipeline
+from qatc.passes import (
+    GraphPass,
+    InsertKVCache,
+    LowerEmbedding,
+    LowerLinear,
+    LowerToTorchao,
+    Pipeline,
+)
 from qatc.recipe.recipe import Recipe
 from qatc.runtime.cache import PackedLayer, packed_layer, round_up
 
@@ -40,8 +48,16 @@ SIGNATURES = 64
 class Runtime:
     """The graphs of a loaded model: one store for each way in which layers are called."""
 
-    def __init__(self, recipe: Recipe, device: str, dtype: torch.dtype, compile: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: str,
+        dtype: torch.dtype,
+        compile: bool,
+        kernels: Kernels = "auto",
+    ) -> None:
         self.recipe, self.device, self.dtype, self.compile = recipe, device, dtype, compile
+        self.kernels = kernels
         self.forwards: tuple[LoweredForward, ...] = ()
         self.decode: DecodeForward | None = None
         self.ends: tuple[LoweredEnd, ...] = ()
@@ -54,15 +70,16 @@ class Runtime:
     def stores(self) -> tuple[TemplateStore, ...]:
         return self.scoring, self.cached, self.masked, self.head, self.embedding
 
-    def _end_store(self, pipeline: Callable[[Recipe, str], Pipeline]) -> TemplateStore:
+    def _end_store(self, pipeline: Callable[[Recipe, str, Kernels], Pipeline]) -> TemplateStore:
         def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
-            pipeline(self.recipe, self.device)(gm)
+            pipeline(self.recipe, self.device, self.kernels)(gm)
 
         return TemplateStore(transform, compile=inductor if self.compile else None)
 
     def _store(self, cache: InsertKVCache | None) -> TemplateStore:
         def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
-            lowering_pipeline(self.recipe, owner.skip, self.device, cache, _linears(owner))(gm)
+            skip, linears = owner.skip, _linears(owner)
+            lowering_pipeline(self.recipe, skip, self.device, cache, linears, self.kernels)(gm)
 
         return TemplateStore(transform, compile=inductor if self.compile else None)
 
@@ -76,6 +93,7 @@ def lowering_pipeline(
     device: str = "cpu",
     cache: InsertKVCache | None = None,
     linears: bool = True,
+    kernels: Kernels = "auto",
 ) -> Pipeline:
     """The passes that turn a captured layer into one on integer kernels.
 
@@ -87,23 +105,29 @@ def lowering_pipeline(
         device: type of the device.
         cache: the pass that puts a KV cache under attention; ``None`` to score without one.
         linears: whether the layer has linears that are not skipped.
+        kernels: which are preferred, see :func:`qatc.kernels.table.choose`.
     """
     integers = recipe_allows_integers(recipe)
     passes: list[Any] = list(training_pipeline(recipe, skip, linears, integers).passes)
     lowering: list[GraphPass] = []
     if linears and recipe.weights.quantizes:
-        lowering.append(LowerLinear(torch.device(device).type))
+        lower = LowerToTorchao if kernels == "torchao" else LowerLinear
+        lowering.append(lower(torch.device(device).type, kernels))
     if cache is not None:
         lowering.append(cache)
     return Pipeline((*passes, *lowering))
 
 
-def lowered_head_pipeline(recipe: Recipe, device: str = "cpu") -> Pipeline:
+def lowered_head_pipeline(
+    recipe: Recipe, device: str = "cpu", kernels: Kernels = "auto"
+) -> Pipeline:
     """The passes that put the output head on integer kernels."""
-    return lowering_pipeline(head_recipe(recipe), device=device)
+    return lowering_pipeline(head_recipe(recipe), device=device, kernels=kernels)
 
 
-def lowered_embedding_pipeline(recipe: Recipe, device: str = "cpu") -> Pipeline:
+def lowered_embedding_pipeline(
+    recipe: Recipe, device: str = "cpu", kernels: Kernels = "auto"
+) -> Pipeline:
     """The passes that let the token embedding read packed codes."""
     return Pipeline((*embedding_pipeline(recipe).passes, LowerEmbedding()))
 

@@ -62,7 +62,7 @@ class Writer:
 
     Args:
         model: directory of a qatc output.
-        device, compile, trust_remote_code: see :func:`qatc.runtime.model.load`.
+        device, compile, trust_remote_code, kernels: see :func:`qatc.runtime.model.load`.
         max_new_tokens: tokens to write, at most.
         temperature: of sampling; 0 takes the most likely token.
         top_p: sample from this share of the probability.
@@ -83,6 +83,7 @@ class Writer:
         device: str = "auto",
         compile: bool | None = None,
         trust_remote_code: bool = False,
+        kernels: str = "auto",
         max_new_tokens: int = 200,
         temperature: float = 0.7,
         top_p: float = 1.0,
@@ -94,7 +95,13 @@ class Writer:
         self.device = pick_device(device)
         self.name = str(model)
         trust = trust_remote_code
-        self.model: Any = load(model, device=self.device, compile=compile, trust_remote_code=trust)
+        self.model: Any = load(
+            model,
+            device=self.device,
+            compile=compile,
+            trust_remote_code=trust,
+            kernels=kernels,  # type: ignore[arg-type]  # checked there
+        )
         self.tokenizer = load_tokenizer(self.name, trust_remote_code=trust)
         self.seed, self.max_new_tokens = seed, max_new_tokens
         file = model / "generation_config.json"

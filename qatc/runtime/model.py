@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 
-from qatc.errors import CheckpointError
+from qatc.errors import CheckpointError, ConfigError
 from qatc.graph.templates import dry_run
+from qatc.kernels.site import Kernels
 from qatc.machine.device import pick_device
 from qatc.models import find_regions
 from qatc.models.building import build_model
@@ -43,6 +44,7 @@ def load(
     compile: bool | None = None,
     trust_remote_code: bool = False,
     decode_program: bool | None = None,
+    kernels: Kernels = "auto",
 ) -> PreTrainedModel:
     """Load an output of ``qatc quantize`` as a model that runs on integers.
 
@@ -55,6 +57,10 @@ def load(
         decode_program: decode a single row by a program in C, one call for all layers, where the
             model allows it (see :mod:`qatc.runtime.decode_program`); ``None``: unless ``compile``
             is False, which asks for the graphs as they are.
+        kernels: what runs the quantized linears. ``auto``: the fastest exact kernel, whosever it
+            is; ``torchao``: torchao's wherever it has an exact one, and no decoding program;
+            ``qatc``: none of torchao's. :func:`qatc.report.usage.kernel_report`, and ``qatc inspect
+            OUT --kernels``, say what runs each and why.
 
     Returns:
         The transformers model, in eval mode, with packed weights; its KV cache is packed whoever
@@ -66,8 +72,11 @@ def load(
         CheckpointError: the directory is no complete output of qatc.
         ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
         PassError: the recipe has no integer runtime, e.g. K and V quantized before the rotary
-            embedding.
+            embedding; or torchao's kernels were asked for, and can run no linear of the model.
     """
+    if kernels not in get_args(Kernels):
+        valid = ", ".join(get_args(Kernels))
+        raise ConfigError(f"kernels must be one of {valid}; got {kernels!r}")
     output, device = opened(directory, trust_remote_code), pick_device(device)
     recipe = output.recipe
     if dtype is None:
@@ -78,7 +87,7 @@ def load(
         device="parameters on meta",
         trust_remote_code=output.trust_remote_code,
     )
-    runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile)
+    runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile, kernels)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
         prefix = f"{name}." if name else ""

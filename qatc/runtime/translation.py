@@ -235,7 +235,7 @@ class Translator:
             codes = self.steps.buffer(64 + width + PADDING)
             self.steps.emit(
                 Op.QUANTIZE, codes, a=x.start, cols=width, f0=spec.steps, i0=spec.code_min,
-                i1=spec.code_max,
+                i1=spec.code_max, kind=spec.rounding == "reciprocal",
             )  # fmt: skip
             self._codes[key] = codes
         return self._codes[key]
