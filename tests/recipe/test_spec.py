@@ -108,6 +108,7 @@ def test_a_config_error_is_a_user_error_and_a_value_error() -> None:
         group_size=st.none() | st.integers(1, 4096),
         range=st.sampled_from(["restricted", "full"]),
         scale_dtype=st.sampled_from(["bfloat16", "float16"]),
+        rounding=st.sampled_from(["division", "reciprocal"]),
     )
 )
 def test_as_an_argument_and_back(spec: QuantSpec) -> None:
@@ -116,7 +117,7 @@ def test_as_an_argument_and_back(spec: QuantSpec) -> None:
 
 def test_every_field_of_a_spec_goes_into_its_argument() -> None:
     """One that is added later must not be lost on the way into a graph."""
-    others = {"group_size": 16, "range": "full", "scale_dtype": "float16"}
+    others = {"group_size": 16, "range": "full", "scale_dtype": "float16", "rounding": "reciprocal"}
     assert {"bits", *others} == {field.name for field in dataclasses.fields(QuantSpec)}
     plain = spec_arg(QuantSpec(4))
     assert plain == "int4"

@@ -43,7 +43,9 @@ def test_a_file_takes_the_rules_that_it_leaves_open() -> None:
 
 
 def test_bad_targets() -> None:
-    with pytest.raises(ConfigError, match=r"qatc, transformers, vllm, llama\.cpp; got 'tvm'"):
+    with pytest.raises(
+        ConfigError, match=r"qatc, transformers, torchao, vllm, llama\.cpp; got 'tvm'"
+    ):
         Recipe.from_bits("4-8-4", target="tvm")
     with pytest.raises(ConfigError, match="no symmetric KV cache of 4 bits; choose .* 8, 16"):
         Recipe.from_bits("4-8-4", target="vllm")

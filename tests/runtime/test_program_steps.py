@@ -1,0 +1,40 @@
+"""Steps of the C program by themselves, against the numerics that they are to compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qatc.numerics.minmax import quantize
+from qatc.recipe.spec import QuantSpec
+from qatc.runtime import program
+from qatc.runtime.program import Op, Steps
+
+pytestmark = pytest.mark.skipif(program.obstacle() is not None, reason="no C compiler")
+
+HEAD = 64
+"""Bytes before the codes: the scale, the sum of the codes, and nothing."""
+
+
+@pytest.mark.parametrize("rounding", ["division", "reciprocal"])
+@pytest.mark.parametrize("range_", ["restricted", "full"])
+@pytest.mark.parametrize("size", [3.0, 1e-5, 2.0**-23 * 100, 2.0**-118, 2.0**-120, 2.0**-140, 0.0])
+def test_quantize(size: float, range_: Any, rounding: Any) -> None:
+    """Also of rows as small as a scale can be, and smaller."""
+    spec = QuantSpec(8, range=range_, rounding=rounding)
+    x = torch.randn(40, generator=torch.Generator().manual_seed(0)) * size
+    x[7] = size
+    out = torch.full((HEAD + 40 + 512,), 77, dtype=torch.uint8)
+    steps = Steps(threads=1)
+    steps.emit(
+        Op.QUANTIZE, steps.tensor(out), a=steps.tensor(x), cols=40, f0=spec.steps,
+        i0=spec.code_min, i1=spec.code_max, kind=rounding == "reciprocal",
+    )  # fmt: skip
+    steps.finish()([])
+    codes, scale = quantize(x, spec)
+    assert torch.equal(out[HEAD : HEAD + 40].view(torch.int8), codes)
+    assert out[:4].view(torch.float32).item() == scale.item()
+    assert out[4:8].view(torch.int32).item() == int(codes.int().sum())
+    assert not out[HEAD + 40 :].any()
