@@ -1,6 +1,7 @@
 """Every kernel of the table against its alternatives, at real LLaMA shapes.
 
     python -m benchmarks.kernels --threads 2
+    python -m benchmarks.kernels --threads 2 --shapes smollm2 --rows 1 16 512
 
 Each kernel that can run at a site is timed there, compiled as it runs in a model, next to what
 else could have been used: a bf16 linear, and torch's own int4 kernel for CPUs, with what it is off
@@ -27,7 +28,11 @@ from qatc.recipe.spec import QuantSpec
 BEYOND_CACHES = 256 * 2**20
 """Bytes of weights that are read before one is read again."""
 
-WEIGHTS = ((768, 768), (2048, 768), (2048, 2048), (4096, 4096), (11008, 4096))
+SHAPES = {
+    "llama": ((768, 768), (2048, 768), (2048, 2048), (4096, 4096), (11008, 4096)),
+    "smollm2": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
+}
+"""Weights ``[N, K]`` of LLaMAs of 110M to 7B, and of SmolLM2-135M."""
 
 
 def main() -> None:
@@ -38,6 +43,7 @@ def main() -> None:
         "--case", nargs="+", default=["8-8", "4-8", "3-8", "2-8", "8-16", "4-16", "4-8-64"],
         help="bits of weights, bits of activations and, if there are any, inputs per group",
     )  # fmt: skip
+    parser.add_argument("--shapes", choices=SHAPES, default="llama")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
@@ -47,10 +53,13 @@ def main() -> None:
     runs = [
         measure(*(int(part) for part in case.split("-")), shape=shape, rows=rows, options=options)
         for case in options.case
-        for shape in WEIGHTS
+        for shape in SHAPES[options.shapes]
         for rows in options.rows
     ]
-    common.save(f"kernels-{options.device}", {"threads": torch.get_num_threads(), "runs": runs})
+    which = "" if options.shapes == "llama" else f"-{options.shapes}"
+    common.save(
+        f"kernels{which}-{options.device}", {"threads": torch.get_num_threads(), "runs": runs}
+    )
 
 
 @torch.inference_mode()

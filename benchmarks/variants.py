@@ -59,7 +59,11 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument(
-        "--bits", nargs="*", default=BITS, help="4-8-4+8 has head and embedding in 8 bits as well"
+        "--bits",
+        nargs="*",
+        default=BITS,
+        help="4-8-4+8 has head and embedding in 8 bits as well,"
+        " and 4-8-4@torchao runs on torchao's kernels",
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int)
@@ -122,12 +126,15 @@ def build(options: Namespace, scratch: Path) -> tuple[dict[str, Variant], dict[s
         absent["bf16, QuantizedCache 4 bits"] = reason
     for bits in options.bits:
         source = variants["fp32 eager"].model
-        layers, _, ends = bits.partition("+")
+        sizes, _, library = bits.partition("@")
+        layers, _, ends = sizes.partition("+")
         own = {"head_bits": int(ends), "embedding_bits": int(ends)} if ends else {}
-        recipe = Recipe.from_bits(layers, **own)  # type: ignore[arg-type]
+        recipe = Recipe.from_bits(layers, target=library or "qatc", **own)  # type: ignore[arg-type]
         output = common.random_output(scratch / bits, recipe, source)
-        loaded = load(output, device=options.device, dtype=torch.bfloat16)
-        variants[f"qatc {bits}"] = Variant(loaded)
+        kernels: Any = library or "auto"
+        loaded = load(output, device=options.device, dtype=torch.bfloat16, kernels=kernels)
+        on = f", {library}'s kernels" if library else ""
+        variants[f"qatc {sizes}{on}"] = Variant(loaded)
     return {name: v for name, v in variants.items() if _chosen(name, options)}, absent
 
 
