@@ -57,9 +57,8 @@ def main() -> None:
         for rows in options.rows
     ]
     which = "" if options.shapes == "llama" else f"-{options.shapes}"
-    common.save(
-        f"kernels{which}-{options.device}", {"threads": torch.get_num_threads(), "runs": runs}
-    )
+    found = {"threads": torch.get_num_threads(), "runs": runs}
+    common.save(f"kernels{which}-{options.device}", found)
 
 
 @torch.inference_mode()

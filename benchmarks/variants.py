@@ -129,7 +129,7 @@ def build(options: Namespace, scratch: Path) -> tuple[dict[str, Variant], dict[s
         sizes, _, library = bits.partition("@")
         layers, _, ends = sizes.partition("+")
         own = {"head_bits": int(ends), "embedding_bits": int(ends)} if ends else {}
-        recipe = Recipe.from_bits(layers, target=library or "qatc", **own)  # type: ignore[arg-type]
+        recipe = Recipe.from_bits(layers, target=library or "qatc", **own)
         output = common.random_output(scratch / bits, recipe, source)
         kernels: Any = library or "auto"
         loaded = load(output, device=options.device, dtype=torch.bfloat16, kernels=kernels)

@@ -210,6 +210,12 @@ class _readable_errors:
                 " and safetensors, or a hub name such as meta-llama/Llama-2-7b-hf"
             )
 
+        if Path(self.name).is_dir() and not (Path(self.name) / "config.json").exists():
+            raise ConfigError(
+                f"{self.name} has no config.json, so it is no model directory; give one that holds"
+                " config.json and safetensors"
+            )
+
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from safetensors import SafetensorError
 

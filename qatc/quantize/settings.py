@@ -155,8 +155,8 @@ def check_places(config: QuantizeConfig) -> None:
     refuse_overlap(places, {**sources, "the corpus": config.data_directory})
     if not is_complete(config.data_directory):
         refuse_overlap({"the corpus": config.data_directory}, sources)
-    for place in (config.partial, config.data_directory):
-        _check_place(place)
+    _check_place(config.partial, "--output")
+    _check_place(config.data_directory, "--output" if config.data is None else "--data")
 
 
 def check_run(config: QuantizeConfig, inputs: Mapping[str, str] | None = None) -> list[str]:
@@ -276,13 +276,13 @@ def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
-def _check_place(path: Path) -> None:
-    """Raise unless a directory can be made at ``path``."""
+def _check_place(path: Path, option: str) -> None:
+    """Raise unless a directory can be made at ``path``; the option says where."""
     parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise CheckpointError(
             f"cannot write {path}: {parent} is not a directory that can be written to; choose"
-            " another --output"
+            f" another {option}"
         )

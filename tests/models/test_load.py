@@ -54,6 +54,12 @@ def test_a_file_is_no_model(model_path: Path) -> None:
         load_config(str(model_path / "config.json"))
 
 
+def test_a_directory_of_something_else_is_no_model(tmp_path: Path) -> None:
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(ConfigError, match="has no config.json, so it is no model directory"):
+            load(str(tmp_path))
+
+
 def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="cannot load nobody/nothing: the hub cannot be reached"):

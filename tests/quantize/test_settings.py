@@ -263,7 +263,7 @@ def test_overlapping_places(tmp_path: Path, change: dict[str, str], says: str) -
 def test_a_place_under_a_file(config: QuantizeConfig, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
     change: dict[str, Any] = {place: tmp_path / "file" / "below"}
-    with pytest.raises(CheckpointError, match="file is not a directory that can be written to"):
+    with pytest.raises(CheckpointError, match=f"file is not a directory .* another --{place}"):
         check_places(replace(config, **change))
 
 
