@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers import DynamicCache
 
 from qatc.errors import CaptureError
@@ -78,14 +79,15 @@ def test_gradient_checkpointing(
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if when == "before":
         prepare(model, QUANTIZED, compile=False)
-    runs: list[TemplateForward] = []
-    run = TemplateForward._run
+    runs: list[Any] = []
+    store = prepared_state(model).store
+    find = store.find
 
-    def counted(self: TemplateForward, *args: Any, **kwargs: Any) -> Any:
-        runs.append(self)
-        return run(self, *args, **kwargs)
+    def counted(*args: Any) -> Any:
+        runs.append(args)
+        return find(*args)
 
-    monkeypatch.setattr(TemplateForward, "_run", counted)
+    monkeypatch.setattr(store, "find", counted)
     found = gradients(model, ids)
     assert len(runs) == 4, "each layer runs in the forward pass and again in the backward pass"
     for name, gradient in wanted.items():
@@ -128,12 +130,19 @@ class Scaled(nn.Module):
 
 def test_an_argument_that_is_not_read_takes_no_graph() -> None:
     model, x = prepare(Scaled(), FLOAT, compile=False), torch.randn(2, 3, 8)
-    store = prepared_state(model).store
+    store, captured = prepared_state(model).store, []
+    transform = store.transform
+
+    def counted(gm: GraphModule, owner: TemplateForward) -> None:
+        captured.append(owner)
+        transform(gm, owner)
+
+    store.transform = counted
     wanted = model(x)
     for step in range(5):
         found = model(x, items=step, ratio=step / 2, name=str(step), anything=object())
         assert torch.equal(found, wanted)
-    assert sum(len(k) for calls in store._known.values() for k in calls.values()) == 2
+    assert len(captured) == 2, "without the arguments and with them"
     assert torch.equal(model(x, factor=True), model(x, factor=1)), "but a bool is another call"
 
 
