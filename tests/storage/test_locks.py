@@ -14,24 +14,14 @@ import pytest
 
 from qatc.errors import CheckpointError, ConfigError
 from qatc.storage.locks import locked
+from tests.storage.conftest import held_by_another_process
 
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[int]:
     """Another process that holds ``out``."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with locked(tmp_path / "out"):
-            os.write(write, b"x")
-            signal.pause()
-    os.read(read, 1)
-    yield child
-    try:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    except (ProcessLookupError, ChildProcessError):
-        pass
+    with held_by_another_process(tmp_path / "out") as process:
+        yield process
 
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path, holder: int) -> None:
