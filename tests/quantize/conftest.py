@@ -97,3 +97,8 @@ def interrupted(config: QuantizeConfig, step: int = 5) -> None:
 
     with pytest.raises(Stopped):
         quantize(config, AfterStep(step, stop))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> QuantizeConfig:
+    return QuantizeConfig("some/model", tmp_path / "out")
