@@ -49,6 +49,7 @@ TESTS = {
     ],
     "qatc/storage/files.py": ["tests/storage/test_files.py"],
     "qatc/quantize/settings.py": ["tests/quantize/test_settings.py"],
+    "qatc/quantize/unfinished.py": ["tests/quantize/test_unfinished.py"],
     "qatc/output/codes.py": ["tests/output"],
     "qatc/output/compressed_tensors.py": ["tests/output"],
 }

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
@@ -78,6 +79,26 @@ def make_llama(vocabulary: int = 112, seed: int = 0, **changes: Any) -> Any:
     }
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def make_small(kind: str = "llama", attention: str = "sdpa", **changes: Any) -> Any:
+    """A random model of two layers, of the architecture that transformers calls ``kind``."""
+    settings: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(settings | changes))
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def load_with_transformers(directory: Path) -> Any:

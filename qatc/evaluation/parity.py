@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from qatc.errors import ParityError
 from qatc.evaluation.checks import Check, ParityReport
-from qatc.evaluation.end_parity import compare_ends
 from qatc.evaluation.global_parity import Texts, exact_sums, score
 from qatc.evaluation.layer_parity import LIMITS, compare_in_float, compare_on_integers
+from qatc.evaluation.vocabulary_parity import compare_ends
 from qatc.kernels.site import Kernels
 from qatc.models.pipelines import recipe_allows_integers
 from qatc.models.preparation import prepare, restore

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from qatc.export.format import Format
+from qatc.export.base import Format
 from qatc.output import Output, load_codes, write_output
 from qatc.output.directory import copy_companions
 

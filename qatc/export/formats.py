@@ -1,6 +1,6 @@
 """The formats that an output can be exported to, and the export itself.
 
-Every format is one file beside this one, see :class:`qatc.export.format.Format`.
+Every format is one file beside this one, see :class:`qatc.export.base.Format`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qatc.errors import ConfigError
+from qatc.export.base import Format
 from qatc.export.compressed_tensors import COMPRESSED_TENSORS
-from qatc.export.format import Format
 from qatc.output import Output, open_output
 from qatc.storage.directories import complete_directory, refuse_existing, refuse_overlap
 from qatc.storage.locks import locked

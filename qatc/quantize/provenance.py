@@ -10,10 +10,8 @@ from qatc.data.corpus import (
     Corpus,
 )
 from qatc.models.cards import license_of
-from qatc.quantize.settings import (
-    VERSION_OF,
-    QuantizeConfig,
-)
+from qatc.quantize.settings import QuantizeConfig
+from qatc.quantize.unfinished import VERSION_OF
 
 
 def versions() -> dict[str, str]:

@@ -30,14 +30,7 @@ from qatc.quantize.forecast import forecast
 from qatc.quantize.given import Given, Setting, read_given, require_known_tokens
 from qatc.quantize.pair import Pair, load_models, make_pair, round_unquantized
 from qatc.quantize.provenance import provenance, versions
-from qatc.quantize.settings import (
-    QuantizeConfig,
-    begin_run,
-    check_places,
-    check_run,
-    end_run,
-    recorded_inputs,
-)
+from qatc.quantize.settings import QuantizeConfig, check_places
 from qatc.quantize.stages import (
     GENERATED,
     Figures,
@@ -49,6 +42,7 @@ from qatc.quantize.stages import (
     train,
     write_corpus,
 )
+from qatc.quantize.unfinished import begin_run, check_run, end_run, recorded_inputs
 from qatc.quantize.writing import Trained, take_output, write
 from qatc.storage.directories import refuse_existing
 from qatc.storage.locks import locked

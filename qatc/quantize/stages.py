@@ -10,7 +10,8 @@ from qatc.data.generate import generate_corpus
 from qatc.evaluation.metrics import Metrics
 from qatc.quantize.given import Given, Setting
 from qatc.quantize.pair import Pair, evaluate_one
-from qatc.quantize.settings import QuantizeConfig, trained_file
+from qatc.quantize.settings import QuantizeConfig
+from qatc.quantize.unfinished import trained_file
 from qatc.storage.files import read_json, write_json
 from qatc.training.distill import Distiller, StepMetrics
 

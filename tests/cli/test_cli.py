@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qatc.evaluation.checks import Check, ParityReport
 from qatc.kernels import native
-from qatc.training.distill import Distiller
+from qatc.training.distill import distillation_losses
 from tests.cli.conftest import TINY, refused, run
 
 
@@ -90,16 +90,18 @@ def test_existing_and_unwritable_outputs(shared_model_path: Path, output: Path) 
 def test_sigterm_in_training_leaves_a_checkpoint(
     shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, step = tmp_path / "out", Distiller._step
+    target = tmp_path / "out"
+    steps: list[int] = []
     command = ["quantize", "--model", shared_model_path, "--output", target, *TINY, "--no-verify"]
 
-    def ends(self: Distiller, number: int) -> Any:
-        if number == 2:
+    def ends(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return step(self, number)
+        return distillation_losses(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Distiller, "_step", ends)
+        patch.setattr("qatc.training.distill.distillation_losses", ends)
         refused(143, "SIGTERM: interrupted; the same command goes on", *command)
     assert (tmp_path / "out.partial" / "checkpoints" / "step-000002").is_dir()
     assert run(*command).exit_code == 0

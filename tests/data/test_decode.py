@@ -12,24 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qatc.data.decode import decoding
 from qatc.errors import CaptureError, QatcError
 from qatc.models.preparation import can_compile
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 96,
-    "pad_token_id": None,
-    "initializer_range": 0.2,
-}
-
-
-def make(kind: str, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(SIZES | changes))
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+from tests.conftest import make_small
 
 
 def full(model: Any, row: Tensor) -> Tensor:
@@ -57,7 +40,9 @@ def check_rows_at_different_positions(model: Any, *, compile: bool, length: int 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_rows_at_different_positions(kv_heads: int) -> None:
-    check_rows_at_different_positions(make("llama", num_key_value_heads=kv_heads), compile=False)
+    check_rows_at_different_positions(
+        make_small("llama", num_key_value_heads=kv_heads), compile=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,14 +56,14 @@ def test_rows_at_different_positions(kv_heads: int) -> None:
     ],
 )
 def test_other_architectures(kind: str, changes: dict[str, Any]) -> None:
-    check_rows_at_different_positions(make(kind, **changes), compile=False)
+    check_rows_at_different_positions(make_small(kind, **changes), compile=False)
 
 
 @pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
 def test_compiled_once_for_all_layers_windows_and_rows() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = make("llama")
+    model = make_small("llama", max_position_embeddings=96)
     text = torch.randint(3, 40, (4, 80), generator=torch.Generator().manual_seed(1))
     wanted = [full(model, row) for row in text]
     with decoding(model, 4, 96, compile=True) as decoder:
@@ -91,7 +76,7 @@ def test_compiled_once_for_all_layers_windows_and_rows() -> None:
 
 
 def test_a_row_that_starts_anew_ignores_what_was_there() -> None:
-    model = make("llama")
+    model = make_small("llama")
     one, other = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(2))
     wanted = full(model, other)
     with decoding(model, 1, 8, compile=False) as decoder:
@@ -103,7 +88,7 @@ def test_a_row_that_starts_anew_ignores_what_was_there() -> None:
 
 
 def test_a_row_that_moves_goes_on_where_it_is() -> None:
-    model = make("llama")
+    model = make_small("llama")
     texts = torch.randint(3, 40, (3, 8), generator=torch.Generator().manual_seed(2))
     wanted = full(model, texts[2])
     with decoding(model, 3, 8, compile=False) as decoder:
@@ -117,7 +102,7 @@ def test_a_row_that_moves_goes_on_where_it_is() -> None:
 
 
 def test_caches_of_another_number_of_rows() -> None:
-    model = make("llama")
+    model = make_small("llama")
     text = torch.randint(3, 40, (4,), generator=torch.Generator().manual_seed(2))
     wanted = full(model, text)
     with decoding(model, 1, 8, compile=False) as decoder:
@@ -134,7 +119,7 @@ def test_caches_of_another_number_of_rows() -> None:
 
 @pytest.mark.parametrize("kind", ["mistral", "starcoder2"])
 def test_a_sliding_window_shorter_than_the_cache_is_refused(kind: str) -> None:
-    model = make(kind, sliding_window=8)
+    model = make_small(kind, sliding_window=8)
     with pytest.raises(CaptureError, match="window of 8 tokens.*use --max-length 8 or less"):
         with decoding(model, 2, 9, compile=False):
             raise AssertionError("entered")
@@ -152,7 +137,7 @@ def check_within_the_window(model: Any) -> None:
 
 def test_a_window_that_the_config_names_but_the_layers_do_not_use() -> None:
     """Qwen2 as it is published: sliding_window is set, use_sliding_window is not."""
-    model = make("qwen2", sliding_window=8, use_sliding_window=False)
+    model = make_small("qwen2", sliding_window=8, use_sliding_window=False)
     check_rows_at_different_positions(model, compile=False)
 
 
@@ -166,7 +151,7 @@ def test_positions_in_the_attention_scores_are_refused() -> None:
 
 
 def test_the_model_is_as_it_was_after_an_error() -> None:
-    model = make("llama")
+    model = make_small("llama")
     before = full(model, torch.tensor([3, 4, 5]))
     with pytest.raises(RuntimeError, match="on the way"):
         with decoding(model, 1, 8, compile=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,8 @@ class TestTokens:
         teacher = LoadedModel(model, "tiny", torch.float32)
         corpus = write(tmp_path / "corpus", self.CONFIG, teacher=teacher, tokenizer=tokenizer)
         assert min(len(s) for s in corpus.sequences()) >= 3
-        slots = Slots(never(), Vocabulary([BOS], frozenset({5}), [5], []), 1, 4, "cpu")
+        never: Any = Never()
+        slots = Slots(never, Vocabulary([BOS], frozenset({5}), [5], []), 1, 4, "cpu")
         found: list[Any] = []
         slots.run([Plan([BOS, 5], 2, np.zeros(4))], lambda _, tokens: found.append(tokens))
         assert found[0].tolist() == [BOS, 5, 0, 0]
@@ -145,40 +147,46 @@ class Never:
         return torch.tensor([[9.0, 0, 0, 0, 0, 0]]).repeat(len(tokens), 1)
 
 
-def never() -> Any:
-    return Never()
+class Timed(Never):
+    """Twice the slots take no longer up to 64; the clock goes on in steps alone.
+
+    A row takes 1000 bytes with its six logits, each of 4 bytes and twice.
+    """
+
+    row_bytes = 1000 - 6 * 8
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.tried = 0.0, list[int]()
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(slots, "available_memory", lambda _: None)
+
+    def resize(self, rows: int) -> None:
+        self.tried.append(rows)
+
+    def step(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        self.now += max(len(tokens) / 64, 1)
+        return super().step(tokens, positions, longest)
 
 
 class TestSlotsByMeasurement:
     @pytest.fixture
-    def rates(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """Twice the slots are worth it up to 64; the numbers tried are recorded."""
-        tried: list[int] = []
+    def timed(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        return Timed(monkeypatch)
 
-        def measure(decoder: Any, rows: int, length: int, device: Any) -> tuple[float, int]:
-            tried.append(rows)
-            return max(rows / 64, 1), 1000
-
-        monkeypatch.setattr(slots, "_measure", measure)
-        monkeypatch.setattr(slots, "available_memory", lambda _: None)
-        return tried
-
-    def test_doubled_while_that_is_worth_it(self, rates: list[int]) -> None:
-        assert slots.choose_slots(never(), 1000, 8, "cpu") == 64
-        assert rates == [16, 32, 64, 128]
+    def test_doubled_while_that_is_worth_it(self, timed: Any) -> None:
+        assert slots.choose_slots(timed, 1000, 8, "cpu") == 64
+        assert timed.tried == [16, 32, 64, 128]
 
     @pytest.mark.parametrize(("most", "wanted"), [(1, 1), (5, 5), (20, 20), (48, 48)])
-    def test_no_more_than_there_are_sequences(
-        self, rates: list[int], most: int, wanted: int
-    ) -> None:
-        assert slots.choose_slots(never(), most, 8, "cpu") == wanted
+    def test_no_more_than_there_are_sequences(self, timed: Any, most: int, wanted: int) -> None:
+        assert slots.choose_slots(timed, most, 8, "cpu") == wanted
 
     @pytest.mark.parametrize(("free", "wanted"), [(100_000, 50), (10_000, 16)])
     def test_half_of_the_free_memory(
-        self, rates: list[int], monkeypatch: pytest.MonkeyPatch, free: int, wanted: int
+        self, timed: Any, monkeypatch: pytest.MonkeyPatch, free: int, wanted: int
     ) -> None:
         monkeypatch.setattr(slots, "available_memory", lambda _: free)
-        assert slots.choose_slots(never(), 1000, 8, "cpu") == wanted
+        assert slots.choose_slots(timed, 1000, 8, "cpu") == wanted
 
     def test_measured_once_and_kept(
         self, tmp_path: Path, write: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch

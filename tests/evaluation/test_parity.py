@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,12 @@ def test_one_code_on_a_tie_is_no_bug() -> None:
 
 
 def test_a_new_process_that_fails_is_no_difference(
-    output: Path, monkeypatch: pytest.MonkeyPatch
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "_RELOAD", "raise MemoryError('none left')")
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho 'MemoryError: none left' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(failing))
     with pytest.raises(ParityError, match="cannot be loaded in a new process: .*none left"):
         parity.verify(output)
 

@@ -7,32 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from qatc.recipe.recipe import Recipe
 
 FLOAT = Recipe.from_bits("16-16-16")
 QUANTIZED = Recipe.from_bits("4-8-4")
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def make(kind: str = "llama", attention: str = "sdpa", **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(SIZES | changes))
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def tokens(rows: int, length: int) -> Tensor:

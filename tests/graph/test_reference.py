@@ -25,12 +25,13 @@ from qatc.models.preparation import (
     restore,
 )
 from qatc.recipe.recipe import Recipe
-from tests.graph.conftest import FLOAT, QUANTIZED, gradients, logits, make, padded, tokens
+from tests.conftest import make_small
+from tests.graph.conftest import FLOAT, QUANTIZED, gradients, logits, padded, tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sixteen_bits_are_the_model_itself(dtype: torch.dtype) -> None:
-    model = make().to(dtype)
+    model = make_small().to(dtype)
     batches = [tokens(rows, length) for rows, length in ((2, 8), (1, 1), (3, 1), (1, 6), (5, 13))]
     wanted = [logits(model, ids) for ids in batches]
     prepare(model, FLOAT, compile=False)
@@ -85,7 +86,7 @@ def eager_reference(model: Any, recipe: Recipe) -> Any:
 )
 def test_a_whole_model_against_numpy(recipe: Recipe) -> None:
     """In fp64, so that no rounding upstream moves a value over a tie."""
-    model = make().double()
+    model = make_small().double()
     reference = eager_reference(model, recipe)
     ids, mask = padded()
     wanted = logits(reference, ids), logits(reference, ids, attention_mask=mask)
@@ -98,7 +99,7 @@ def test_a_whole_model_against_numpy(recipe: Recipe) -> None:
 
 
 def test_padding_changes_nothing() -> None:
-    model = prepare(make().double(), QUANTIZED, compile=False)
+    model = prepare(make_small().double(), QUANTIZED, compile=False)
     ids, mask = padded()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     found = logits(model, ids, attention_mask=mask, position_ids=positions)
@@ -126,7 +127,7 @@ def test_gradients_are_those_of_straight_through_estimation() -> None:
 def test_bf16_compute_over_fp32_masters(kind: str) -> None:
     changes: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32} if kind == "opt" else {}
     ids = tokens(2, 6)
-    model = make(kind, **changes)
+    model = make_small(kind, **changes)
     wanted = logits(model, ids)
     prepare(model, FLOAT, compile=False, compute_dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -143,13 +144,13 @@ def test_masters_are_quantized_and_not_their_bf16_copies() -> None:
     """So that training has the codes that an export of the masters has, compiled or not."""
     ids = tokens(2, 6)
     model: Any = prepare(
-        make(), Recipe.from_bits("4-16-16"), compile=False, compute_dtype=torch.bfloat16
+        make_small(), Recipe.from_bits("4-16-16"), compile=False, compute_dtype=torch.bfloat16
     )
-    reference = make()
+    reference = make_small()
     for linear in reference.model.layers.modules():
         if isinstance(linear, nn.Linear):
             linear.weight.data = rule(linear.weight, 4, snap=True)
-    reference.to(torch.bfloat16).model.rotary_emb = make().model.rotary_emb
+    reference.to(torch.bfloat16).model.rotary_emb = make_small().model.rotary_emb
     outputs: list[Tensor] = []
     for each in (model, reference):
         each.model.layers[1].register_forward_hook(lambda m, args, out: outputs.append(out))
@@ -167,7 +168,7 @@ def test_masters_are_quantized_and_not_their_bf16_copies() -> None:
 def test_compiled_is_eager() -> None:
     """Weights alone and one layer: the two may differ in the rounding of sums, not in a code."""
     torch._dynamo.reset()
-    model, ids = make(num_hidden_layers=1), tokens(2, 8)
+    model, ids = make_small(num_hidden_layers=1), tokens(2, 8)
     recipe = Recipe.from_bits("4-16-16")
     prepare(model, recipe, compile=False)
     wanted = logits(model, ids)
@@ -180,7 +181,7 @@ def test_lora_on_a_prepared_model() -> None:
     """Adapters in float, around weights that are quantized, or skipped, as they were before."""
     skip = (*QUANTIZED.skip, "model.layers.0.mlp.down_proj.weight", "*.v_proj.*")
     recipe = dataclasses.replace(QUANTIZED, skip=skip)
-    model, ids = make().double(), tokens(2, 6)
+    model, ids = make_small().double(), tokens(2, 6)
     prepare(model, recipe, compile=False, integer_forward=False)
     alone, quantized = logits(model, ids), quantized_parameters(model)
     settings = LoraConfig(

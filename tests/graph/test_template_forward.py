@@ -10,19 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers import DynamicCache
 
 from qatc.errors import CaptureError
 from qatc.graph.template_forward import TemplateForward
 from qatc.graph.templates import GRAPHS_PER_MODULE
 from qatc.models.preparation import prepare, prepared_state, quantized_parameters, restore
-from tests.graph.conftest import FLOAT, QUANTIZED, Factor, gradients, logits, make, tokens
+from tests.conftest import make_small
+from tests.graph.conftest import FLOAT, QUANTIZED, Factor, gradients, logits, tokens
 
 # What stays as it was
 
 
 def test_a_forward_of_its_own_comes_back() -> None:
-    model = make()
+    model = make_small()
     layer = model.model.layers[1]
     own = layer.forward
 
@@ -39,7 +41,7 @@ def test_a_forward_of_its_own_comes_back() -> None:
 
 
 def test_restoring_the_original_leaves_a_deep_copy_prepared() -> None:
-    model = prepare(make(), QUANTIZED, compile=False)
+    model = prepare(make_small(), QUANTIZED, compile=False)
     ids = tokens(2, 6)
     wanted = logits(model, ids)
     copied = copy.deepcopy(model)
@@ -55,7 +57,7 @@ def test_restoring_the_original_leaves_a_deep_copy_prepared() -> None:
 
 @pytest.mark.parametrize("how", ["use_cache", "past_key_values"])
 def test_a_cache_is_refused(how: str) -> None:
-    model = prepare(make(), FLOAT, compile=False)
+    model = prepare(make_small(), FLOAT, compile=False)
     cache = {"use_cache": True} if how == "use_cache" else {"past_key_values": DynamicCache()}
     with pytest.raises(CaptureError) as raised:
         logits(model, tokens(2, 6), **cache)
@@ -71,21 +73,22 @@ def test_gradient_checkpointing(
     when: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tokens(2, 6)
-    model: Any = prepare(make(), QUANTIZED, compile=False).train()
+    model: Any = prepare(make_small(), QUANTIZED, compile=False).train()
     wanted = gradients(model, ids)
     if when == "before":
         restore(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if when == "before":
         prepare(model, QUANTIZED, compile=False)
-    runs: list[TemplateForward] = []
-    run = TemplateForward._run
+    runs: list[Any] = []
+    store = prepared_state(model).store
+    find = store.find
 
-    def counted(self: TemplateForward, *args: Any, **kwargs: Any) -> Any:
-        runs.append(self)
-        return run(self, *args, **kwargs)
+    def counted(*args: Any) -> Any:
+        runs.append(args)
+        return find(*args)
 
-    monkeypatch.setattr(TemplateForward, "_run", counted)
+    monkeypatch.setattr(store, "find", counted)
     found = gradients(model, ids)
     assert len(runs) == 4, "each layer runs in the forward pass and again in the backward pass"
     for name, gradient in wanted.items():
@@ -93,7 +96,7 @@ def test_gradient_checkpointing(
 
 
 def test_what_changes_after_prepare_is_seen() -> None:
-    model = make()
+    model = make_small()
     model.model.layers[0].mlp = Factor(model.model.layers[0].mlp, {"factor": 1.5})
     reference, ids = copy.deepcopy(model), tokens(2, 6)
     prepare(model, FLOAT, compile=False)
@@ -128,12 +131,19 @@ class Scaled(nn.Module):
 
 def test_an_argument_that_is_not_read_takes_no_graph() -> None:
     model, x = prepare(Scaled(), FLOAT, compile=False), torch.randn(2, 3, 8)
-    store = prepared_state(model).store
+    store, captured = prepared_state(model).store, []
+    transform = store.transform
+
+    def counted(gm: GraphModule, owner: TemplateForward) -> None:
+        captured.append(owner)
+        transform(gm, owner)
+
+    store.transform = counted
     wanted = model(x)
     for step in range(5):
         found = model(x, items=step, ratio=step / 2, name=str(step), anything=object())
         assert torch.equal(found, wanted)
-    assert sum(len(k) for calls in store._known.values() for k in calls.values()) == 2
+    assert len(captured) == 2, "without the arguments and with them"
     assert torch.equal(model(x, factor=True), model(x, factor=1)), "but a bool is another call"
 
 
@@ -162,7 +172,7 @@ def test_an_object_that_is_read_is_refused() -> None:
 
 
 def test_hooks_inside_a_layer_are_refused() -> None:
-    model: Any = prepare(make(), FLOAT, compile=False)
+    model: Any = prepare(make_small(), FLOAT, compile=False)
     ids = tokens(2, 6)
     calls: list[str] = []
     layer = model.model.layers[1]
@@ -183,7 +193,7 @@ def test_hooks_inside_a_layer_are_refused() -> None:
 
 
 def test_outputs_of_parts_of_a_layer_are_refused() -> None:
-    model, ids = make(), tokens(2, 6)
+    model, ids = make_small(), tokens(2, 6)
     wanted = model(input_ids=ids, output_hidden_states=True).hidden_states
     prepare(model, FLOAT, compile=False)
     found = model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -196,7 +206,7 @@ def test_outputs_of_parts_of_a_layer_are_refused() -> None:
 
 
 def test_a_prepared_model_may_be_compiled_as_a_whole() -> None:
-    model, ids = prepare(make(), QUANTIZED, compile=False), tokens(2, 6)
+    model, ids = prepare(make_small(), QUANTIZED, compile=False), tokens(2, 6)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     for batch in (ids, ids[:, :4]):

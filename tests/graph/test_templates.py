@@ -15,7 +15,8 @@ from qatc.errors import CaptureError, PassError
 from qatc.models.preparation import prepare, prepared_state, quantized_parameters, restore
 from qatc.passes import pass_records
 from qatc.recipe.recipe import Recipe
-from tests.graph.conftest import FLOAT, QUANTIZED, Factor, logits, make, padded, tokens
+from tests.conftest import make_small
+from tests.graph.conftest import FLOAT, QUANTIZED, Factor, logits, padded, tokens
 
 # Architectures with something of their own
 
@@ -34,7 +35,7 @@ def test_layers_of_different_structure(kind: str, changes: dict[str, Any], graph
     """Beyond the sliding window and under a mask, at 16 bits: the model itself."""
     if graphs == 2 and "sliding_window" in changes:
         changes = changes | {"layer_types": ["sliding_attention", "full_attention"]}
-    model = make(kind, **changes)
+    model = make_small(kind, **changes)
     ids, mask = padded()
     seen = mask.bool()
     wanted = logits(model, ids), logits(model, ids, attention_mask=mask)
@@ -71,7 +72,7 @@ def test_an_architecture_that_is_refused(kind: str, attention: str, message: str
 
 
 def test_a_layer_that_cannot_be_captured() -> None:
-    model = make()
+    model = make_small()
 
     class Branches(type(model.model.layers[1].mlp)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def test_a_layer_that_cannot_be_captured() -> None:
 @pytest.mark.parametrize(("read", "graphs"), [(False, 1), (True, 2)])
 def test_layers_that_read_their_number(read: bool, graphs: int) -> None:
     """As layers do of which every third leaves out the rotary embedding."""
-    model = make(num_hidden_layers=6)
+    model = make_small(num_hidden_layers=6)
 
     class Alternating(type(model.model.layers[0])):  # type: ignore[misc]
         def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
@@ -122,7 +123,7 @@ class WithTable(nn.Module):
 
 
 def test_what_a_layer_has_for_itself_gives_it_a_graph_of_its_own() -> None:
-    model = make(num_hidden_layers=7)
+    model = make_small(num_hidden_layers=7)
     layers = model.model.layers
     layers[1].self_attn.scaling *= 2
     layers[2].mlp.act_fn = nn.GELU()
@@ -139,7 +140,7 @@ def test_what_a_layer_has_for_itself_gives_it_a_graph_of_its_own() -> None:
 
 def test_skipped_layers() -> None:
     recipe = Recipe.from_bits("4-8-4", skip=("*.layers.0.*", "*.down_proj.*", "*lm_head*"))
-    model = prepare(make(num_hidden_layers=3), recipe, compile=False)
+    model = prepare(make_small(num_hidden_layers=3), recipe, compile=False)
     projections = [f"self_attn.{p}_proj" for p in "qkvo"] + ["mlp.gate_proj", "mlp.up_proj"]
     wanted = {f"model.layers.{i}.{p}.weight" for i in (1, 2) for p in projections}
     assert set(quantized_parameters(model)) == wanted
@@ -159,7 +160,7 @@ HOLDERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", HOLDERS)
 def test_layers_that_differ_in_any_attribute_have_graphs_of_their_own(kind: str) -> None:
-    model = make(num_hidden_layers=3)
+    model = make_small(num_hidden_layers=3)
     for layer, factor in zip(model.model.layers, (1.5, 2.5, 1.5), strict=True):
         layer.mlp = Factor(layer.mlp, HOLDERS[kind](factor))
     ids = tokens(2, 6)
@@ -170,7 +171,7 @@ def test_layers_that_differ_in_any_attribute_have_graphs_of_their_own(kind: str)
 
 
 def test_layers_that_differ_in_what_nobody_reads_are_compiled_once() -> None:
-    model = make(num_hidden_layers=3)
+    model = make_small(num_hidden_layers=3)
     for number, layer in enumerate(model.model.layers):
         layer.title = {"name": f"the layer {number}"}
     compiled: list[Any] = []

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +93,31 @@ def test_compiled_is_eager_bit_for_bit() -> None:
         assert torch.equal(one, other)
 
 
-def test_compiled_code_of_another_body_is_not_found_again(
-    tmp_path: Path,
-) -> None:
+def test_compiled_code_of_another_body_is_not_found_again(tmp_path: Path) -> None:
     """The caches of torch.compile see nodes and not the ops' bodies: the tag tells them apart."""
     assert "qatc-" in torch.compiler.config.cache_key_tag
     package = Path(qatc.__file__).parent
-    edited = shutil.copytree(package, tmp_path / "qatc", symlinks=True)
+    same, edited = (
+        Path(shutil.copytree(package, tmp_path / name / "qatc", symlinks=True))
+        for name in ("same", "edited")
+    )
     with (edited / "kernels" / "cached_attention.py").open("a") as file:
         file.write("# another body\n")
-    settings: Any = torch.compiler.config
+    program = (
+        "import torch\n"
+        "torch.compiler.config.cache_key_tag = 'own;'\n"
+        "import qatc.numerics.minmax\n"
+        "print(qatc.numerics.minmax.__file__, torch.compiler.config.cache_key_tag)"
+    )
     tags = []
-    for folder in (package, shutil.copytree(package, tmp_path / "same", symlinks=True), edited):
-        with settings.patch(cache_key_tag="own;"):
-            minmax._tag_compiled_code(folder)
-            tags.append(torch.compiler.config.cache_key_tag)
-    assert tags[0] == tags[1] != tags[2]
-    assert all(tag.startswith("own;") for tag in tags)
+    for place in (same, edited):
+        environment = os.environ | {"PYTHONPATH": str(place.parent)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(
+            command, env=environment, cwd=place.parent, capture_output=True, text=True, check=True
+        )
+        module, tag = done.stdout.split()
+        assert Path(module).is_relative_to(place)
+        tags.append(tag)
+    assert "own;" + torch.compiler.config.cache_key_tag == tags[0] != tags[1]
+    assert tags[1].startswith("own;qatc-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,50 @@ class Notes(Observer):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+class AfterStep(Observer):
+    """Does something at the end of a step of the training, before its checkpoint is written."""
+
+    def __init__(self, step: int, act: Callable[[], object]) -> None:
+        self.step, self.act = step, act
+
+    def trained(self, metrics: Any, total: int) -> None:
+        if metrics.step == self.step:
+            self.act()
+
+
+class NothingTrained(Observer):
+    """Fails where a step is taken."""
+
+    def trained(self, metrics: Any, total: int) -> None:
+        no_more()
+
+
+class NothingComputed(NothingTrained):
+    """Fails where a step is taken or a row evaluated."""
+
+    def evaluated(self, done: int, total: int) -> None:
+        no_more()
+
+
+class NothingBegun(Observer):
+    """Fails where a first stage begins."""
+
+    def stage(self, title: str) -> None:
+        pytest.fail(f"{title}: refused too late")
+
+
+def interrupted(config: QuantizeConfig, step: int = 5) -> None:
+    """Run until this step, which is in no checkpoint."""
+
+    def stop() -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize(config, AfterStep(step, stop))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> QuantizeConfig:
+    return QuantizeConfig("some/model", tmp_path / "out")

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,23 +18,8 @@ from qatc.models import load_model, load_tokenizer
 from qatc.quantize.provenance import package_version
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
-from qatc.training.distill import Distiller
 from tests.conftest import contents
-from tests.quantize.conftest import Notes, Stopped, make, no_more
-
-
-def interrupted(config: QuantizeConfig, step: int = 5) -> None:
-    """Run until before this step."""
-    take = Distiller._step
-
-    def stops(self: Distiller, number: int) -> Any:
-        if number == step:
-            raise Stopped
-        return take(self, number)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Distiller, "_step", stops)
-        quantize(config)
+from tests.quantize.conftest import Notes, NothingBegun, interrupted, make
 
 
 class TestInputs:
@@ -105,9 +89,8 @@ class TestInputs:
             "qatc.quantize.provenance.package_version",
             lambda name: "9.9" if name == package else real(name),
         )
-        monkeypatch.setattr("qatc.quantize.run.read_given", no_more)
         with pytest.raises(ConfigError, match=f"the version of {package} changed from .* to 9.9"):
-            quantize(config)
+            quantize(config, NothingBegun())
 
     def test_a_corpus_that_does_not_fit_is_found_before_the_old_run_is_deleted(
         self, shared_model_path: Path, tmp_path: Path

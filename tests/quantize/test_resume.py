@@ -17,25 +17,22 @@ from qatc.evaluation.checks import Check, ParityReport
 from qatc.output.reading import why_unverified
 from qatc.quantize.run import quantize
 from qatc.recipe.recipe import Recipe
-from qatc.training.distill import Distiller
 from tests.conftest import contents
-from tests.quantize.conftest import Notes, Stopped, make, no_more, weights
+from tests.quantize.conftest import (
+    AfterStep,
+    Notes,
+    NothingComputed,
+    NothingTrained,
+    interrupted,
+    make,
+    no_more,
+    weights,
+)
 
 
-def test_interrupted_run_ends_the_same(
-    done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_ends_the_same(done: Any, shared_model_path: Path, tmp_path: Path) -> None:
     config = make(shared_model_path, tmp_path / "out")
-    step = Distiller._step
-
-    def stops(self: Distiller, number: int) -> Any:
-        if number == 5:
-            raise Stopped
-        return step(self, number)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Distiller, "_step", stops)
-        quantize(config)
+    interrupted(config)
     assert not config.output.exists()
     with pytest.raises(ConfigError, match="other settings"):
         quantize(dataclasses.replace(config, recipe=Recipe.from_bits("4-8-8")))
@@ -43,22 +40,17 @@ def test_interrupted_run_ends_the_same(
     assert weights(result.output) == weights(done.output)
 
 
-def test_ctrl_c_leaves_a_checkpoint(
-    done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_leaves_a_checkpoint(done: Any, shared_model_path: Path, tmp_path: Path) -> None:
     config = make(shared_model_path, tmp_path / "out")
-    step = Distiller._step
-
-    def interrupts(self: Distiller, number: int) -> Any:
-        if number == 3:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, number)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Distiller, "_step", interrupts)
-        quantize(config)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(config, AfterStep(3, lambda: signal.raise_signal(signal.SIGINT)))
     assert (tmp_path / "out.partial" / "checkpoints" / "step-000003").is_dir()
     assert weights(quantize(config).output) == weights(done.output)
+
+
+def written_at(corpus: Path) -> dict[str, int]:
+    """When each shard was written, in ns."""
+    return {path.name: path.stat().st_mtime_ns for path in corpus.glob("*.parquet")}
 
 
 def failing_gate(*args: Any, **kwargs: Any) -> ParityReport:
@@ -109,10 +101,9 @@ class TestAfterTraining:
         assert kept in said
         assert ("--no-verify" in said) == (error is ParityError)
         assert {p.name for p in tmp_path.iterdir()} == {"out.data", "out.partial"}
-        monkeypatch.setattr(Distiller, "_step", no_more)
-        monkeypatch.setattr("qatc.quantize.pair.evaluate", no_more)
-        monkeypatch.setattr("qatc.data.generate.write_shard", no_more)
-        result = quantize(config)
+        shards = written_at(config.data_directory)
+        result = quantize(config, NothingComputed())
+        assert shards and written_at(config.data_directory) == shards
         assert weights(result.output) == weights(done.output)
         assert result.figures == done.figures
         assert {p.name for p in tmp_path.iterdir()} == {"out.data", "out"}
@@ -121,15 +112,24 @@ class TestAfterTraining:
         assert (why_unverified(result.output) is None) == gate
 
     def test_a_failing_evaluation_keeps_the_training_too(
-        self, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, shared_model_path: Path, tmp_path: Path
     ) -> None:
-        config, notes = make(shared_model_path, tmp_path / "out", verify=True), Notes()
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr("qatc.quantize.run.measure_trained", bug)
+        class Fails(Notes):
+            ended = False
+
+            def trained(self, metrics: Any, total: int) -> None:
+                self.ended = metrics.step == total
+
+            def evaluated(self, done: int, total: int) -> None:
+                if self.ended:
+                    bug()
+
+        config, notes = make(shared_model_path, tmp_path / "out", verify=True), Fails()
+        with pytest.raises(ZeroDivisionError):
             quantize(config, notes)
         assert "the trained model is kept" in notes.notes[-1]
-        monkeypatch.setattr(Distiller, "_step", no_more)
-        assert quantize(dataclasses.replace(config, verify=False)).output.exists()
+        again = dataclasses.replace(config, verify=False)
+        assert quantize(again, NothingTrained()).output.exists()
 
     def test_without_the_gate_the_output_is_marked(
         self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,9 +138,8 @@ class TestAfterTraining:
         with monkeypatch.context() as patch, pytest.raises(ParityError):
             patch.setattr("qatc.quantize.writing.verify", failing_gate)
             quantize(config)
-        monkeypatch.setattr(Distiller, "_step", no_more)
         monkeypatch.setattr("qatc.quantize.writing.verify", no_more)
-        result = quantize(dataclasses.replace(config, verify=False))
+        result = quantize(dataclasses.replace(config, verify=False), NothingTrained())
         assert weights(result.output) == weights(done.output)
         parity = json.loads((result.output / "qatc.json").read_text())["parity"]
         assert parity == {"passed": None, "reason": "--no-verify asked for it"}

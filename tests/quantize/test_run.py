@@ -13,24 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qatc.data.generate import generate_corpus
 from qatc.errors import ConfigError, DataError, TrainingError
 from qatc.evaluation.metrics import Metrics, recovery
 from qatc.evaluation.parity import verify
+from qatc.models import load_model
 from qatc.numerics.minmax import quantize as to_codes
 from qatc.output import load_codes, open_output
+from qatc.progress import Observer
 from qatc.quantize.run import quantize
-from qatc.quantize.writing import write
+from qatc.quantize.settings import QuantizeConfig
 from qatc.recipe.recipe import Recipe
 from qatc.storage import markers
 from qatc.storage.locks import locked
 from qatc.storage.markers import Mark
-from qatc.training.distill import Distiller
+from qatc.training.checkpoint import Checkpoints
 from tests.conftest import contents, make_tokenizer, save
-from tests.quantize.conftest import make, no_more, weights
+from tests.quantize.conftest import AfterStep, NothingBegun, make, weights
 
 
 def test_output(done: Any) -> None:
@@ -69,18 +70,25 @@ def test_existing_output_is_refused(done: Any, shared_model_path: Path) -> None:
     assert weights(done.output) == before
 
 
-def test_codes_are_those_of_the_masters(
-    shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class KeepsCheckpoints(Observer):
+    """Copies a run's checkpoints, which are gone once it has ended."""
+
+    def __init__(self, config: QuantizeConfig, copy: Path) -> None:
+        self.checkpoints, self.copy = config.partial / "checkpoints", copy
+
+    def evaluated(self, done: int, total: int) -> None:
+        if self.checkpoints.exists():
+            shutil.copytree(self.checkpoints, self.copy, dirs_exist_ok=True)
+
+
+def test_codes_are_those_of_the_masters(shared_model_path: Path, tmp_path: Path) -> None:
     """Under bf16 compute the fp32 masters are what training rounds, so their codes are written."""
-    masters: dict[str, Tensor] = {}
-
-    def remembers(setting: Any, trained: Any) -> None:
-        masters.update(trained.masters)
-        write(setting, trained)
-
-    monkeypatch.setattr("qatc.quantize.run.write", remembers)
-    result = quantize(make(shared_model_path, tmp_path / "out", dtype="bfloat16"))
+    config = make(shared_model_path, tmp_path / "out", dtype="bfloat16")
+    result = quantize(config, KeepsCheckpoints(config, tmp_path / "copy"))
+    model = load_model(config.model, dtype=torch.float32).model
+    masters = dict(model.named_parameters())
+    kept = Checkpoints(tmp_path / "copy", 1)
+    assert kept.restore(model, masters, torch.optim.AdamW(masters.values())) == 6
     differ = 0
     for name, weight in load_codes(result.output).items():
         assert masters[name].dtype is torch.float32
@@ -127,21 +135,19 @@ def test_teacher_and_student_are_gone_when_the_output_is_verified(
 class TestPlaces:
     @pytest.mark.parametrize("output", ["tiny", "tiny/out", ".", "tiny/../tiny", "link"])
     def test_the_model_is_never_touched(
-        self, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+        self, model_path: Path, tmp_path: Path, output: str
     ) -> None:
         (tmp_path / "link").symlink_to(model_path)
         before = contents(tmp_path)
-        monkeypatch.setattr("qatc.quantize.run.read_given", no_more)
         with pytest.raises(ConfigError, match="the model"):
-            quantize(make(model_path, tmp_path / output, overwrite=True))
+            quantize(make(model_path, tmp_path / output, overwrite=True), NothingBegun())
         assert contents(tmp_path) == before
 
     def test_an_output_is_not_written_twice_at_once(
-        self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, done: Any, shared_model_path: Path, tmp_path: Path
     ) -> None:
         """Refused before anything is loaded, and the first one ends as if nothing had happened."""
         config = make(shared_model_path, tmp_path / "out")
-        take = Distiller._step
         refused: list[str] = []
 
         def second() -> None:
@@ -150,15 +156,12 @@ class TestPlaces:
             except ConfigError as error:
                 refused.append(str(error))
 
-        def starts_another(self: Distiller, number: int) -> Any:
-            if number == 3 and threading.current_thread() is threading.main_thread():
-                thread = threading.Thread(target=second)
-                thread.start()
-                thread.join()
-            return take(self, number)
+        def starts_another() -> None:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
 
-        monkeypatch.setattr(Distiller, "_step", starts_another)
-        result = quantize(config)
+        result = quantize(config, AfterStep(3, starts_another))
         assert len(refused) == 1
         assert f"{config.output} is being written by process {os.getpid()} " in refused[0]
         assert weights(result.output) == weights(done.output)
@@ -220,16 +223,10 @@ def test_a_text_with_a_token_that_the_model_lacks(model_path: Path, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "tiny"]
 
 
-def test_nan_stops_with_advice(
-    shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Distiller._losses
-
-    def poisoned(self: Distiller, batch: Any) -> Any:
-        loss, kl = step(self, batch)
-        return loss * float("nan"), kl
-
-    monkeypatch.setattr(Distiller, "_losses", poisoned)
-    with pytest.raises(TrainingError, match="--lr"):
-        quantize(make(shared_model_path, tmp_path / "out"))
+def test_nan_stops_with_advice(shared_model_path: Path, tmp_path: Path) -> None:
+    """A rate that throws the weights beyond what a product of them can hold."""
+    config = make(shared_model_path, tmp_path / "out")
+    training = dataclasses.replace(config.training, learning_rate=1e30)
+    with pytest.raises(TrainingError, match="not a number at step 2.*--lr"):
+        quantize(dataclasses.replace(config, training=training))
     assert not (tmp_path / "out").exists()

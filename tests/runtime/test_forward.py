@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +77,20 @@ def test_hooks_inside_a_loaded_layer_are_refused(outputs: dict[str, Path]) -> No
         logits(model, IDS)
 
 
+class Items(float):
+    """A number of which one can tell whether anything still holds it."""
+
+
 def test_an_argument_that_changes_does_not_fill_the_memory(outputs: dict[str, Path]) -> None:
     model = qatc.load(outputs["4-8-4"], compile=False)
     wanted = logits(model, IDS[:, :4])
-    for step in range(SIGNATURES + 5):
-        assert torch.equal(logits(model, IDS[:, :4], items=step), wanted)
-    runtime = runtime_of(model)
-    assert all(len(forward._found) <= SIGNATURES + 1 for forward in runtime.forwards)
-    assert len(list(runtime.scoring)) == 2, "with the argument and without it"
+    given: list[weakref.ref[Items]] = []
+    for step in range(2 * SIGNATURES):
+        items = Items(step)
+        given.append(weakref.ref(items))
+        assert torch.equal(logits(model, IDS[:, :4], items=items), wanted)
+    del items
+    gc.collect()
+    kept = sum(reference() is not None for reference in given)
+    assert kept <= SIGNATURES + 1
+    assert len(list(runtime_of(model).scoring)) == 2, "with the argument and without it"

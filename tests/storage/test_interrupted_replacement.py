@@ -14,10 +14,9 @@ import pytest
 from qatc.errors import CheckpointError, ConfigError
 from qatc.storage import markers
 from qatc.storage.directories import recover
-from qatc.storage.locks import locked
 from qatc.storage.markers import Mark
 from tests.conftest import at_disk_call, run_until_killed
-from tests.storage.conftest import NEW, OLD, replace, tree
+from tests.storage.conftest import NEW, OLD, held_by_another_process, replace, tree
 
 
 def count(folder: Path, existing: bool) -> int:
@@ -144,19 +143,9 @@ class TestInterruptedReplacement:
         """Whoever looks between its renames is told, and touches nothing."""
         output.rename(tmp_path / "out.replaced")
         markers.put(tmp_path / "out.replaced", Mark.REPLACED)
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with locked(tmp_path / "out"):
-                os.write(write, b"x")
-                signal.pause()
-        os.read(read, 1)
-        try:
-            with pytest.raises(ConfigError, match=f"is being written by process {child} on"):
+        with held_by_another_process(tmp_path / "out") as process:
+            with pytest.raises(ConfigError, match=f"is being written by process {process} on"):
                 recover(tmp_path / "out")
             assert (tmp_path / "out.replaced").exists()
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
         recover(tmp_path / "out")
         assert (tmp_path / "out" / "qatc.json").read_text() == OLD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import threading
@@ -12,26 +13,15 @@ from pathlib import Path
 import pytest
 
 from qatc.errors import CheckpointError, ConfigError
-from qatc.storage import locks
 from qatc.storage.locks import locked
+from tests.storage.conftest import held_by_another_process
 
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[int]:
     """Another process that holds ``out``."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with locked(tmp_path / "out"):
-            os.write(write, b"x")
-            signal.pause()
-    os.read(read, 1)
-    yield child
-    try:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    except (ProcessLookupError, ChildProcessError):
-        pass
+    with held_by_another_process(tmp_path / "out") as process:
+        yield process
 
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path, holder: int) -> None:
@@ -95,16 +85,16 @@ def test_a_lock_file_deleted_by_its_holder_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Locking a file without a name would let a third process lock a new one."""
-    real = locks._try_lock
+    real = fcntl.flock
     calls: list[int] = []
 
-    def late(file: int) -> None:
+    def late(file: int, operation: int) -> None:
         if not calls:
             (tmp_path / "out.lock").unlink()
         calls.append(file)
-        real(file)
+        real(file, operation)
 
-    monkeypatch.setattr(locks, "_try_lock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with locked(tmp_path / "out"):
         assert len(calls) == 2 and (tmp_path / "out.lock").exists()
 
@@ -112,10 +102,10 @@ def test_a_lock_file_deleted_by_its_holder_meanwhile(
 def test_a_file_system_without_locks_is_no_reason_to_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unsupported(file: int) -> None:
+    def unsupported(file: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(locks, "_try_lock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.warns(UserWarning, match="without locks; start no second run"):
         with locked(tmp_path / "out"):
             pass

@@ -19,6 +19,16 @@ from qatc.training.distill import Distiller, StepMetrics, TrainingConfig, defaul
 from tests.training.conftest import CONFIG, assert_equal, distiller, make_rows, weights
 
 
+def rows_read(run: Distiller) -> list[Any]:
+    """The tokens of the rows that a run trains on, in the order in which it does."""
+    seen: list[Any] = []
+    run.student.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    run.run()
+    return seen
+
+
 class TestStep:
     def test_accumulation_equals_a_larger_batch(self, tmp_path: Path) -> None:
         """Rows of very different lengths, so that a mean of means would differ."""
@@ -52,12 +62,7 @@ class TestStep:
         assert moved.nonzero().flatten().tolist() == np.unique(rows.tokens[rows.real]).tolist()
 
     def test_an_epoch_reads_every_row_once(self, tmp_path: Path) -> None:
-        run, seen = distiller(tmp_path, replace(CONFIG, steps=8)), []
-        run.student.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.extend(kwargs["input_ids"].tolist()),
-            with_kwargs=True,
-        )
-        run.run()
+        seen = rows_read(distiller(tmp_path, replace(CONFIG, steps=8)))
         rows = sorted(make_rows().tokens.tolist())
         assert sorted(seen[:16]) == sorted(seen[16:]) == rows
         assert seen[:16] != seen[16:], "a new order every epoch"
@@ -81,29 +86,33 @@ class TestStep:
 
     @pytest.mark.parametrize("seed", [2**43, 2**63, 2**64, 10**40])
     def test_a_seed_of_any_size(self, tmp_path: Path, seed: int) -> None:
-        def order(seed: int) -> Any:
-            run = distiller(tmp_path, replace(CONFIG, seed=seed))
-            return np.concatenate(list(run._batches(1)) + list(run._batches(5))).tolist()
+        def order(seed: int) -> list[Any]:
+            """The rows of two epochs; every run is one in a directory of its own."""
+            number = len(list(tmp_path.iterdir()))
+            run = distiller(tmp_path / str(number), replace(CONFIG, steps=8, seed=seed))
+            return rows_read(run)
 
         assert order(seed) == order(seed)
         assert order(seed) != order(0) and order(seed) != order(seed - 2**43), "every bit counts"
 
     @pytest.mark.parametrize("where", ["loss", "gradient"])
-    def test_a_step_of_nan_is_not_taken(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-    ) -> None:
+    def test_a_step_of_nan_is_not_taken(self, tmp_path: Path, where: str) -> None:
         """Neither the parameters nor the moments of AdamW, which would keep it for good."""
         run = distiller(tmp_path)
-        run._step(1)
-        before, moments = weights(run.student), copy.deepcopy(run.optimizer.state_dict()["state"])
-        if where == "loss":
-            losses = run._losses
-            monkeypatch.setattr(run, "_losses", lambda batch: (losses(batch)[0] * math.nan, 0.0))
-        else:
-            run.student.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
-        record = run._step(2)
-        assert math.isfinite(record.loss) == (where == "gradient")
-        assert not math.isfinite(record.gradient_norm)
+        before: dict[str, Tensor] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
+
+        def poison(record: StepMetrics) -> None:
+            before.update(weights(run.student))
+            moments.update(copy.deepcopy(run.optimizer.state_dict()["state"]))
+            if where == "loss":
+                run.student.lm_head.register_forward_hook(lambda *call: call[-1] * math.nan)
+            else:
+                run.student.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+
+        with pytest.raises(TrainingError, match="the loss is not a number at step 2"):
+            run.run(poison)
+        assert moments
         assert_equal(weights(run.student), before)
         after = run.optimizer.state_dict()["state"]
         for number, slots in moments.items():
@@ -143,9 +152,10 @@ class TestFailure:
             run.run(break_it)
         assert "a lower --lr than 0.01" in str(e.value)
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
-        again = distiller(tmp_path)
-        assert again._resume() == 4
-        assert_equal(weights(again.student), good)
+        again, began = distiller(tmp_path), []
+        again.student.register_forward_pre_hook(lambda *_: began.append(weights(again.student)))
+        assert len(again.run()) == 12 and len(began) == 8, "it goes on with step 5"
+        assert_equal(began[0], good)
 
     def test_divergence(self, tmp_path: Path) -> None:
         config = replace(CONFIG, steps=80, learning_rate=1e-4)
