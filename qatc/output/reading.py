@@ -241,14 +241,17 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrain
     config: PreTrainedConfig
     try:
         plain = dict(read_json(directory / "config.json"))
-        require_trust(directory, plain, trust_remote_code)
+    except (DataError, TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot read the config in {directory}: {error}") from error
+    require_trust(directory, plain, trust_remote_code)
+    try:
         if "auto_map" in plain:  # whose code transformers fetches, and reads the file again
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         elif plain.get("model_type") in CONFIG_MAPPING:
             config = CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
         else:
             raise ValueError(f"transformers knows no model_type {plain.get('model_type')!r}")
-    except (DataError, OSError, TypeError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"cannot read the config in {directory}: {reason}") from error
     config._name_or_path = str(directory)

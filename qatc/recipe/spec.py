@@ -111,6 +111,9 @@ class QuantSpec:
         return float(self.code_max) if self.range == "restricted" else ((1 << self.bits) - 1) / 2
 
 
+_NAMES = tuple(own.name for own in dataclasses.fields(QuantSpec))
+
+
 def spec_arg(spec: QuantSpec) -> str:
     """A spec as the argument of an operator: ``int4``, ``int8,range=full``, ``int4,group_size=32``.
 
@@ -132,11 +135,12 @@ def read_spec_arg(text: str) -> QuantSpec:
     Raises:
         ConfigError: ``text`` says none.
     """
+    # Dynamo traces this, in attention over a cache: plain loops over plain strings.
     first, *others = text.split(",")
-    given: dict[str, Any] = {"bits": first.removeprefix("int")}
-    given |= dict(part.partition("=")[::2] for part in others)
-    names = {own.name for own in dataclasses.fields(QuantSpec)}
-    if not first.startswith("int") or not given.keys() <= names:
-        raise ConfigError(f"{text!r} is no spec; it looks like 'int4' or 'int4,group_size=32'")
-    plain: dict[str, Any] = {n: int(v) if v.isdecimal() else v for n, v in given.items()}
-    return QuantSpec(**plain)
+    given: dict[str, Any] = {}
+    for part in (first.replace("int", "bits=", 1), *others):
+        name, _, value = part.partition("=")
+        if name not in _NAMES or not value:
+            raise ConfigError(f"{text!r} is no spec; it looks like 'int4' or 'int4,group_size=32'")
+        given[name] = int(value) if value.isdecimal() else value
+    return QuantSpec(**given)
