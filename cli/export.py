@@ -56,7 +56,7 @@ def export(
             trust_remote_code=trust_remote_code,
         )
         for note in notes:
-            terminal.err.print(note, highlight=False)
+            terminal.note(note)
     if json:
         terminal.print_json({"output": str(written), "format": format})
         return

@@ -204,8 +204,9 @@ def test_a_trained_model_in_place(name: str, dtype: torch.dtype, tmp_path: Path)
 
 @pytest.mark.filterwarnings("ignore:transformers runs it with other numerics")
 def test_it_compiles() -> None:
-    model = qatc.prepare(make_model(), RECIPES["4-8-4"], compile=False)
-    layer = qatc.to_torchao(model).get_submodule("model.layers.0.self_attn.q_proj")
+    model: Any = make_model()
+    qatc.to_torchao(qatc.prepare(model, RECIPES["4-8-4"], compile=False))
+    layer = model.model.layers[0].self_attn.q_proj
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     with torch.no_grad():
@@ -216,17 +217,18 @@ def test_it_compiles() -> None:
 @pytest.mark.filterwarnings("ignore:transformers runs it with other numerics")
 def test_a_module_of_ones_own() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(13, 7), nn.ReLU(), nn.Linear(7, 5))
+    first, last = nn.Linear(13, 7), nn.Linear(7, 5)
+    model = nn.Sequential(first, nn.ReLU(), last)
     qatc.prepare(model, Recipe.from_bits("4-8-16"), compile=False)
     with pytest.raises(ConfigError, match="run the model once"):
         qatc.to_torchao(model)
     x = torch.randn(11, 13)
     model(x)
-    codes = [QuantizedWeight.from_float(model[i].weight, QuantSpec(4)) for i in (0, 2)]
+    codes = [QuantizedWeight.from_float(own.weight, QuantSpec(4)) for own in (first, last)]
     with torch.no_grad():
         actual = qatc.to_torchao(model)(x)
-        hidden = (linear_of_torchao(x, codes[0]) + model[0].bias).relu()
-        assert torch.equal(actual, linear_of_torchao(hidden, codes[1]) + model[2].bias)
+        hidden = (linear_of_torchao(x, codes[0]) + first.bias).relu()
+        assert torch.equal(actual, linear_of_torchao(hidden, codes[1]) + last.bias)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 2), (7, 13), (33, 577), (192, 64)])
