@@ -41,11 +41,11 @@ def export(
         notes: list[str] = []
 
         def check(output: Output) -> None:
+            notes.extend(FORMATS[format].notes(output))  # refuses before what takes time
             try:
                 verify(output).require(str(source))
             except PassError as error:
                 terminal.err.print(f"not verified, as it does not run on integers: {error}")
-            notes.extend(FORMATS[format].notes(output))
 
         written = run(
             source,

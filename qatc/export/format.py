@@ -20,7 +20,8 @@ class Format:
             were trained, bit for bit. What the format cannot hold is a ``ConfigError`` that says
             why, and which format can.
         read: the inverse: the quantized weights of such a directory by name.
-        notes: what a user should know of an opened output in this format, a line each.
+        notes: what a user should know of an opened output in this format, a line each; raises as
+            ``write`` does, without writing anything.
     """
 
     name: str

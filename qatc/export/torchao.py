@@ -18,13 +18,13 @@ from qatc.recipe.recipe import Recipe
 
 def write(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory."""
-    torchao.refuse_unheld(output.recipe)
     copy_companions(output.place, directory)  # the generation config among them, byte for byte
     write_output(directory, replace(output, generation_config=None), for_torchao=True)
 
 
 def notes(output: Output) -> list[str]:
     """What torchao computes in another way than the model was trained for: a line, or none."""
+    torchao.refuse_unheld(output.recipe)
     return differences(output.recipe)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
 
 
 def _tell_transformers(model: Any, config: Any, was_tied: bool) -> None:
-    """Set what ``from_pretrained`` sets, and let ``save_pretrained`` need no option."""
+    """Set what ``from_pretrained`` sets, by which ``save_pretrained`` writes torchao's layout."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     if was_tied:
@@ -83,11 +82,3 @@ def _tell_transformers(model: Any, config: Any, was_tied: bool) -> None:
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.config.quantization_config = config
-    # A partial rather than a method: deepcopy binds it to the copied model.
-    model.save_pretrained = partial(_save_pretrained, model)
-
-
-def _save_pretrained(model: Any, *arguments: Any, **options: Any) -> None:
-    """That of transformers, which otherwise looks for a way back to float, and there is none."""
-    options.setdefault("save_original_format", False)
-    type(model).save_pretrained(model, *arguments, **options)

@@ -115,6 +115,8 @@ def test_what_torchao_cannot_hold_is_refused(reason: str, tmp_path: Path) -> Non
     recipe = UNHELD[reason]
     source = make_output(tmp_path / "source", recipe, make_model(tied=False, width=64))
     with pytest.raises(ConfigError, match=reason):
+        FORMATS["torchao"].notes(open_output(source))
+    with pytest.raises(ConfigError, match=reason):
         export(source, tmp_path / "out", format="torchao")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
