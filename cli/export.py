@@ -14,7 +14,9 @@ from qatc.cli.errors import readable_errors
 def export(
     source: options.Output,
     output: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
-    format: Annotated[str, typer.Option(help="compressed-tensors.")] = "compressed-tensors",
+    format: Annotated[
+        str, typer.Option(help="compressed-tensors or torchao.")
+    ] = "compressed-tensors",
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -24,6 +26,7 @@ def export(
     [bold]Example[/]
 
       qatc export Llama-2-7b-4-8-4 --format compressed-tensors --output for-transformers
+      qatc export Llama-2-7b-4-8-4 --format torchao --output for-torchao
     """
     from qatc.cli import terminal
 
@@ -31,10 +34,14 @@ def export(
         terminal.quiet_libraries()
         from qatc.errors import PassError
         from qatc.evaluation.parity import verify
+        from qatc.export import FORMATS
         from qatc.export import export as run
-        from qatc.output import Output, loads_elsewhere
+        from qatc.output import Output
+
+        notes: list[str] = []
 
         def check(output: Output) -> None:
+            notes.extend(FORMATS[format].notes(output))  # refuses before what takes time
             try:
                 verify(output).require(str(source))
             except PassError as error:
@@ -48,12 +55,8 @@ def export(
             verify=check,
             trust_remote_code=trust_remote_code,
         )
-        if not loads_elsewhere(source):
-            terminal.err.print(
-                "the codes of head and embedding are stored apart and a byte each, as transformers"
-                " reads them: larger than the source, the same values",
-                highlight=False,
-            )
+        for note in notes:
+            terminal.note(note)
     if json:
         terminal.print_json({"output": str(written), "format": format})
         return

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qatc.errors import QatcError as QatcError
     from qatc.evaluation.parity import verify as verify
+    from qatc.export.torchao_model import to_torchao as to_torchao
     from qatc.models.preparation import prepare as prepare
     from qatc.models.preparation import restore as restore
     from qatc.output import load_codes as load_codes
@@ -29,6 +30,7 @@ _EXPORTS = {
     "load_codes": "qatc.output",
     "prepare": "qatc.models.preparation",
     "restore": "qatc.models.preparation",
+    "to_torchao": "qatc.export.torchao_model",
     "verify": "qatc.evaluation.parity",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "load_codes",
     "prepare",
     "restore",
+    "to_torchao",
     "verify",
 ]
 

@@ -34,6 +34,11 @@ def test_quantizing_in_ten_lines(shared_model_path: Path, tmp_path: Path) -> Non
     assert "RTN" in printed and "codes" in printed
 
 
+def test_training_what_torchao_prepared(shared_model_path: Path, tmp_path: Path) -> None:
+    printed = run("train_torchao_qat.py", str(shared_model_path), str(tmp_path / "out"), "12", "32")
+    assert "KL" in printed and "IntxUnpackedToInt8Tensor" in printed
+
+
 def test_the_demo_model_loads() -> None:
     from qatc.models import load_model, load_tokenizer
 

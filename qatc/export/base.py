@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,12 @@ class Format:
             were trained, bit for bit. What the format cannot hold is a ``ConfigError`` that says
             why, and which format can.
         read: the inverse: the quantized weights of such a directory by name.
+        notes: what a user should know of an opened output in this format, a line each; raises as
+            ``write`` does, without writing anything.
     """
 
     name: str
     loads_in: str
     write: Callable[[Output, Path], None]
     read: Callable[[Path], Mapping[str, QuantizedWeight]]
+    notes: Callable[[Output], Sequence[str]]

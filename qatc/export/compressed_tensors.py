@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qatc.export.base import Format
-from qatc.output import Output, load_codes, write_output
+from qatc.output import Output, load_codes, loads_elsewhere, write_output
 from qatc.output.directory import copy_companions
 
 
@@ -23,4 +23,14 @@ def write(output: Output, directory: Path) -> None:
     write_output(directory, replace(output, generation_config=None), portable=True)
 
 
-COMPRESSED_TENSORS = Format("compressed-tensors", "transformers, vLLM", write, load_codes)
+def notes(output: Output) -> list[str]:
+    """That the codes of head and embedding take more space, if they do."""
+    if loads_elsewhere(output.place):
+        return []
+    return [
+        "the codes of head and embedding are stored apart and a byte each, as transformers reads"
+        " them: larger than the source, the same values"
+    ]
+
+
+COMPRESSED_TENSORS = Format("compressed-tensors", "transformers, vLLM", write, load_codes, notes)

@@ -31,16 +31,24 @@ from qatc.errors import CheckpointError, ConfigError
 from qatc.models.building import build_model
 from qatc.models.remote_code import copy_code
 from qatc.models.vocabulary import End, are_tied, find_ends, untie
-from qatc.output import compressed_tensors
+from qatc.output import compressed_tensors, torchao
 from qatc.output.codes import QuantizedWeight
 from qatc.output.contents import Output
-from qatc.output.layouts import PLAIN, layout_of, loads_exactly_in, tensor_names, to_tensors
+from qatc.output.layouts import (
+    PLAIN,
+    TORCHAO,
+    layout_of,
+    loads_exactly_in,
+    tensor_names,
+    to_tensors,
+)
 from qatc.output.model_card import write_card
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import FLOAT_BITS, QuantSpec
 from qatc.storage.files import write_json
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 FORMAT_VERSION = 3
@@ -59,6 +67,7 @@ def write_output(
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
     portable: bool = False,
+    for_torchao: bool = False,
 ) -> None:
     """Write a quantized model into an empty directory (see the module's table).
 
@@ -73,16 +82,20 @@ def write_output(
         portable: store the codes of head and embedding where transformers finds them, which takes
             more space: those of a tied weight twice, and those of the table a byte each. Otherwise
             such a model is for :func:`qatc.load` alone, and says so to others.
+        for_torchao: the same in the layout of torchao, see :mod:`qatc.output.torchao`.
 
     Raises:
-        ConfigError: a quantized weight is tied to another than the head's or the embedding's, or
-            its module is neither a linear nor an embedding.
+        ConfigError: a quantized weight is tied to another than the head's or the embedding's, its
+            module is neither a linear nor an embedding, or torchao cannot hold the model.
         CheckpointError: the weights cannot be written.
     """
     config, recipe, weights = output.config, output.recipe, output.weights
     trust = output.trust_remote_code
     specs = (recipe.weights, recipe.head, recipe.embedding)
     assert all(weight.spec in specs for weight in weights.values()), "another recipe's"
+    if for_torchao:
+        torchao.refuse_unheld(recipe)
+        portable = True
     # Without storage: tells the linear layers and the tied weights by their names.
     skeleton = build_model(config, torch.float32, device="meta", trust_remote_code=trust)
     ends, ties = find_ends(skeleton), dict(skeleton.all_tied_weights_keys)
@@ -97,23 +110,29 @@ def write_output(
     tables = [e.weight for e in ends if e.role == "embedding" and e.weight in weights]
     if portable:  # transformers finds no packed codes in an embedding
         layouts |= dict.fromkeys(tables, PLAIN)
+    if for_torchao:
+        layouts = dict.fromkeys(weights, TORCHAO)
     floats = [value for value in tensors.values() if value.is_floating_point()]
     dtype = max(floats, key=Tensor.numel).dtype if floats else torch.float32
+    header = {}
+    if for_torchao:
+        held = torchao.int8_tensors(weights, recipe, next(iter(tables), None), dtype)
+        header = torchao.file_metadata(tensors | held)
     tensors |= to_tensors(weights, dtype=dtype, layouts=layouts)
 
-    plain_config = json.loads(config.to_json_string())
-    plain_config.pop("quantization_config", None)
-    # What transformers loads in by itself, scales included: fp16 may be too coarse for those.
-    exact = loads_exactly_in(weights, dtype)
-    plain_config["dtype"] = str(dtype if exact else torch.float32).removeprefix("torch.")
-    plain_config["architectures"] = [type(skeleton).__name__]
-    plain_config.pop("auto_map", None)  # of code that did not run, and is not here
+    # What transformers loads in by itself, scales included, but for torchao's: fp16 may be too
+    # coarse for those.
+    exact = for_torchao or loads_exactly_in(weights, dtype)
+    plain_config = _config_of(config, skeleton, dtype if exact else torch.float32)
     if auto_map := copy_code(skeleton, directory):
         plain_config["auto_map"] = auto_map
-    if weights:
+    ignore = compressed_tensors.find_float_linears(skeleton, weights) if weights else []
+    if for_torchao:
+        plain_config["quantization_config"] = torchao.quantization_config(recipe, ignore).to_dict()
+    elif weights:
         plain_config["quantization_config"] = compressed_tensors.quantization_config(
             recipe,
-            compressed_tensors.find_float_linears(skeleton, weights),
+            ignore,
             _declared_ends(ends, weights, layouts, recipe, are_tied(ends) and bool(ties)),
         )
     write_json(directory / "config.json", dict(sorted(plain_config.items())))
@@ -122,7 +141,7 @@ def write_output(
         write_json(directory / "generation_config.json", plain)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    _write_tensors(directory, tensors, max_shard_bytes)
+    _write_tensors(directory, tensors, max_shard_bytes, header)
     layout = compressed_tensors.joined(layouts.values()) if weights else "float"
     digests = {name: digest_of(w.codes, w.scale) for name, w in sorted(weights.items())}
     packed = {k for n, own in layouts.items() for k in tensor_names(n, own)}
@@ -139,6 +158,18 @@ def write_output(
     said = _further(output.metadata) | dict(zip(OWN_KEYS, own, strict=True))
     write_json(directory / "qatc.json", said)
     write_card(directory)
+
+
+def _config_of(
+    config: PreTrainedConfig, skeleton: PreTrainedModel, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What ``config.json`` says of a model, but for how it is quantized and its own code."""
+    plain: dict[str, Any] = json.loads(config.to_json_string())
+    for key in ("quantization_config", "auto_map"):  # the latter of code that did not run
+        plain.pop(key, None)
+    plain["dtype"] = str(dtype).removeprefix("torch.")
+    plain["architectures"] = [type(skeleton).__name__]
+    return plain
 
 
 def digest_of(*tensors: Tensor) -> str:
@@ -202,7 +233,9 @@ def _drop_tied(
     return kept
 
 
-def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_bytes: int) -> None:
+def _write_tensors(
+    directory: Path, tensors: Mapping[str, Tensor], max_bytes: int, header: Mapping[str, str]
+) -> None:
     shards: list[list[str]] = [[]]
     size = 0
     for name, value in sorted(tensors.items()):
@@ -224,7 +257,7 @@ def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_bytes: in
         shard = {n: tensors[n].cpu().clone(memory_format=torch.contiguous_format) for n in names}
         path = directory / file
         try:
-            save_file(shard, path, metadata={"format": "pt"})
+            save_file(shard, path, metadata={**header, "format": "pt"})
         except SafetensorError as error:
             raise CheckpointError(f"cannot write {path}: {error}; free some space") from error
         shutil.copymode(directory / "config.json", path)  # save_file makes it private

@@ -6,10 +6,13 @@ layout              for bits    tensors of a layer ``X``
 ``pack-quantized``  2 to 4      ``X.weight_packed`` int32 ``[N, ceil(K / 8)]``, ``X.weight_scale``
                                 ``[N, G]``, ``X.weight_shape`` int64 ``[2]``
 ``int-quantized``   5 to 8      ``X.weight`` int8 ``[N, K]``, ``X.weight_scale`` ``[N, G]``
+``torchao``         2 to 8      ``X._weight_qdata`` int8 ``[N, K]``, ``X._weight_scale`` fp32
+                                ``[N, G]``
 ==================  ==========  ====================================================================
 
 Packed codes are stored as code + 8, eight to an int32, the first one in the lowest four bits. The
-layouts are those of compressed-tensors, which also gave them their names.
+first two layouts are those of compressed-tensors, which also gave them their names; the third is
+that of torchao's ``Int8Tensor``, which an output gets by export only.
 """
 
 from __future__ import annotations
@@ -27,7 +30,12 @@ from qatc.recipe.spec import QuantSpec
 PACKED_BITS = 4
 PLAIN_BITS = 8
 
-PACKED, PLAIN = "pack-quantized", "int-quantized"
+PACKED, PLAIN, TORCHAO = "pack-quantized", "int-quantized", "torchao"
+
+_CODES = {PACKED: ".weight_packed", PLAIN: ".weight", TORCHAO: "._weight_qdata"}
+"""What the name of a layer's codes ends with."""
+
+LAYOUTS = tuple(_CODES)
 
 _CODES_PER_WORD = 8
 _OFFSET = 8  # makes the codes -8..7 unsigned
@@ -43,6 +51,9 @@ def tensor_names(name: str, layout: str) -> tuple[str, ...]:
     assert name.endswith(".weight"), f"{name} is not the weight of a layer"
     if layout == PACKED:
         return (f"{name}_packed", f"{name}_scale", f"{name}_shape")
+    if layout == TORCHAO:
+        layer = name.removesuffix(".weight")
+        return (f"{layer}._weight_qdata", f"{layer}._weight_scale")
     return (name, f"{name}_scale")
 
 
@@ -57,7 +68,7 @@ def to_tensors(
     Args:
         weights: quantized weights by parameter name (``X.weight``).
         dtype: dtype of the model's float weights, in which the scales are stored too; scales that
-            it cannot hold exactly (fp16 above 65504) are stored in fp32.
+            it cannot hold exactly (fp16 above 65504) are stored in fp32, and so are torchao's.
         layouts: those of weights that are not stored in the layout of their bits.
     """
     tensors: dict[str, Tensor] = {}
@@ -65,8 +76,10 @@ def to_tensors(
         codes, spec = weight.codes.detach().cpu(), weight.spec
         low, high = codes.aminmax()
         assert spec.code_min <= low and high <= spec.code_max, f"{name}: codes {low} to {high}"
-        scale = _lossless(name, weight.scale.detach().cpu(), dtype)
-        stored, layout = [codes.contiguous(), scale], (layouts or {}).get(name, layout_of(spec))
+        layout = (layouts or {}).get(name, layout_of(spec))
+        held = torch.float32 if layout == TORCHAO else dtype
+        scale = _lossless(name, weight.scale.detach().cpu(), held)
+        stored = [codes.contiguous(), scale]
         if layout == PACKED:
             stored = [_pack_nibbles(codes), scale, torch.tensor(codes.shape)]
         tensors.update(zip(tensor_names(name, layout), stored, strict=True))
@@ -87,8 +100,8 @@ def from_tensors(
         CheckpointError: a tensor is missing, left over, or of the wrong shape or dtype.
     """
     layout = layout or layout_of(spec)
-    suffix = "_packed" if layout == PACKED else ""
-    names = [key.removesuffix(suffix) for key in tensors if key.endswith(f".weight{suffix}")]
+    suffix = _CODES[layout]
+    names = [f"{k.removesuffix(suffix)}.weight" for k in tensors if k.endswith(suffix)]
     expected = {stored for name in names for stored in tensor_names(name, layout)}
     if expected != set(tensors):
         odd = sorted(expected ^ set(tensors))

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from qatc.models.cards import CARD, HUB_NAME
+from qatc.output import torchao
+from qatc.output.layouts import TORCHAO
 from qatc.output.stored import PORTABLE_LAYOUTS, Stored, measure
+from qatc.recipe.recipe import Recipe
 from qatc.storage.files import read_json, write_atomically
 
 
@@ -74,8 +77,8 @@ def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: 
 
     weights, activations, kv = bits.split("-")
     tags = ["qatc", "quantization-aware-training", "data-free", f"w{weights}a{activations}kv{kv}"]
-    if "quantization_config" in config:
-        tags.append(config["quantization_config"]["quant_method"])
+    if reader := _reader(config):
+        tags.append(reader)
     if "auto_map" in config:
         tags.append("custom_code")
     library = "transformers" if _loads_elsewhere(config) else "qatc"
@@ -222,20 +225,32 @@ def _runtimes(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
             "Head and embedding are stored here as qatc alone reads them."
             " `qatc export THIS_DIRECTORY --output OTHER` writes the same model for transformers.",
         ]
-    needs = " (`pip install compressed-tensors`)" if "quantization_config" in config else ""
+    reader = _reader(config)
+    needs = f" (`pip install {reader}`)" if reader else ""
     sections += [
-        f"**transformers**{needs}{_in_words(_differences(recipe))}:",
+        f"**transformers**{needs}{_in_words(_differences(recipe, reader))}:",
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{argument})\n'
         "```",
     ]
-    if "quantization_config" in config:
+    if reader == TORCHAO and recipe["activations"]["bits"] != 16 and config["dtype"] != "float32":
+        sections.append(
+            f"torchao keeps the scales of activations in {config['dtype']}, unless `torch.compile`"
+            " compiles the model."
+        )
+    elif reader == "compressed-tensors":
         sections.append(
             "**vLLM** has a reader for this layout (`vllm serve THIS_DIRECTORY`), with rules of its"
             " own for activations and KV cache. This model has not been tried there."
         )
     return sections
+
+
+def _reader(config: Mapping[str, Any]) -> str | None:
+    """The package by which transformers loads the weights, if it takes one."""
+    method: str | None = config.get("quantization_config", {}).get("quant_method")
+    return method
 
 
 def _in_words(differences: Sequence[str]) -> str:
@@ -244,8 +259,10 @@ def _in_words(differences: Sequence[str]) -> str:
     return ", with other numerics: " + " and ".join(differences)
 
 
-def _differences(recipe: Mapping[str, Any]) -> list[str]:
+def _differences(recipe: Mapping[str, Any], reader: str | None) -> list[str]:
     """What plain transformers computes in another way than the model was trained for."""
+    if reader == TORCHAO:
+        return torchao.differences(Recipe.from_dict(recipe))
     activations, kv = recipe["activations"], recipe["kv"]
     found = []
     if kv["bits"] != 16:
@@ -268,7 +285,7 @@ def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     sections = [
         f"```\nqatc evaluate THIS_DIRECTORY --text FILE --teacher {teacher}{flag}\n```",
     ]
-    differences = _differences(recipe)
+    differences = _differences(recipe, _reader(config))
     if not _loads_elsewhere(config):
         sections.insert(
             0,

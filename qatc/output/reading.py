@@ -18,7 +18,7 @@ from qatc.output.codes import QuantizedWeight
 from qatc.output.compressed_tensors import OWN_LAYOUT
 from qatc.output.contents import Output
 from qatc.output.directory import OWN_KEYS, with_tied
-from qatc.output.layouts import from_tensors, layout_of, tensor_names
+from qatc.output.layouts import LAYOUTS, TORCHAO, from_tensors, layout_of, tensor_names
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from qatc.storage.directories import recover
@@ -124,12 +124,18 @@ def _stored(
 ) -> dict[str, tuple[QuantSpec, str]]:
     """How each stored weight is quantized, and its layout, by name."""
     weights = recipe.weights
-    stored = {name: (weights, layout_of(weights)) for name in metadata["quantized"]}
+    layout = TORCHAO if metadata["layout"] == TORCHAO else layout_of(weights)
+    stored = {name: (weights, layout) for name in metadata["quantized"]}
     try:
         for name, plain in metadata["specs"].items():
-            own = {key: value for key, value in plain.items() if key != "layout"}
-            stored[name] = (QuantSpec(**own), str(plain["layout"]))
-    except (ConfigError, TypeError, KeyError, AttributeError) as error:
+            own = dict(plain)
+            layout = own.pop("layout")
+            if layout not in LAYOUTS:
+                raise ConfigError(
+                    f"{name} has the layout {layout!r}, which this qatc does not know"
+                )
+            stored[name] = (QuantSpec(**own), layout)
+    except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{directory / 'qatc.json'}: {error}") from error
     return stored
 

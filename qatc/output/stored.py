@@ -50,9 +50,11 @@ def measure(directory: Path) -> Stored:
                 found[name] = (view.get_dtype(), tuple(view.get_shape()))
                 if name.endswith("_shape"):
                     shapes[name.removesuffix("_shape")] = math.prod(file.get_tensor(name).tolist())
-    quantized = [n.removesuffix("_scale") for n in found if n.endswith(".weight_scale")]
-    codes = [f"{name}_packed" if name in shapes else name for name in quantized]
-    scales = [f"{name}_scale" for name in quantized]
+    scales = [name for name in found if name.endswith((".weight_scale", "._weight_scale"))]
+    quantized = [name.removesuffix("_scale") for name in scales]
+    # Of the three names that codes have in the layouts, the one that is there.
+    forms = [(f"{name}_packed", f"{name}_qdata", name) for name in quantized]
+    codes = [next(name for name in form if name in found) for form in forms]
     aside = {*codes, *scales, *(f"{name}_shape" for name in shapes)}
     by_dtype: dict[str, int] = {}
     for name, (dtype, shape) in found.items():
@@ -65,7 +67,10 @@ def measure(directory: Path) -> Stored:
 
     return Stored(
         weights=len(quantized),
-        parameters=sum(shapes.get(name) or math.prod(found[name][1]) for name in quantized),
+        parameters=sum(
+            shapes.get(name) or math.prod(found[own][1])
+            for name, own in zip(quantized, codes, strict=True)
+        ),
         code_bytes=size(codes),
         scale_bytes=size(scales),
         scales=sum(math.prod(found[name][1]) for name in scales),

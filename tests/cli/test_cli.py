@@ -145,6 +145,16 @@ def test_export(output: Path, tmp_path: Path) -> None:
     refused(1, "qatc quantize", "export", tmp_path / "none", "--output", tmp_path / "x")
 
 
+def test_export_to_torchao(output: Path, tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    result = run("export", output, "--format", "torchao", "--output", target, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["format"] == "torchao"
+    (note,) = [line for line in result.stderr.splitlines() if "other numerics" in line]
+    assert "no KV quantization" in note and note.endswith("activation rule")
+    config = json.loads((target / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "torchao"
+
+
 def test_json_has_no_nan(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Check("global", "something", float("nan"), 1.0)
     monkeypatch.setattr("qatc.evaluation.parity.verify", lambda *_, **__: ParityReport((found,)))
