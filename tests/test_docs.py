@@ -16,7 +16,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
-    "--extra-index-url", "--held-out", "--help", "--sample", "--threads",
+    "--extra-index-url", "--held-out", "--help", "--sample", "--shapes", "--threads",
 }  # fmt: skip
 """Options of pip and of the benchmarks."""
 

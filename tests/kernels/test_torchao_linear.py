@@ -159,6 +159,24 @@ def test_the_rule_of_the_target_is_that_of_torchao() -> None:
     assert (codes != other)[amax[:, 0] > 1e-3].any()  # the reciprocal does make a difference
 
 
+@needs_torchao
+def test_in_bf16_it_is_so_where_it_is_compiled() -> None:
+    if not can_compile():
+        pytest.skip("no C++ compiler")
+    from torchao.quantization import Int8Tensor, PerRow
+
+    def codes_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+        own: Any = Int8Tensor.from_hp(x, granularity=PerRow())
+        return own.qdata, own.scale
+
+    x = torch.randn(300, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted, scale = quantize(x, QuantSpec(8, range="full", rounding="reciprocal"))
+    own, own_scale = torch.compile(codes_and_scale)(x)
+    assert torch.equal(own, wanted) and torch.equal(own_scale.view(-1, 1).float(), scale)
+    eager, _ = codes_and_scale(x)
+    assert not torch.equal(eager, wanted)
+
+
 def test_mm_is_one_node_of_an_exported_graph() -> None:
     class Product(torch.nn.Module):
         def forward(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
