@@ -24,7 +24,7 @@ def test_inspect(output: Path) -> None:
     for prefer in ("auto", "qatc"):
         assert not any("torchao" in name for name in kernels(output, prefer))
     shown = run("inspect", output, "--kernels", "--prefer", "torchao").stdout
-    assert "int_scaled_matmul" in shown.replace("\n", " ")
+    assert "torchao" in shown
     refused(2, "give --kernels as well", "inspect", output, "--prefer", "torchao")
 
 
