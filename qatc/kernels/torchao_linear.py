@@ -58,16 +58,22 @@ def torchao_mm(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return result
 
 
-@functools.cache
 def obstacle(device: str) -> str | None:
     """Why torchao's integer product is not used on this type of device, or None if it is."""
     if device != "cpu":
         return f"torchao's product was not run on {device}"
+    if not _is_installed():
+        return "torchao is not installed, or has no int_scaled_matmul"
+    return integer_linear.obstacle(device)  # it multiplies with torch's own product
+
+
+@functools.cache
+def _is_installed() -> bool:
     try:
         from torchao.quantization import int_scaled_matmul  # noqa: F401
     except ImportError:
-        return "torchao is not installed, or has no int_scaled_matmul"
-    return integer_linear.obstacle(device)  # it multiplies with torch's own product
+        return False
+    return True
 
 
 @functools.cache

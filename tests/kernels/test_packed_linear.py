@@ -198,6 +198,7 @@ def test_every_kernel_is_chosen_somewhere_and_gives_its_reason(
     sites = [site(w, a) for w in (3, 4, 8) for a in (8, 16)]
     sites += [dataclasses.replace(at, device="cuda") for at in sites]
     chosen = {name for at in sites for name in names(at)}
+    chosen |= {choose(at, "prefill", "torchao").kernel.name for at in sites}
     monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx2"}))
     chosen |= {name for at in sites for name in names(at)}
     in_c = {"int8 product", "packed product", "scaled product"}

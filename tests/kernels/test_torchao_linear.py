@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from qatc.kernels import integer_linear, torchao_linear
 from qatc.kernels.packed_linear import PACKED_LINEAR
 from qatc.kernels.site import Site
 from qatc.kernels.table import KERNELS, choose
 from qatc.kernels.torchao_linear import LARGEST_WIDTH, da8w4_obstacle, obstacle, torchao_mm
+from qatc.machine import cpu
 from qatc.models.preparation import can_compile
 from qatc.numerics.minmax import quantize
 from qatc.numerics.packing import pack
@@ -27,11 +29,12 @@ needs_torchao = pytest.mark.skipif(obstacle("cpu") is not None, reason=str(obsta
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    obstacle.cache_clear()
-    da8w4_obstacle.cache_clear()
+    asked = (torchao_linear._is_installed, da8w4_obstacle)
+    for question in asked:
+        question.cache_clear()
     yield
-    obstacle.cache_clear()
-    da8w4_obstacle.cache_clear()
+    for question in asked:
+        question.cache_clear()
 
 
 def codes_of(kind: str, rows: int, width: int, low: int, seed: int) -> Tensor:
@@ -118,6 +121,13 @@ def test_auto_takes_the_faster_one_and_torchao_its_own() -> None:
 def test_what_it_cannot_compute(site: Site, reason: str) -> None:
     kernel = next(kernel for kernel in KERNELS if kernel.name == NAME)
     assert reason in str(kernel.obstacle(site))
+
+
+def test_it_needs_the_processor_that_torch_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked anew each time: what a processor has is not remembered from before."""
+    assert obstacle("cpu") == integer_linear.obstacle("cpu")
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx2"}))
+    assert "without avx512_vnni" in str(obstacle("cpu"))
 
 
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,13 @@ def test_a_pipeline_runs_in_order_and_keeps_a_record(llama_layer: Any) -> None:
     assert result.modified and result.graph_module is gm
     canonicalize, *others = pass_records(gm)
     assert canonicalize.name == "Canonicalize" and canonicalize.edited > 0
-    spec = {"bits": 8, "group_size": None, "range": "restricted", "scale_dtype": "bfloat16"}
+    spec: dict[str, Any] = {
+        "bits": 8,
+        "group_size": None,
+        "range": "restricted",
+        "scale_dtype": "bfloat16",
+    }
+    spec["rounding"] = "division"
     assert others == [
         PassRecord("QuantizeLinearInputs", {"spec": spec, "skip": ()}, 4, 4),
         PassRecord("QuantizeWeights", {"spec": spec | {"bits": 4}, "skip": ("mlp.*",)}, 4, 4),
