@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from qatc.errors import CaptureError
 from qatc.graph.capture import Template
 from qatc.graph.template_forward import TemplateForward
-from qatc.graph.templates import TemplateStore
+from qatc.graph.templates import TemplateStore, same_for_all
 from qatc.kernels.cached_attention import cached_attention, first_slots
 from qatc.models import find_regions
 from qatc.models.preparation import inductor
@@ -143,9 +143,7 @@ def decoding(model: nn.Module, rows: int, length: int, *, compile: bool) -> Iter
             f" {length} asked for; use --max-length {window} or less"
         )
     pipeline = Pipeline((Canonicalize(), InsertKVCache()))
-    store = TemplateStore(
-        transform=lambda gm, owner: _run(pipeline, gm), compile=inductor if compile else None
-    )
+    store = TemplateStore(same_for_all(pipeline), compile=inductor if compile else None)
     forwards = [
         _CachedForward(region, name, store, rows=rows, length=length)
         for name, region in find_regions(model)
@@ -158,7 +156,3 @@ def decoding(model: nn.Module, rows: int, length: int, *, compile: bool) -> Iter
     finally:
         for forward in forwards:
             forward.remove()
-
-
-def _run(pipeline: Pipeline, gm: Any) -> None:
-    pipeline(gm)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qatc.output import Output, QuantizedWeight
+from qatc.output import Output, QuantizedWeight, write_output
+from qatc.output.directory import copy_companions
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,12 @@ class Format:
     write: Callable[[Output, Path], None]
     read: Callable[[Path], Mapping[str, QuantizedWeight]]
     notes: Callable[[Output], Sequence[str]]
+
+
+def write_with_companions(
+    output: Output, directory: Path, *, portable: bool = False, for_torchao: bool = False
+) -> None:
+    """Write an opened output into an empty directory, in a form of :func:`write_output`."""
+    copy_companions(output.place, directory)  # the generation config among them, byte for byte
+    plain = replace(output, generation_config=None)
+    write_output(directory, plain, portable=portable, for_torchao=for_torchao)

@@ -9,23 +9,21 @@ It cannot hold how K and V are quantized, which is a setting of the runtime and 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from qatc.export.base import Format
-from qatc.output import Output, load_codes, loads_elsewhere, write_output
-from qatc.output.directory import copy_companions
+from qatc.export.base import Format, write_with_companions
+from qatc.output import Output, load_codes
+from qatc.output.compressed_tensors import loads_as_it_is
 
 
 def write(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory."""
-    copy_companions(output.place, directory)  # the generation config among them, byte for byte
-    write_output(directory, replace(output, generation_config=None), portable=True)
+    write_with_companions(output, directory, portable=True)
 
 
 def notes(output: Output) -> list[str]:
     """That the codes of head and embedding take more space, if they do."""
-    if loads_elsewhere(output.place):
+    if loads_as_it_is(vars(output.config)):
         return []
     return [
         "the codes of head and embedding are stored apart and a byte each, as transformers reads"

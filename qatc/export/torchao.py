@@ -7,19 +7,16 @@ quantized inputs, which are refused, nor how K and V are quantized, which :func:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from qatc.export.base import Format
-from qatc.output import Output, load_codes, torchao, write_output
-from qatc.output.directory import copy_companions
+from qatc.export.base import Format, write_with_companions
+from qatc.output import Output, load_codes, torchao
 from qatc.recipe.recipe import Recipe
 
 
 def write(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory."""
-    copy_companions(output.place, directory)  # the generation config among them, byte for byte
-    write_output(directory, replace(output, generation_config=None), for_torchao=True)
+    write_with_companions(output, directory, for_torchao=True)
 
 
 def notes(output: Output) -> list[str]:

@@ -226,3 +226,14 @@ def _cast_parameters(gm: GraphModule, dtype: torch.dtype) -> None:
                 if users:
                     insert_between(source, users, aten.to.dtype, (dtype,), {})
     gm.recompile()
+
+
+def same_for_all(
+    edit: Callable[[GraphModule], object],
+) -> Callable[[GraphModule, TemplateForward], None]:
+    """The ``transform`` of a store that edits every graph alike."""
+
+    def transform(gm: GraphModule, owner: TemplateForward) -> None:
+        edit(gm)
+
+    return transform

@@ -147,7 +147,14 @@ def scale_sums(
         bias: ``[N]``, added in fp32, or None.
         dtype: of the result ``[M, N]``.
     """
-    values = sums.float() * x_scale * scale.t()
+    return scale_channels(sums.float() * x_scale, scale, bias, dtype)
+
+
+def scale_channels(
+    values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The rest of :func:`scale_sums`, of sums ``[M, N]`` in fp32 that their rows have scaled."""
+    values = values * scale.t()
     if bias is not None:
         values = values + bias.float()
     return values.to(dtype)

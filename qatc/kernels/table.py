@@ -68,14 +68,10 @@ def _run_torchao(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
 ) -> Tensor:
     """The sums of :func:`_run_int_mm`, scaled in the same order: the very same bits."""
-    in_c = site.weights.bits < 8 and native.obstacle() is None
-    unpack = products.unpack if in_c else packing.unpack
-    codes = unpack(packed, site.weights.bits, site.inputs)
     x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
-    values = torchao_linear.torchao_mm(x_codes, codes, x_scale) * scale.t()
-    if bias is not None:
-        values = values + bias.float()
-    return values.to(x.dtype).view(*x.shape[:-1], site.outputs)
+    values = torchao_linear.torchao_mm(x_codes, _unpacked(packed, site), x_scale)
+    product = integer_linear.scale_channels(values, scale, bias, x.dtype)
+    return product.view(*x.shape[:-1], site.outputs)
 
 
 def _scaled(
@@ -123,11 +119,15 @@ def _run_scaled(
 
 
 def _run_float(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    weight = minmax.dequantize(_unpacked(packed, site), scale, x.dtype)
+    return F.linear(minmax.fake_quantize(x, site.activations), weight, bias)
+
+
+def _unpacked(packed: Tensor, site: Site) -> Tensor:
+    """All codes ``[N, K]`` in memory, where there is C for it by that."""
     in_c = site.device == "cpu" and site.weights.bits < 8 and native.obstacle() is None
     unpack = products.unpack if in_c else packing.unpack
-    codes = unpack(packed, site.weights.bits, site.inputs)
-    weight = minmax.dequantize(codes, scale, x.dtype)
-    return F.linear(minmax.fake_quantize(x, site.activations), weight, bias)
+    return unpack(packed, site.weights.bits, site.inputs)
 
 
 KERNELS = (

@@ -17,7 +17,7 @@ from qatc.graph.capture import Template
 from qatc.graph.causality import why_not_causal
 from qatc.graph.nodes import weight_sites
 from qatc.graph.template_forward import TemplateForward
-from qatc.graph.templates import TemplateStore, dry_run
+from qatc.graph.templates import TemplateStore, dry_run, same_for_all
 from qatc.models import find_regions, is_transformers_model
 from qatc.models.pipelines import (
     embedding_pipeline,
@@ -29,9 +29,6 @@ from qatc.models.pipelines import (
 from qatc.models.support import refuse_stacked_weights, refuse_unstorable, refuse_unsupported
 from qatc.models.vocabulary import End, quantized_ends
 from qatc.numerics import minmax
-from qatc.passes import (
-    Pipeline,
-)
 from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
 from qatc.recipe.spec import QuantSpec
 
@@ -144,9 +141,9 @@ def prepare(
     for end in ends:
         if end.role == "head":
             pipeline = head_pipeline(recipe, on_integers)
-            own = TemplateStore(_run(pipeline), compiler, compute_dtype)
+            own = TemplateStore(same_for_all(pipeline), compiler, compute_dtype)
         else:  # a table is rounded from its masters, and the layers cast what they get
-            own = TemplateStore(_run(embedding_pipeline(recipe)), compiler)
+            own = TemplateStore(same_for_all(embedding_pipeline(recipe)), compiler)
         at_ends.append((end, TemplateForward(end.module, end.name, own)))
     for forward in (*forwards, *(forward for _, forward in at_ends)):
         forward.install()
@@ -266,15 +263,6 @@ def inductor(gm: GraphModule) -> Callable[..., Any]:
 def _device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _run(pipeline: Pipeline) -> Callable[[GraphModule, TemplateForward], None]:
-    """The transform of a store whose templates all take the same passes."""
-
-    def transform(gm: GraphModule, owner: TemplateForward) -> None:
-        pipeline(gm)
-
-    return transform
 
 
 def _transform(

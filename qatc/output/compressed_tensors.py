@@ -21,13 +21,19 @@ from typing import Any
 import torch
 
 from qatc.errors import ConfigError
-from qatc.output.layouts import PACKED_BITS, PLAIN, PLAIN_BITS, layout_of
+from qatc.output.layouts import PACKED, PACKED_BITS, PLAIN, PLAIN_BITS, layout_of
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 
 OWN_LAYOUT = "not for this runtime; run: qatc export"
 """Where compressed-tensors expects the name of a format, this one makes it refuse the checkpoint
 and quote it, instead of reading codes as if they were weights."""
+
+
+def loads_as_it_is(config: Mapping[str, Any]) -> bool:
+    """Whether transformers finds all quantized weights where a ``config.json`` declares them."""
+    groups = (config.get("quantization_config") or {}).get("config_groups", {})
+    return all(group["format"] in (PACKED, PLAIN) for group in groups.values())
 
 
 def joined(layouts: Collection[str]) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 
 from qatc.models.cards import CARD, HUB_NAME
 from qatc.output import torchao
+from qatc.output.compressed_tensors import loads_as_it_is
 from qatc.output.layouts import TORCHAO
-from qatc.output.stored import PORTABLE_LAYOUTS, Stored, measure
+from qatc.output.stored import Stored, measure
 from qatc.recipe.recipe import Recipe
 from qatc.storage.files import read_json, write_atomically
 
@@ -55,12 +56,6 @@ def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: St
     return "\n\n".join(sections) + "\n"
 
 
-def _loads_elsewhere(config: Mapping[str, Any]) -> bool:
-    """Whether all weights are declared in layouts that compressed-tensors knows."""
-    groups = config.get("quantization_config", {}).get("config_groups", {})
-    return all(group["format"] in PORTABLE_LAYOUTS for group in groups.values())
-
-
 def _base_name(metadata: Mapping[str, Any]) -> str:
     """The model that it was made from: its hub name, or the last part of its path."""
     model = str(metadata.get("model", "A model"))
@@ -81,7 +76,7 @@ def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: 
         tags.append(reader)
     if "auto_map" in config:
         tags.append("custom_code")
-    library = "transformers" if _loads_elsewhere(config) else "qatc"
+    library = "transformers" if loads_as_it_is(config) else "qatc"
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if "model" in metadata:
         front |= {"base_model": _base_name(metadata), "base_model_relation": "quantized"}
@@ -219,7 +214,7 @@ def _runtimes(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
             "```",
             f'```\nqatc generate THIS_DIRECTORY --prompt "Once upon a time"{flag}\n```',
         ]
-    if not _loads_elsewhere(config):
+    if not loads_as_it_is(config):
         return [
             *sections,
             "Head and embedding are stored here as qatc alone reads them."
@@ -286,7 +281,7 @@ def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
         f"```\nqatc evaluate THIS_DIRECTORY --text FILE --teacher {teacher}{flag}\n```",
     ]
     differences = _differences(recipe, _reader(config))
-    if not _loads_elsewhere(config):
+    if not loads_as_it_is(config):
         sections.insert(
             0,
             "lm-eval's own `hf` model and plain transformers cannot load this form, and measure"

@@ -15,7 +15,7 @@ from qatc.models.building import build_model
 from qatc.models.load import read_generation_config, require_finite
 from qatc.models.remote_code import require_trust
 from qatc.output.codes import QuantizedWeight
-from qatc.output.compressed_tensors import OWN_LAYOUT
+from qatc.output.compressed_tensors import loads_as_it_is
 from qatc.output.contents import Output
 from qatc.output.directory import OWN_KEYS, with_tied
 from qatc.output.layouts import LAYOUTS, TORCHAO, from_tensors, layout_of, tensor_names
@@ -112,7 +112,6 @@ def load_codes(directory: Path | str) -> dict[str, QuantizedWeight]:
 
 def recipe_of(directory: Path, metadata: Mapping[str, Any]) -> Recipe:
     """The recipe in the metadata of an output; the directory is for a message."""
-    """The recipe in the metadata of an output; a directory for the message."""
     try:
         return Recipe.from_dict(metadata["recipe"])
     except (ConfigError, TypeError, ValueError) as error:
@@ -160,9 +159,7 @@ def loads_elsewhere(directory: Path) -> bool:
     They cannot where the codes of a head or an embedding are stored as only :func:`qatc.load`
     reads them; :func:`export` writes a form that they can.
     """
-    config = _read_mapping(directory / "config.json").get("quantization_config") or {}
-    groups = dict(config.get("config_groups", {})).values()
-    return all(group["format"] != OWN_LAYOUT for group in groups)
+    return loads_as_it_is(_read_mapping(directory / "config.json"))
 
 
 def _read_tensors(directory: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:

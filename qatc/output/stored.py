@@ -12,8 +12,6 @@ from safetensors import safe_open
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-PORTABLE_LAYOUTS = ("pack-quantized", "int-quantized")
-
 
 @dataclass(frozen=True)
 class Stored:

@@ -7,7 +7,6 @@ of their own Python code. Which graphs there are is kept in the model's :class:`
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -19,7 +18,7 @@ from qatc.graph.capture import Template
 from qatc.graph.nodes import matches
 from qatc.graph.structure import Structure
 from qatc.graph.template_forward import TemplateForward
-from qatc.graph.templates import TemplateStore
+from qatc.graph.templates import TemplateStore, same_for_all
 from qatc.kernels.cached_attention import first_slots
 from qatc.kernels.site import Kernels
 from qatc.models.pipelines import embedding_pipeline, recipe_allows_integers, training_pipeline
@@ -64,17 +63,16 @@ class Runtime:
         self.scoring = self._store(None)
         self.cached = self._store(InsertKVCache(recipe.kv))
         self.masked = self._store(InsertKVCache(recipe.kv, masked=True))
-        self.head = self._end_store(lowered_head_pipeline)
-        self.embedding = self._end_store(lowered_embedding_pipeline)
+        self.head = self._end_store(
+            lowering_pipeline(head_recipe(recipe), device=device, kernels=kernels)
+        )
+        self.embedding = self._end_store(lowered_embedding_pipeline(recipe))
 
     def stores(self) -> tuple[TemplateStore, ...]:
         return self.scoring, self.cached, self.masked, self.head, self.embedding
 
-    def _end_store(self, pipeline: Callable[[Recipe, str, Kernels], Pipeline]) -> TemplateStore:
-        def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
-            pipeline(self.recipe, self.device, self.kernels)(gm)
-
-        return TemplateStore(transform, compile=inductor if self.compile else None)
+    def _end_store(self, pipeline: Pipeline) -> TemplateStore:
+        return TemplateStore(same_for_all(pipeline), compile=inductor if self.compile else None)
 
     def _store(self, cache: InsertKVCache | None) -> TemplateStore:
         def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
@@ -118,16 +116,7 @@ def lowering_pipeline(
     return Pipeline((*passes, *lowering))
 
 
-def lowered_head_pipeline(
-    recipe: Recipe, device: str = "cpu", kernels: Kernels = "auto"
-) -> Pipeline:
-    """The passes that put the output head on integer kernels."""
-    return lowering_pipeline(head_recipe(recipe), device=device, kernels=kernels)
-
-
-def lowered_embedding_pipeline(
-    recipe: Recipe, device: str = "cpu", kernels: Kernels = "auto"
-) -> Pipeline:
+def lowered_embedding_pipeline(recipe: Recipe) -> Pipeline:
     """The passes that let the token embedding read packed codes."""
     return Pipeline((*embedding_pipeline(recipe).passes, LowerEmbedding()))
 

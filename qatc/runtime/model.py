@@ -72,7 +72,8 @@ def load(
         CheckpointError: the directory is no complete output of qatc.
         ConfigError: the model has code of its own, and ``trust_remote_code`` is false.
         PassError: the recipe has no integer runtime, e.g. K and V quantized before the rotary
-            embedding; or torchao's kernels were asked for, and can run no linear of the model.
+            embedding; or torchao's kernels were asked for, and can run no linear of a layer
+            or of the head.
     """
     if kernels not in get_args(Kernels):
         valid = ", ".join(get_args(Kernels))
