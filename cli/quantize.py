@@ -30,6 +30,7 @@ def quantize(
     target: options.Target = None,
     head_bits: options.HeadBits = None,
     embedding_bits: options.EmbeddingBits = None,
+    preset: options.Preset = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +105,7 @@ def quantize(
 
     with readable_errors("interrupted; the same command goes on from the last checkpoint"):
         chosen = options.build_recipe(
-            *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits),
+            *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits, preset),
             spelled_out=run_file.recipe(context),
         )
         greedy = options.parse_range(greedy_tokens)

@@ -35,6 +35,7 @@ from qatc.quantize.stages import (
     GENERATED,
     Figures,
     Training,
+    center,
     measure_baselines,
     measure_trained,
     plain_figures,
@@ -105,6 +106,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> Trained:
     _begin(setting, given, pair, inputs, corpus)
     rows, held_out = split(corpus, config)
     texts = {GENERATED: held_out, **given.texts}
+    center(setting, pair, rows)
     baselines = measure_baselines(setting, pair, texts)
     training = train(setting, pair, rows, baselines[GENERATED]["RTN"].kl or 0.0)
     with _kept(setting):

@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qatc.errors import ConfigError
 from qatc.numerics import minmax
-from qatc.numerics.minmax import FAKE_QUANTIZE, compute_scale, dequantize, fake_quantize, quantize
+from qatc.numerics.fake_quant import FAKE_QUANTIZE, fake_quantize
+from qatc.numerics.minmax import compute_scale, dequantize, quantize
 from qatc.recipe.spec import QuantSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ from torch._inductor.utils import run_and_get_code
 import qatc
 from qatc.models.preparation import can_compile
 from qatc.numerics import minmax
-from qatc.numerics.minmax import fake_quantize
+from qatc.numerics.fake_quant import fake_quantize
 from qatc.recipe.spec import QuantSpec
 
 
