@@ -15,9 +15,6 @@ from qatc.quantize.unfinished import trained_file
 from qatc.storage.files import read_json, write_json
 from qatc.training.distill import Distiller, StepMetrics
 
-GENERATED = "generated"
-"""Name of the held-out generated text in the figures."""
-
 Figures = Mapping[str, Mapping[str, Metrics]]
 """Text name -> model name (``full precision``, ``RTN``, ``QAT``) -> metrics."""
 
