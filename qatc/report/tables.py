@@ -89,6 +89,7 @@ def recipe_rows(recipe: Mapping[str, Any], code: str = "") -> Rows:
         ["output head", _spec_text(recipe["head"], "token of the vocabulary")],
         ["token embedding", _spec_text(recipe["embedding"], "token of the vocabulary")],
         ["KV site", recipe["kv_site"]],
+        *([["keys", "centered"]] if recipe.get("center_keys") else []),
         ["in full precision", ", ".join(f"{code}{p}{code}" for p in recipe["skip"])],
     ]
 
@@ -97,7 +98,8 @@ def _spec_text(spec: Mapping[str, Any], row: str) -> str:
     if spec["bits"] == 16:
         return "not quantized"
     group = f"{spec['group_size']} values" if spec["group_size"] else row
-    return f"{spec['bits']} bits, one scale per {group}, {spec['range']} range"
+    learned = ", learned" if spec.get("clip") == "learned" else ""
+    return f"{spec['bits']} bits, one scale per {group}, {spec['range']} range{learned}"
 
 
 def output_rows(found: OutputContents) -> Rows:
