@@ -19,6 +19,7 @@ from qatc.data.corpus import (
 )
 from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
+from qatc.evaluation.reference import prepare_reference
 from qatc.machine.device import pick_device
 from qatc.models import load_model, load_tokenizer
 from qatc.models.load import check_length
@@ -94,18 +95,18 @@ def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
     def load(name: str) -> Any:
         return load_model(name, dtype=torch.float32, device=device, trust_remote_code=trust).model
 
-    recipe = config.recipe
     model: Any
     if config.is_output:
         directory = Path(config.model)
         output = open_output(directory, trust_remote_code=trust)
-        recipe = output.recipe
         model = load_reference(output).to(device)  # type: ignore[arg-type]
+        check_length(config.model, model.config, config.length)
+        prepare_reference(model, output, compile=config.compile)
     else:
         model = load(config.model)
-    check_length(config.model, model.config, config.length)
-    if recipe is not None:
-        prepare(model, recipe, compile=config.compile)
+        check_length(config.model, model.config, config.length)
+        if config.recipe is not None:
+            prepare(model, config.recipe, compile=config.compile)
     teacher = None if config.teacher is None else load(config.teacher)
     for name, judged in ((config.model, model), (config.teacher, teacher)):
         if name is not None and judged is not None:
