@@ -14,8 +14,16 @@ to the chosen codes. Fake-quant, training, lowering and export follow as without
 """
 
 from qatc.ptq.gptq import gptq
-from qatc.ptq.method import Method, parse_method
-from qatc.ptq.rotation import rotate
+from qatc.ptq.method import Method, apply, parse_method
+from qatc.ptq.rotation import rotate, untie_head
 from qatc.ptq.smoothquant import smoothquant
 
-__all__ = ["Method", "gptq", "parse_method", "rotate", "smoothquant"]
+__all__ = [
+    "Method",
+    "apply",
+    "gptq",
+    "parse_method",
+    "rotate",
+    "smoothquant",
+    "untie_head",
+]

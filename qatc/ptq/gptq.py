@@ -5,8 +5,8 @@ quadratic form with the Hessian ``H = X^T X``. Columns are rounded in order; wit
 Cholesky factor of the inverse of ``H``, the error ``e_j = (w_j - q_j) / U_jj`` of column ``j`` is
 taken off the columns behind it, ``w_k -= e_j U_jk`` (algorithm 1 of the paper).
 
-Scales are computed first, from the weights as they were: they are those that fake-quant will
-compute again, see :func:`reproducible`.
+Scales are computed first, from the weights as they were. Fake-quant computes MinMax scales again,
+and finds the same ones, see :func:`reproducible`; learned scales are given to it as their start.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from qatc.data.corpus import Rows
 from qatc.errors import ConfigError
 from qatc.graph.nodes import Linear, find_quantizable
-from qatc.numerics import minmax
+from qatc.numerics import learned, minmax
 from qatc.ptq.calibrate import LayerByLayer
 from qatc.ptq.structure import Layer, layer_graphs, uncast
 from qatc.ptq.weights import assign, owner
@@ -39,7 +39,7 @@ def gptq(
     batch_size: int = 8,
     dtype: torch.dtype = torch.float32,
     on_layer: Callable[[int, int], None] | None = None,
-) -> None:
+) -> dict[str, Tensor]:
     """Put the weights of all decoder layers onto codes that keep what the linears compute.
 
     The weights stay float tensors; ``recipe.weights`` takes them to the chosen codes and scales.
@@ -57,6 +57,10 @@ def gptq(
         dtype: of the Hessians and of the weights while they are rounded.
         on_layer: called with the layers done and all layers.
 
+    Returns:
+        The scales, fp32 ``[N, G]``, by the full names of the weights: where the recipe has learned
+        scales, :func:`qatc.models.preparation.prepare` needs them as ``start_scales``.
+
     Raises:
         ConfigError: the recipe quantizes no weights, or an argument is out of range, or layers do
             not follow one another.
@@ -71,6 +75,7 @@ def gptq(
         )
     layers = layer_graphs(model)
     run = LayerByLayer(model, layers, rows, batch_size)
+    scales: dict[str, Tensor] = {}
     for number, layer in enumerate(layers):
         for group in _groups(layer, recipe):
             hessian = _Hessian(dtype)
@@ -85,10 +90,13 @@ def gptq(
                     damping=damping,
                     block_size=block_size,
                 )
-                assign(layer.module, linear.parameter, reproducible(weight, codes, scale))
+                values = reproducible(weight, codes, scale, recipe.weights)
+                assign(layer.module, linear.parameter, values)
+                scales[f"{layer.name}.{linear.parameter}"] = scale
         run.advance(number)
         if on_layer is not None:
             on_layer(number + 1, len(layers))
+    return scales
 
 
 def _groups(layer: Layer, recipe: Recipe) -> list[list[Linear]]:
@@ -138,13 +146,17 @@ def round_columns(
         act_order, damping, block_size: as of :func:`gptq`.
 
     Returns:
-        ``(codes, scale)`` as :func:`qatc.numerics.minmax.quantize` gives them.
+        ``(codes, scale)``, int8 ``[N, K]`` and fp32 ``[N, G]``; the scale is the MinMax one, or of
+        least squared error where scales are learned.
     """
     dtype, width = hessian.dtype, weight.shape[1]
-    scale = minmax.compute_scale(weight, spec, snap=True)
+    if spec.learned:
+        scale = learned.least_error_scale(weight, spec)
+    else:
+        scale = minmax.compute_scale(weight, spec, snap=True)
     steps, low, high = _limits(weight, scale, spec, dtype)
-    nearest = minmax.quantize(weight, spec, snap=True)[0].to(dtype)
-    pinned = _pinned(weight, scale.shape[1])
+    nearest = learned.quantize_by(weight, scale, spec).to(dtype)
+    pinned = _pinned(weight, scale.shape[1], spec)
     order = torch.arange(width, device=weight.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -166,29 +178,39 @@ def round_columns(
     return codes[:, order.argsort()].to(torch.int8), scale
 
 
-def reproducible(weight: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def reproducible(weight: Tensor, codes: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Float weights that the quantizer takes to just these codes and scales.
 
-    It computes scales from the largest value of a row or group. So that one is left as it is, which
-    is why :func:`round_columns` gives it the code next to it, and no other value exceeds it.
+    MinMax computes scales from the largest value of a row or group. So that one is left as it is,
+    which is why :func:`round_columns` gives it the code next to it, and no other value exceeds it.
 
     Args:
         weight: ``[N, K]``, of which ``scale`` was computed.
         codes: int8 ``[N, K]``.
         scale: fp32 ``[N, G]``.
+        spec: of the weight.
     """
+    if spec.learned:
+        return minmax.dequantize(codes, scale, weight.dtype)
     groups = scale.shape[1]
     bound = _grouped(weight.float(), groups).abs().amax(dim=-1, keepdim=True)
     values = _grouped(minmax.dequantize(codes, scale), groups)
     values = torch.maximum(torch.minimum(values, bound), -bound).flatten(-2)
-    return torch.where(_pinned(weight, groups), weight, values.to(weight.dtype))
+    return torch.where(_pinned(weight, groups, spec), weight, values.to(weight.dtype))
 
 
-def _pinned(weight: Tensor, groups: int) -> Tensor:
-    """Which values ``[N, K]`` the scales are computed from: the first largest of each group."""
-    values = _grouped(weight.float().abs(), groups)
+def _pinned(weight: Tensor, groups: int, spec: QuantSpec) -> Tensor:
+    """Which values ``[N, K]`` the scales are computed from: a largest one of each group.
+
+    Where two of both signs are as large, a signed scale follows the positive one.
+    """
+    values = _grouped(weight.float(), groups)
     places = torch.zeros_like(values, dtype=torch.bool)
-    return places.scatter_(-1, values.argmax(dim=-1, keepdim=True), True).flatten(-2)
+    if spec.learned:
+        return places.flatten(-2)
+    positive = values.amax(dim=-1) >= values.abs().amax(dim=-1)
+    place = torch.where(positive, values.argmax(dim=-1), values.argmin(dim=-1))
+    return places.scatter_(-1, place.unsqueeze(-1), True).flatten(-2)
 
 
 def _limits(
@@ -197,7 +219,7 @@ def _limits(
     """For every weight its scale, and the codes that values no larger than its group's can have."""
     groups = scale.shape[1]
     bound = _grouped(weight.float(), groups).abs().amax(dim=-1)
-    reach = torch.round(bound / scale.abs())
+    reach = torch.full_like(scale, torch.inf) if spec.learned else torch.round(bound / scale.abs())
     width = weight.shape[1] // groups
     low, high = reach.neg().clamp(min=spec.code_min), reach.clamp(max=spec.code_max)
     steps, low, high = (t.to(dtype).repeat_interleave(width, -1) for t in (scale, low, high))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from qatc.data.corpus import Rows
 from qatc.errors import ConfigError
 from qatc.ptq.gptq import gptq
@@ -67,8 +69,8 @@ def apply(
     *,
     seed: int = 0,
     batch_size: int = 8,
-    on_step: Callable[[str], None] = lambda step: None,
-) -> None:
+    on_layer: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
     """Change the weights of ``model`` by all steps of a method, in place.
 
     Args:
@@ -78,13 +80,17 @@ def apply(
         recipe: what is quantized and how.
         seed: of what is random.
         batch_size: rows per forward pass.
-        on_step: called with the name of a step before it begins.
+        on_layer: called with the layers that GPTQ has rounded, and all layers.
+
+    Returns:
+        Scales of weights where GPTQ chose codes for them, see :func:`qatc.ptq.gptq.gptq`.
     """
+    scales: dict[str, Tensor] = {}
     for step in method.steps:
-        on_step(step)
         if step == "rotate":
             rotate(model, seed=seed)
         elif step == "smoothquant":
             smoothquant(model, rows, batch_size=batch_size)
         else:
-            gptq(model, rows, recipe, batch_size=batch_size)
+            scales = gptq(model, rows, recipe, batch_size=batch_size, on_layer=on_layer)
+    return scales

@@ -73,6 +73,15 @@ def rotate(model: Any, *, r1: bool = True, r2: bool = True, seed: int = 0) -> No
         _rotate_values(layer.module, chain)
 
 
+def untie_head(model: Any) -> None:
+    """Give the head a weight of its own, if it shares that of the embedding."""
+    ends = find_ends(model)
+    if are_tied(ends):
+        (head,) = (end.module for end in ends if end.role == "head")
+        head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+        untie(model.config)
+
+
 @dataclass(frozen=True, eq=False)
 class _Stream:
     """Who writes to the residual stream within a layer, and which norms read it."""
@@ -94,10 +103,7 @@ class _Outside:
 
 def _rotate_stream(model: Any, streams: list[_Stream], outside: _Outside, seed: int) -> None:
     embedding, head = outside.embedding.module, outside.head.module
-    if are_tied([outside.embedding, outside.head]):
-        weight = head.weight
-        head.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-        untie(model.config)
+    untie_head(model)
     size = embedding.weight.shape[1]
     turn = random_hadamard(size, torch.Generator().manual_seed(seed)).to(embedding.weight.device)
     assign(embedding, "weight", _turned(embedding.weight, turn))

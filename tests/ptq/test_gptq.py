@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qatc.errors import ConfigError, DataError
+from qatc.numerics.learned import least_error_scale, quantize_by
 from qatc.numerics.minmax import compute_scale, dequantize, quantize
 from qatc.ptq import gptq
 from qatc.ptq.gptq import reproducible, round_columns
@@ -25,6 +27,8 @@ SPECS = [
     QuantSpec(4, range="full", group_size=16),
     QuantSpec(4, scale_dtype="float16"),
     QuantSpec(2),
+    QuantSpec(4, range="signed"),
+    QuantSpec(3, range="signed", group_size=8, clip="learned"),
 ]
 
 
@@ -43,7 +47,10 @@ def optimal_brain_quantization(
     The largest value of a group keeps the code next to it.
     """
     width = weight.shape[1]
-    scales = compute_scale(weight, spec, snap=True).double()
+    scales = (least_error_scale if spec.learned else partial(compute_scale, snap=True))(
+        weight, spec
+    )
+    scales = scales.double()
     size = width // scales.shape[1]
     h = hessian + damping * hessian.diagonal().mean() * torch.eye(width, dtype=torch.float64)
     order = sorted(range(width), key=lambda j: -float(hessian[j, j])) if act_order else range(width)
@@ -55,9 +62,11 @@ def optimal_brain_quantization(
             j = left[0]
             group = original[j // size * size : (j // size + 1) * size]
             scale = scales[row, j // size]
-            reach = torch.round(group.abs().max() / scale)
-            low, high = max(-float(reach), spec.code_min), min(float(reach), spec.code_max)
-            largest = int(group.abs().argmax()) == j % size
+            low, high = float(spec.code_min), float(spec.code_max)
+            largest = not spec.learned and int(group.abs().argmax()) == j % size
+            if not spec.learned:
+                reach = float(torch.round(group.abs().max() / scale.abs()))
+                low, high = max(-reach, low), min(reach, high)
             code = torch.round((original if largest else w)[j] / scale).clamp(low, high)
             inverse = torch.linalg.inv(h[left][:, left])
             w[left] -= (w[j] - code * scale) / inverse[0, 0] * inverse[0]
@@ -94,7 +103,12 @@ def test_the_quantizer_takes_the_weights_to_these_codes(
     weight[1, 3] = weight[1].abs().max() * -4  # an outlier of negative sign
     weight[2] = weight[2].sign() * weight[2].abs().max()  # all are the largest
     codes, scale = round_columns(weight, (x.T @ x).float(), spec)
-    again, scale_again = quantize(reproducible(weight, codes, scale), spec, snap=True)
+    values = reproducible(weight, codes, scale, spec)
+    assert values.dtype is dtype
+    if spec.learned:  # the scale is given
+        assert torch.equal(quantize_by(values, scale, spec), codes)
+        return
+    again, scale_again = quantize(values, spec, snap=True)
     assert torch.equal(scale_again, scale) and torch.equal(again, codes)
 
 
