@@ -58,8 +58,11 @@ def test_rounding_alone(shared_model_path: Path, tmp_path: Path) -> None:
 def test_rotation_unties_the_output(shared_model_path: Path, tmp_path: Path, share: bool) -> None:
     """Also where the student's embedding is the teacher's memory, which stays as it is."""
     config = make(
-        *(shared_model_path, tmp_path / "out"),
-        **{"method": "rotate+smoothquant", "train_embeddings": not share, "verify": not share},
+        shared_model_path,
+        tmp_path / "out",
+        method="rotate+smoothquant",
+        train_embeddings=not share,
+        verify=not share,
     )
     notes = Notes()
     result = quantize(config, notes)
