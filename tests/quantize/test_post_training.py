@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from qatc.errors import ConfigError
+from qatc.numerics.learned import least_error_scale
 from qatc.numerics.minmax import quantize as to_codes
 from qatc.output import load_codes, open_output
+from qatc.passes.quantize_kv import KEY_CENTER
 from qatc.ptq import gptq
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
@@ -88,6 +90,13 @@ def test_training_goes_on_from_gptq(shared_model_path: Path, tmp_path: Path, rec
     assert figures["gptq"].kl == pytest.approx(alone.figures["generated"]["gptq"].kl, abs=1e-4)
     assert (figures["gptq"].kl or 9) < (figures["RTN"].kl or 0)
     assert (figures["QAT"].kl or 9) < 1.1 * (figures["gptq"].kl or 0)
+    if recipe == "best":
+        original = dict(load_with_transformers(shared_model_path).named_parameters())
+        for name, weight in load_codes(alone.output).items():
+            start = least_error_scale(original[name].detach(), weight.spec)
+            assert torch.equal(weight.scale, start)
+        centers = [v for n, v in open_output(alone.output).state.items() if KEY_CENTER in n]
+        assert len(centers) == 2 and all(center.any() for center in centers)
 
 
 def test_an_interrupted_run_calibrates_once(
