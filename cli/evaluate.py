@@ -120,8 +120,8 @@ def evaluate(
         elif head_bits is not None or embedding_bits is not None:
             raise ConfigError("--head-bits and --embedding-bits need --bits beside them")
         of_text = {"text": text, "data": data, "max_tokens": max_tokens}
-        of_tasks = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
-        of_tasks |= {"runtime": runtime, "output": output}
+        of_tasks: dict[str, Any] = {"include_path": include_path, "limit": limit}
+        of_tasks |= {"num_fewshot": num_fewshot, "runtime": runtime, "output": output}
         misplaced = options.spelled(of_text if tasks is not None else of_tasks)
         if misplaced:
             beside = "not beside" if tasks is not None else "for"

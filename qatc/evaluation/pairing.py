@@ -7,7 +7,6 @@ what counts are the answers that only one of them has right.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,9 +54,12 @@ def mcnemar(lost: int, gained: int) -> float:
     """How often chance alone makes the flips at least this uneven, if either way is as likely.
 
     Twice the binomial tail ``P(X <= min(lost, gained))`` of ``lost + gained`` fair draws, at most 1
-    (McNemar, 1947, in its exact form). The sums are exact.
+    (McNemar, 1947, in its exact form). Integers of any size make the sum exact.
     """
     flips = lost + gained
-    tail = sum(math.comb(flips, k) for k in range(min(lost, gained) + 1))
+    term = tail = 1
+    for k in range(1, min(lost, gained) + 1):
+        term = term * (flips - k + 1) // k
+        tail += term
     p: float = 2 * tail / 2**flips
     return min(1.0, p)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
@@ -208,8 +209,8 @@ def load_tasks(
     manager = TaskManager(include_path=given, include_defaults=False)
     wanted = resolve(names, manager.all_tasks)
     fetches = not wanted.keys() <= set(manager.all_subtasks)
-    if fetches:  # reading the thousands of files of lm-eval takes seconds
-        manager = TaskManager(include_path=given)
+    if fetches:
+        manager = _with_those_of_lm_eval(given)
     for name in wanted:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, [*PRESETS, *manager.all_tasks], n=5)
@@ -230,6 +231,14 @@ def load_tasks(
                     )
                 _set_shots(task, shots if num_fewshot is None else num_fewshot)
     return loaded
+
+
+@cache
+def _with_those_of_lm_eval(include_path: str | None) -> Any:
+    """All tasks there are. To read lm-eval's thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def resolve(names: Iterable[str], local: Iterable[str] = ()) -> dict[str, int | None]:
