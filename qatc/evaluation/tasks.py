@@ -19,20 +19,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import qatc
 from qatc.errors import ConfigError, DataError
 from qatc.progress import Observer
 
-_ZERO_SHOT = "boolq piqa social_iqa hellaswag winogrande arc_easy arc_challenge openbookqa"
-PRESETS: Mapping[str, tuple[str, ...]] = {
-    "paper": tuple(_ZERO_SHOT.split()),
-    "fewshot": ("mmlu", "triviaqa"),
-    "perplexity": ("wikitext", "c4"),
-}
-"""Tasks of LLM-QAT (Liu et al., 2023): zero-shot common sense (tables 1 and 2), few-shot (table 7)
-and perplexity, by lm-eval's names."""
+_COMMON_SENSE = "boolq piqa social_iqa hellaswag winogrande arc_easy arc_challenge openbookqa"
 
-SHOTS: Mapping[str, int] = {"mmlu": 5, "triviaqa": 5}
-"""Examples in the prompt of a task of a preset, where it is not zero."""
+PRESETS: Mapping[str, Mapping[str, int]] = {
+    "paper": dict.fromkeys(_COMMON_SENSE.split(), 0),
+    "fewshot": {"mmlu": 5, "triviaqa": 5},
+    "perplexity": {"wikitext": 0, "c4": 0},
+}
+"""Tasks of LLM-QAT (Liu et al., 2023), by lm-eval's names, and the examples in their prompts."""
 
 LOCAL = "_local"
 """A task of a preset gives way to the one of this ending, if ``include_path`` has it."""
@@ -46,8 +44,7 @@ normalized by the answer's length in bytes where the task offers it, as in LLaMA
 LONGEST = 2048
 """Tokens that a model is given at once unless told otherwise, if it takes that many."""
 
-_SEED = 1234
-"""Of the choice of few-shot examples: lm-eval's own default."""
+_SEED = 1234  # of the choice of few-shot examples: lm-eval's own default
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,8 @@ class TaskResults:
         """Plain data, without that of each item."""
         scores = [score.to_dict() for score in self.scores]
         value, stderr = self.average or (None, None)
-        average = {"value": value, "stderr": stderr}
-        return {"tasks": scores, "average": average, "numerics": self.numerics}
+        plain = {"tasks": scores, "average": {"value": value, "stderr": stderr}}
+        return plain | {"numerics": self.numerics}
 
 
 def evaluate_tasks(
@@ -149,14 +146,10 @@ def evaluate_tasks(
         EvaluationError: the model answers NaN, or an answer does not fit into ``max_length``.
     """
     observer = observer or Observer()
-    for what, number, least in (
-        ("limit", limit, 1),
-        ("batch size", batch_size, 1),
-        ("length", max_length, 2),
-        ("number of few-shot examples", num_fewshot, 0),
-    ):
-        if number is not None and number < least:
-            raise ConfigError(f"the {what} must be at least {least}; got {number}")
+    numbers = {"limit": limit, "batch size": batch_size, "length": max_length}
+    for what, number in (numbers | {"number of examples": num_fewshot}).items():
+        if number is not None and number < (what != "number of examples"):
+            raise ConfigError(f"the {what} is too small; got {number}")
     lm_eval = _import_lm_eval()
     from qatc.evaluation.language_model import SOFTMAX_DTYPE, LanguageModel
 
@@ -184,7 +177,8 @@ def evaluate_tasks(
         "batch_size": batch_size,
         "max_length": language_model.max_length,
         "limit": limit,
-        "versions": {name: version(name) for name in ("lm_eval", "torch", "transformers")},
+        "versions": {"qatc": qatc.__version__}
+        | {name: version(name) for name in ("lm_eval", "torch", "transformers")},
     }
     return TaskResults(tuple(scores), numerics, raw)
 
@@ -208,8 +202,7 @@ def load_tasks(
     given = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=given, include_defaults=False)
     wanted = resolve(names, manager.all_tasks)
-    fetches = not wanted.keys() <= set(manager.all_subtasks)
-    if fetches:
+    if fetches := not wanted.keys() <= set(manager.all_subtasks):
         manager = _with_those_of_lm_eval(given)
     for name in wanted:
         if name not in manager.all_tasks:
@@ -226,9 +219,7 @@ def load_tasks(
                 loaded[name] = manager.load([name])
             for task in loaded[name]["tasks"].values():
                 if getattr(task, "UNSAFE_CODE", False):
-                    raise ConfigError(
-                        f"the task {name} runs code that the model wrote: leave it out"
-                    )
+                    raise ConfigError(f"the task {name} runs what the model wrote: leave it out")
                 _set_shots(task, shots if num_fewshot is None else num_fewshot)
     return loaded
 
@@ -257,10 +248,10 @@ def resolve(names: Iterable[str], local: Iterable[str] = ()) -> dict[str, int | 
         if name not in PRESETS:
             found.setdefault(name, None)
             continue
-        for task in PRESETS[name]:
+        for task, shots in PRESETS[name].items():
             own = [called + LOCAL for called in (task, _ALSO_CALLED.get(task, task))]
             brought = next((called for called in own if called in local), None)
-            found[brought or task] = None if brought else SHOTS.get(task, 0)
+            found[brought or task] = None if brought else shots
     if not found:
         raise ConfigError(f"name at least one task, or one of {', '.join(PRESETS)}")
     return found

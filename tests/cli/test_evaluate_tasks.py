@@ -41,7 +41,7 @@ def test_tasks(output: Path, shared_model_path: Path, tmp_path: Path) -> None:
     assert set(found["flips"]) == {"tiny_choice", "tiny_answer"}
     assert found["flips"]["tiny_choice"].keys() == {"items", "lost", "gained", "p"}
     assert found["numerics"]["batch_size"] == 3 and found["numerics"]["limit"] == 2
-    assert found["numerics"]["versions"].keys() == {"lm_eval", "torch", "transformers"}
+    assert found["numerics"]["versions"].keys() == {"qatc", "lm_eval", "torch", "transformers"}
     samples = found["teacher"]["lm_eval"]["tiny_answer"]["samples"]["tiny_answer"]
     assert len(samples) == 2 and isinstance(samples[0]["resps"][0][0], str)
     assert list(tmp_path.glob("*.writing")) == []

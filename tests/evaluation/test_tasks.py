@@ -59,8 +59,8 @@ def found(tasks_path: Path, tokenizer: Any) -> TaskResults:
 
 
 def run(model: Any, tokenizer: Any, names: list[str], path: Path, **options: Any) -> TaskResults:
-    settings = {"include_path": path, "batch_size": 2} | options
-    return evaluate_tasks(model, tokenizer, names, **settings)
+    settings: dict[str, Any] = {"batch_size": 2} | options
+    return evaluate_tasks(model, tokenizer, names, include_path=path, **settings)
 
 
 def responses(found: TaskResults, name: str) -> list[Any]:
@@ -140,18 +140,15 @@ def test_answers(tasks_path: Path, out: Path, tokenizer: Any) -> None:
 
 
 def test_packed_is_trained(tasks_path: Path, out: Path) -> None:
-    names = tuple(NAMES[:3])
-    both = [
-        assess_tasks(
-            TasksConfig(str(out), tasks=names, include_path=tasks_path, compile=False, **runtime)
-        ).model
-        for runtime in ({}, {"runtime": "packed"})
-    ]
+    names, both = NAMES[:3], list[TaskResults]()
+    for runtime in ("trained", "packed"):
+        options: dict[str, Any] = {"runtime": runtime, "include_path": tasks_path}
+        config = TasksConfig(str(out), tasks=tuple(names), compile=False, **options)
+        both.append(assess_tasks(config).model)
     for name in names:
-        trained, packed = (responses(results, name) for results in both)
-        flat = [torch.tensor(values, dtype=torch.float64) for values in (trained, packed)]
-        assert torch.allclose(*flat, atol=1e-3)
-    full = run(make_llama(), load_tokenizer(str(out)), list(names), tasks_path)
+        trained, packed = (torch.tensor(responses(found, name)).double() for found in both)
+        assert torch.allclose(trained, packed, atol=1e-3)
+    full = run(make_llama(), load_tokenizer(str(out)), names, tasks_path)
     assert responses(full, "tiny_choice") != responses(both[0], "tiny_choice")
     assert [results.numerics["runtime"] for results in both] == ["trained", "packed"]
 
@@ -196,7 +193,8 @@ def score(task: str, right: list[int], metric: str = "acc", stderr: float = 0.1)
 def test_average() -> None:
     perplexity = TaskScore("c", "word_perplexity", 12.0, None, 0, ("0",), None)
     results = TaskResults((score("a", [1, 0]), score("b", [1, 1, 1, 0]), perplexity), {}, {})
-    assert results.average == (0.625, pytest.approx(math.sqrt(0.02) / 2))
+    assert results.average is not None
+    assert results.average == pytest.approx((0.625, math.sqrt(0.02) / 2))
     assert TaskResults((perplexity,), {}, {}).average is None
 
 
@@ -228,8 +226,9 @@ def test_what_cannot_be_asked(tasks_path: Path, tmp_path: Path, tokenizer: Any) 
         load_tasks(["hellaswagg"])
     with pytest.raises(ConfigError, match="--include-path takes a directory"):
         load_tasks(["tiny_choice"], tmp_path / "absent")
-    for options in ({"limit": 0}, {"batch_size": 0}, {"max_length": 1}, {"num_fewshot": -1}):
-        with pytest.raises(ConfigError, match="must be at least"):
+    for option, number in (("limit", 0), ("batch_size", 0), ("max_length", 0), ("num_fewshot", -1)):
+        options: dict[str, Any] = {option: number}
+        with pytest.raises(ConfigError, match=f"is too small; got {number}"):
             run(make_llama(), tokenizer, ["tiny_choice"], tasks_path, **options)
     write_task(tmp_path, "long", QUESTIONS, CHOICE | {"doc_to_choice": ["by the bridge"] * 3})
     with pytest.raises(EvaluationError, match="which do not fit into 2; give a larger --length"):
