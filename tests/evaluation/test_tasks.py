@@ -14,7 +14,8 @@ import torch
 
 import qatc
 from qatc.errors import ConfigError, DataError, EvaluationError
-from qatc.evaluation.evaluate import TasksConfig, assess_tasks
+from qatc.evaluation.evaluate import TaskComparison, TasksConfig, assess_tasks
+from qatc.evaluation.pairing import Pairing
 from qatc.evaluation.tasks import (
     PRESETS,
     TaskResults,
@@ -29,6 +30,7 @@ from qatc.models.preparation import prepare
 from qatc.output import load_reference
 from qatc.recipe.recipe import Recipe
 from qatc.report.tables import numerics_text, task_rows
+from qatc.runtime.forward import RUNTIME
 from tests.conftest import make_llama, make_output
 from tests.evaluation.local_tasks import CHOICE, QUESTIONS, TEXTS, write_task, write_tasks
 
@@ -54,12 +56,12 @@ def out(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def found(tasks_path: Path, tokenizer: Any) -> TaskResults:
-    """In batches of two, with windows of 24 tokens."""
+    """In batches of four, which hold rows of several lengths, with windows of 24 tokens."""
     return run(make_llama(), tokenizer, NAMES, tasks_path, max_length=24)
 
 
 def run(model: Any, tokenizer: Any, names: list[str], path: Path, **options: Any) -> TaskResults:
-    settings: dict[str, Any] = {"batch_size": 2} | options
+    settings: dict[str, Any] = {"batch_size": 4} | options
     return evaluate_tasks(model, tokenizer, names, include_path=path, **settings)
 
 
@@ -129,7 +131,7 @@ def greedy(model: Any, tokenizer: Any, prompt: str) -> str:
 
 @torch.no_grad()
 def test_answers(tasks_path: Path, out: Path, tokenizer: Any) -> None:
-    """Of all three kinds of model, padded on the left in batches of two."""
+    """Of all three kinds of model, padded on the left."""
     trained = prepare(load_reference(out), Recipe(), compile=False)
     packed = qatc.load(out, compile=False)
     for model in (make_llama(), trained, packed):
@@ -145,6 +147,7 @@ def test_packed_is_trained(tasks_path: Path, out: Path) -> None:
         options: dict[str, Any] = {"runtime": runtime, "include_path": tasks_path}
         config = TasksConfig(str(out), tasks=tuple(names), compile=False, **options)
         both.append(assess_tasks(config).model)
+        assert hasattr(config.load(), RUNTIME) == (runtime == "packed")
     for name in names:
         trained, packed = (torch.tensor(responses(found, name)).double() for found in both)
         assert torch.allclose(trained, packed, atol=1e-3)
@@ -190,6 +193,18 @@ def score(task: str, right: list[int], metric: str = "acc", stderr: float = 0.1)
     return TaskScore(task, metric, sum(right) / len(right), stderr, 0, items, tuple(right))
 
 
+def test_flips() -> None:
+    own, other = (
+        TaskResults((score("a", right), score("b", [1])), {}, {})
+        for right in ([1, 0, 0, 1], [0, 1, 1, 1])
+    )
+    compared = TaskComparison(own, other)
+    assert compared.pairings == {"a": Pairing(4, lost=2, gained=1), "b": Pairing(1, 0, 0)}
+    assert task_rows(compared)[1][2:] == ["50.0\xa0±\xa010.0", "75.0\xa0±\xa010.0", "2", "1", "1"]
+    assert task_rows(compared)[-1][-3:] == ["2", "1", "1"]
+    assert compared.to_dict()["flips"]["a"] == {"items": 4, "lost": 2, "gained": 1, "p": 1}
+
+
 def test_average() -> None:
     perplexity = TaskScore("c", "word_perplexity", 12.0, None, 0, ("0",), None)
     results = TaskResults((score("a", [1, 0]), score("b", [1, 1, 1, 0]), perplexity), {}, {})
@@ -213,12 +228,17 @@ def test_every_task_of_a_preset_is_one_of_lm_eval() -> None:
     assert not [name for names in PRESETS.values() for name in names if name not in known]
 
 
-def test_shots(tasks_path: Path, tmp_path: Path) -> None:
-    def shots(name: str, number: int | None) -> int:
-        loaded = load_tasks([name], tasks_path, number)[name]
-        return int(loaded["tasks"][name].get_config("num_fewshot"))
+def test_shots(tmp_path: Path) -> None:
+    """A task that says 0 means it; what another says, or leaves open, can be changed."""
 
-    assert (shots("tiny_choice", None), shots("tiny_choice", 2)) == (0, 2)
+    def shots(own: int | None, number: int | None) -> int:
+        said = {} if own is None else {"num_fewshot": own}
+        write_task(tmp_path, "shots", QUESTIONS, CHOICE | said)
+        loaded = load_tasks(["shots"], tmp_path, number)["shots"]
+        return int(loaded["tasks"]["shots"].get_config("num_fewshot"))
+
+    assert (shots(None, None), shots(None, 2)) == (0, 2)
+    assert (shots(1, None), shots(1, 2), shots(0, 2)) == (1, 2, 0)
 
 
 def test_what_cannot_be_asked(tasks_path: Path, tmp_path: Path, tokenizer: Any) -> None:
