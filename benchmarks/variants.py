@@ -128,7 +128,7 @@ def build(options: Namespace, scratch: Path) -> tuple[dict[str, Variant], dict[s
         source = variants["fp32 eager"].model
         sizes, _, library = bits.partition("@")
         layers, _, ends = sizes.partition("+")
-        own = {"head_bits": int(ends), "embedding_bits": int(ends)} if ends else {}
+        own: Any = {"head_bits": int(ends), "embedding_bits": int(ends)} if ends else {}
         recipe = Recipe.from_bits(layers, target=library or "qatc", **own)
         output = common.random_output(scratch / bits, recipe, source)
         kernels: Any = library or "auto"

@@ -80,6 +80,15 @@ Target = Annotated[
         show_default=False,
     ),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="paper (default): symmetric MinMax, as LLM-QAT; or best, which loses least at equal"
+        " bits: signed codes, learned scales, centered keys.",
+        show_default=False,
+    ),
+]
 Samples = Annotated[int, typer.Option("--samples", help="Sequences to generate.")]
 Strategy = Annotated[str, typer.Option("--strategy", help="hybrid, sample or greedy.")]
 GreedyTokens = Annotated[str, typer.Option("--greedy-tokens", help="Greedy tokens of hybrid.")]
@@ -131,12 +140,14 @@ def build_recipe(
     target: str | None = None,
     head_bits: int | None = None,
     embedding_bits: int | None = None,
+    preset: str | None = None,
     spelled_out: Recipe | None = None,
 ) -> Recipe:
     """The recipe that the options describe, or the one that a run's file spells out."""
     if recipe is not None or spelled_out is not None:
         values = {"bits": bits, "group_size": group_size, "kv_site": kv_site, "skip": skip}
         values |= {"target": target, "head_bits": head_bits, "embedding_bits": embedding_bits}
+        values["preset"] = preset
         if clashing := spelled(values):
             source = "the recipe in --config" if recipe is None else "--recipe"
             raise ConfigError(
@@ -148,6 +159,7 @@ def build_recipe(
         return spelled_out
     changes: dict[str, Any] = {} if kv_site is None else {"kv_site": kv_site}
     changes |= {} if target is None else {"target": target}
+    changes |= {} if preset is None else {"preset": preset}
     own = {"head_bits": head_bits, "embedding_bits": embedding_bits}
     changes |= {name: value for name, value in own.items() if value is not None}
     patterns = DEFAULT_SKIP + tuple(skip or ())

@@ -30,6 +30,7 @@ def quantize(
     target: options.Target = None,
     head_bits: options.HeadBits = None,
     embedding_bits: options.EmbeddingBits = None,
+    preset: options.Preset = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -53,6 +54,13 @@ def quantize(
     ] = None,
     warmup: Annotated[int, typer.Option(help="Warm-up steps.")] = 0,
     gradient_clip: Annotated[float, typer.Option(help="Greatest gradient norm.")] = 1.0,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="What to lower: logits, label, hidden, attention, reverse, or a sum such as"
+            " logits+0.5*hidden:decay."
+        ),
+    ] = "logits",
     train_embeddings: Annotated[
         bool,
         typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
@@ -104,7 +112,7 @@ def quantize(
 
     with readable_errors("interrupted; the same command goes on from the last checkpoint"):
         chosen = options.build_recipe(
-            *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits),
+            *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits, preset),
             spelled_out=run_file.recipe(context),
         )
         greedy = options.parse_range(greedy_tokens)
@@ -142,6 +150,7 @@ def quantize(
                 seed=seed,
                 checkpoint_every=checkpoint_every,
                 keep_checkpoints=keep_checkpoints,
+                loss=loss,
             ),
             data=data,
             eval_text=eval_text,

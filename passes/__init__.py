@@ -27,13 +27,14 @@ from qatc.passes.lower_embedding import LowerEmbedding
 from qatc.passes.lower_linear import LowerLinear
 from qatc.passes.lower_to_torchao import LowerToTorchao
 from qatc.passes.quantize_embeddings import QuantizeEmbeddings
-from qatc.passes.quantize_kv import QuantizeKV
+from qatc.passes.quantize_kv import CenterKeys, QuantizeKV
 from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs
 from qatc.passes.quantize_weights import QuantizeWeights
 from qatc.passes.use_integer_forward import UseIntegerForward
 
 __all__ = [
     "Canonicalize",
+    "CenterKeys",
     "Edits",
     "GraphPass",
     "InsertKVCache",

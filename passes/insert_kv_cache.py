@@ -68,14 +68,22 @@ class InsertKVCache(GraphPass):
         if not attention.is_causal and str(shape_of(attention.query)[2]) != "1":
             raise PassError("the attention is not causal; a cache holds only what came before")
         key, value = attention.key, attention.value
+        gains = [self._gain(node) for node in (key, value)]
         options: dict[str, Any] = {"scale": attention.scale}
         if self.spec.quantizes:
             key, value = (self._unquantized(node) for node in (key, value))
             options["spec"] = spec_arg(self.spec)
+            if self.spec.learned:
+                options |= dict(zip(("key_gain", "value_gain"), gains, strict=True))
         inputs = self._add_inputs(gm, attention)
         target = quantized_attention if self.spec.quantizes else cached_attention
         replace_node(attention.node, target, (attention.query, key, value, *inputs), options)
         return Edits(matched=1, edited=1)
+
+    def _gain(self, node: Node) -> Any:
+        """The gain of the scales of a K or V, if they are learned."""
+        quantizer = quantizer_of(node)
+        return None if quantizer is None else quantizer.kwargs.get("gain")
 
     def _unquantized(self, node: Node) -> Node:
         """What the cache's fake-quant node rounds, which the cache rounds itself."""

@@ -64,6 +64,8 @@ class LowerLinear(GraphPass):
                     " which needs it in float; add it to the recipe's skip"
                 )
             gm.graph.erase_node(weight)
+        for scale in {node: None for site in lowered for node in site["scales"]}:
+            gm.graph.erase_node(scale)
         done = sum(node.target is packed_linear.PACKED_LINEAR for node in gm.graph.nodes)
         return Edits(matched=done, edited=len(lowered))
 
@@ -83,10 +85,12 @@ def _site(node: Node) -> dict[str, Any] | None:
     if node.target is integer_linear.INTEGER_LINEAR:
         x, weight = node.args[:2]
         activations, weights = spec_of(node, "x_spec"), spec_of(node, "weight_spec")
+        rounds = node
     else:
         quantizer = quantizer_of(node.args[1])  # type: ignore[arg-type]
         if quantizer is None:
             return None
+        rounds = quantizer
         weights, weight = spec_of(quantizer), quantizer.args[0]
         x, activations = node.args[0], QuantSpec(16)
         before = quantizer_of(x)  # type: ignore[arg-type]
@@ -101,6 +105,7 @@ def _site(node: Node) -> dict[str, Any] | None:
     return {
         "node": node, "x": x, "weight": weight, "bias": bias, "weights": weights,
         "activations": activations,
+        "scales": [rounds.kwargs[name] for name in ("start", "gain") if name in rounds.kwargs],
     }  # fmt: skip
 
 

@@ -8,18 +8,66 @@ from typing import Literal
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
-from qatc.graph.edits import insert_quantizer
+from qatc.graph.edits import add_parameter, insert_between, insert_quantizer
 from qatc.graph.nodes import (
     Attention,
+    as_node,
+    aten,
     find_attentions,
     find_projections,
     is_fake_quantize,
     parameter_name,
+    quantizer_of,
+    shape_of,
 )
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
 from qatc.recipe.spec import QuantSpec
+
+KEY_CENTER, KEY_GAIN, VALUE_GAIN = "key_center", "key_gain", "value_gain"
+"""Names of what a layer holds of its keys and values: the constant that is taken off its keys
+``[Hkv, 1, D]``, and the gains of their scales ``[Hkv, 1, 1]``."""
+
+
+@dataclass(frozen=True)
+class CenterKeys(GraphPass):
+    """Take a constant vector per head off the keys that attention reads.
+
+    Scores of a query move by one amount, its product with the constant, and softmax is blind to
+    that: the graph computes what it did, and a cache has smaller keys to quantize. It holds for
+    ``aten.scaled_dot_product_attention``, which neither bounds scores nor has sinks beside them.
+    """
+
+    requires = (Canonicalize,)
+
+    def edit(self, gm: GraphModule) -> Edits:
+        attentions = find_attentions(gm)
+        open_ = [attention for attention in attentions if not _is_centered(attention.key)]
+        for attention in open_:
+            key, query = attention.key, attention.query
+            heads, width = int(shape_of(key)[1]), int(shape_of(key)[3])
+            name = _name(KEY_CENTER, attentions.index(attention))
+            center = add_parameter(gm, name, (heads, 1, width), key)
+            insert_between(key, [attention.node], aten.sub.Tensor, (center,), {})
+            attention.node.update_arg(0, query)  # which may be the key as well
+        return Edits(matched=len(attentions), edited=len(open_))
+
+    def nothing_matched(self) -> str:
+        return "there is no aten.scaled_dot_product_attention whose keys could be centered"
+
+
+def _is_centered(key: Node) -> bool:
+    quantizer = quantizer_of(key)
+    source = key if quantizer is None else as_node(quantizer.args[0])
+    if source.target is not aten.sub.Tensor:
+        return False
+    return (parameter_name(as_node(source.args[1])) or "").startswith(KEY_CENTER)
+
+
+def _name(name: str, number: int) -> str:
+    """Of the first attention of a layer, the name itself."""
+    return name if number == 0 else f"{name}_{number}"
 
 
 @dataclass(frozen=True)
@@ -51,10 +99,17 @@ class QuantizeKV(GraphPass):
                     check_groups(self.spec, source, f"the {self.site} site of keys and values")
                     sites.setdefault(source, []).append(user)
         for source, users in sites.items():
-            insert_quantizer(source, users, self.spec, snap_scale=False)
+            gain = self._gain(gm, attentions, users[0], source) if self.spec.learned else None
+            insert_quantizer(source, users, self.spec, snap_scale=False, gain=gain)
         for attention, query in zip(attentions, queries, strict=True):
             attention.node.update_arg(0, query)  # which may be the key as well
         return Edits(matched=len(sites) + done, edited=len(sites))
+
+    def _gain(self, gm: GraphModule, attentions: list[Attention], user: Node, source: Node) -> Node:
+        """The gains of the keys or of the values that ``user`` reads, one for each head."""
+        number = next(i for i, attention in enumerate(attentions) if attention.node is user)
+        name = KEY_GAIN if attentions[number].key is source else VALUE_GAIN
+        return add_parameter(gm, _name(name, number), (int(shape_of(source)[1]), 1, 1), source)
 
     def nothing_matched(self) -> str:
         return (

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from qatc.graph.edits import insert_quantizer
-from qatc.graph.nodes import find_quantizable, is_quantized
+from qatc.graph.edits import add_parameter, insert_quantizer
+from qatc.graph.nodes import find_quantizable, is_quantized, parameter_name, shape_of
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
 from qatc.recipe.spec import QuantSpec
+
+SCALE_START, SCALE_GAIN = "_scale_start", "_scale_gain"
+"""What the names of a weight's learned scales add to its own, see :mod:`qatc.numerics.learned`."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,18 @@ class QuantizeWeights(GraphPass):
             check_groups(self.spec, linear.weight, linear.parameter)
             users.setdefault(linear.weight, []).append(linear.node)
         for weight, linears in users.items():
-            insert_quantizer(weight, linears, self.spec, snap_scale=True)
+            added = self._scales(gm, weight) if self.spec.learned else {}
+            insert_quantizer(weight, linears, self.spec, snap_scale=True, **added)
         return Edits(matched=len(users) + done, edited=len(users))
+
+    def _scales(self, gm: GraphModule, weight: Node) -> dict[str, Node]:
+        """The learned scales of a weight, ``[N, G]``, as inputs of the graph."""
+        name, (outputs, inputs) = parameter_name(weight), shape_of(weight)
+        shape = (int(outputs), int(inputs) // (self.spec.group_size or int(inputs)))
+        return {
+            "gain": add_parameter(gm, f"{name}{SCALE_GAIN}", shape, weight),
+            "start": add_parameter(gm, f"{name}{SCALE_START}", shape, weight),
+        }
 
     def nothing_matched(self) -> str:
         return (

@@ -65,4 +65,5 @@ def _replace(linear: Linear) -> None:
     bias: Node | None = argument(node, 2, "bias", None)
     specs = (spec_arg(spec_of(x)), spec_arg(spec_of(weight)))
     args = (x.args[0], weight.args[0], bias, *specs)
-    replace_node(node, integer_linear.INTEGER_LINEAR, args)
+    scale = {name: n for name, n in weight.kwargs.items() if name in ("start", "gain")}
+    replace_node(node, integer_linear.INTEGER_LINEAR, args, scale)

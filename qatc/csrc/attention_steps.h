@@ -142,6 +142,8 @@ static inline __attribute__((always_inline)) void look(const seen *s, int64_t wi
  * call: from i0 on, pointers to key codes [G, S, bytes of D codes], key scales [G, S], value codes and
  * value scales; G is i1, E is i2, f0 the factor on scores
  * kind, f1, b_row, b_col: bits, steps, least and greatest code of keys and values
+ * i3: 1 where their scales are signed; a_row, a_col: addresses of factors [G] on those of keys and
+ * of values, or none
  * ints: slots held before, the first one that is seen, and S, at d
  */
 static void attend(const step *s, const place_of *here) {
@@ -159,13 +161,16 @@ static void attend(const step *s, const place_of *here) {
     if (here->number == here->team - 1) {
         const float *key = at(here, s->b), *value = at(here, s->c);
         float steps = (float)s->f1, low = (float)s->b_row, high = (float)s->b_col;
+        const float *key_factor = at(here, s->a_row), *value_factor = at(here, s->a_col);
+        enum rule rule = s->i3 ? SIGNED : BY_DIVISION;
         int8_t codes[width > value_width ? width : value_width];
         for (int64_t h = 0; h < kv_heads; h++) {
             int64_t slot = h * capacity + held;
-            quantize_row(key + h * width, codes, key_scale + slot, width, steps, low, high, 0);
+            quantize_row(key + h * width, codes, key_scale + slot, width, steps, low, high, rule,
+                         key_factor ? key_factor[h] : 1);
             pack_row(codes, key_codes + slot * key_bytes, width, bits);
             quantize_row(value + h * value_width, codes, value_scale + slot, value_width, steps,
-                         low, high, 0);
+                         low, high, rule, value_factor ? value_factor[h] : 1);
             pack_row(codes, value_codes + slot * value_bytes, value_width, bits);
         }
     }

@@ -140,18 +140,28 @@ static void embed_packed(const step *s, const place_of *here) {
     if (s->rounds) round_all(out, width);
 }
 
+enum rule { BY_DIVISION, BY_RECIPROCAL, SIGNED };
+
 /* The contract of qatc/numerics/minmax.py: scale = max|x| / steps, 1 below 2^-124; code = round(x / scale).
- * By reciprocal: scale of at least 2^-23; code = round(x * (1 / scale)). */
+ * By reciprocal: scale of at least 2^-23; code = round(x * (1 / scale)). Signed: the scale is negative
+ * where the largest value is positive. A factor other than 1 makes a learned scale of it. */
 static void quantize_row(const float *restrict x, int8_t *restrict codes, float *scale_out,
-                         int64_t count, float steps, float low, float high, int by_reciprocal) {
+                         int64_t count, float steps, float low, float high, enum rule rule,
+                         float factor) {
+    int by_reciprocal = rule == BY_RECIPROCAL;
     uint32_t largest = 0;
+    int32_t highest = INT32_MIN; /* of the bits as integers, which order what is not negative */
     for (int64_t j = 0; j < count; j++) {
         uint32_t bits = as_bits(x[j]) & 0x7fffffffu; /* ordered as the values are */
         largest = bits > largest ? bits : largest;
+        highest = (int32_t)as_bits(x[j]) > highest ? (int32_t)as_bits(x[j]) : highest;
     }
     double exact = (double)as_float(largest) / (double)steps;
     float scale = exact < 0x1p-124 ? 1 : (float)exact;
     if (by_reciprocal) scale = exact < 0x1p-23 ? 0x1p-23f : (float)exact;
+    /* As minmax.py has it: where the greatest value is as large as the largest magnitude. */
+    if (rule == SIGNED && (highest == (int32_t)largest || largest == 0)) scale = -scale;
+    scale *= factor;
     *scale_out = scale;
     float reciprocal = 1 / scale;
     for (int64_t j = 0; j < count; j++) {
@@ -165,7 +175,7 @@ static void quantize_row(const float *restrict x, int8_t *restrict codes, float 
 static void quantize(const step *s, const place_of *here) {
     quantized *out = at(here, s->out);
     quantize_row(at(here, s->a), out->codes, &out->scale, s->cols, (float)s->f0, (float)s->i0,
-                 (float)s->i1, (int)s->kind);
+                 (float)s->i1, (enum rule)s->kind, 1);
     memset(out->codes + s->cols, 0, 512);
     int32_t sum = 0;
     for (int64_t j = 0; j < s->cols; j++) sum += out->codes[j];

@@ -20,6 +20,7 @@ from qatc.data.corpus import (
 from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.evaluation.pairing import Pairing, pair
+from qatc.evaluation.reference import prepare_reference
 from qatc.evaluation.tasks import TaskResults, evaluate_tasks, load_tasks
 from qatc.machine.device import pick_device
 from qatc.models import load_model, load_tokenizer
@@ -68,15 +69,13 @@ class Evaluated:
 
     def load(self) -> Any:
         """The model in fp32, with fake-quantized activations and KV if it is quantized."""
-        recipe = self.recipe
         model: Any
         if self.is_output:
             output = open_output(Path(self.model), trust_remote_code=self.trust_remote_code)
-            recipe = output.recipe
             model = load_reference(output).to(pick_device(self.device))  # type: ignore[arg-type]
-        else:
-            model = self.load_float(self.model)
-        return model if recipe is None else prepare(model, recipe, compile=self.compile)
+            return prepare_reference(model, output, compile=self.compile)
+        model = self.load_float(self.model)
+        return model if self.recipe is None else prepare(model, self.recipe, compile=self.compile)
 
     def load_float(self, name: str) -> Any:
         """A full-precision model in fp32."""

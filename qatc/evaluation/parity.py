@@ -35,13 +35,14 @@ from qatc.errors import ParityError
 from qatc.evaluation.checks import Check, ParityReport
 from qatc.evaluation.global_parity import Texts, exact_sums, score
 from qatc.evaluation.layer_parity import LIMITS, compare_in_float, compare_on_integers
+from qatc.evaluation.reference import prepare_reference
 from qatc.evaluation.vocabulary_parity import compare_ends
 from qatc.kernels.site import Kernels
 from qatc.models.pipelines import recipe_allows_integers
-from qatc.models.preparation import prepare, restore
+from qatc.models.preparation import restore
+from qatc.models.scales import learned_scale_of
 from qatc.numerics import packing
-from qatc.numerics.minmax import quantize
-from qatc.output import Output, load_reference
+from qatc.output import Output, QuantizedWeight, load_reference
 from qatc.output.directory import digest_of
 from qatc.output.reading import opened
 from qatc.passes.lower_linear import PACKED, SCALE
@@ -87,7 +88,7 @@ def verify(
     lowered = load(output, device=device, **plain)
     checks = [_stored(lowered, output, trained)]
     reference = load_reference(output).to(device)  # type: ignore[arg-type]
-    prepare(reference, recipe, compile=False, integer_forward=False)
+    prepare_reference(reference, output, compile=False, integer_forward=False)
     ids = _write_text(lowered, device)
     with torch.no_grad():
         texts = Texts(ids, _least_kl(output.metadata))
@@ -98,7 +99,7 @@ def verify(
             exact = score(reference, ids)
         texts.neighbour("the trained graph from itself with exact sums", in_float, exact)
         if recipe_allows_integers(recipe):
-            prepare(restore(reference), recipe, compile=False, integer_forward=True)
+            prepare_reference(restore(reference), output, compile=False, integer_forward=True)
             checks += compare_on_integers(reference, lowered, recipe, ids)
             trained_so = score(reference, ids)
             what = "the trained graph from itself on integers"
@@ -136,9 +137,10 @@ def _stored(model: nn.Module, output: Output, trained: Mapping[str, Tensor] | No
         codes = packing.unpack(packed, spec.bits, width)
         same = digest_of(codes, held[name + SCALE]) == digest
         if same and trained is not None:
-            wanted, scale = quantize(trained[name].detach(), spec, snap=True)
-            same = torch.equal(codes.cpu(), wanted.cpu())
-            same = same and torch.equal(held[name + SCALE].cpu(), scale.cpu())
+            scale = learned_scale_of(trained, name, spec)
+            wanted = QuantizedWeight.from_float(trained[name], spec, scale)
+            same = torch.equal(codes.cpu(), wanted.codes.cpu())
+            same = same and torch.equal(held[name + SCALE].cpu(), wanted.scale.cpu())
         if not same:
             wrong.append(name)
     for name, value in output.state.items():

@@ -1,7 +1,7 @@
 """The tasks of lm-eval (``pip install 'qatc[eval]'``) on a model that qatc loaded.
 
 lm-eval serves as a library: it has the tasks, their prompts and their metrics. The model is handed
-over as it is (see :mod:`qatc.evaluation.language_model`); lm-eval's own loading of a qatc output
+over as it is (see :mod:`qatc.runtime.language_model`); lm-eval's own loading of a qatc output
 would measure other numerics.
 """
 
@@ -151,7 +151,7 @@ def evaluate_tasks(
         if number is not None and number < (what != "number of examples"):
             raise ConfigError(f"the {what} is too small; got {number}")
     lm_eval = _import_lm_eval()
-    from qatc.evaluation.language_model import SOFTMAX_DTYPE, LanguageModel
+    from qatc.runtime.language_model import SOFTMAX_DTYPE, LanguageModel
 
     chosen = load_tasks(tasks, include_path, num_fewshot)
     takes = getattr(model.config, "max_position_embeddings", None) or LONGEST

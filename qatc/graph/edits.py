@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch.fx import Node
+import torch
+from torch.fx import GraphModule, Node
 
-from qatc.numerics import minmax
+from qatc.errors import PassError
+from qatc.numerics import fake_quant
 from qatc.recipe.spec import QuantSpec, spec_arg
 
 
@@ -25,7 +28,15 @@ def insert_between(
     return new
 
 
-def insert_quantizer(source: Node, users: list[Node], spec: QuantSpec, *, snap_scale: bool) -> Node:
+def insert_quantizer(
+    source: Node,
+    users: list[Node],
+    spec: QuantSpec,
+    *,
+    snap_scale: bool,
+    start: Node | None = None,
+    gain: Node | None = None,
+) -> Node:
     """Insert a fake-quant node that ``users`` read instead of ``source``.
 
     Args:
@@ -33,9 +44,37 @@ def insert_quantizer(source: Node, users: list[Node], spec: QuantSpec, *, snap_s
         users: those of its users that read the quantized values.
         spec: how.
         snap_scale: round scales as those of weights are.
+        start, gain: of learned scales, see :mod:`qatc.numerics.learned`.
     """
-    options = {"snap_scale": snap_scale}
-    return insert_between(source, users, minmax.FAKE_QUANTIZE, (spec_arg(spec),), options)
+    options: dict[str, Any] = {"snap_scale": snap_scale}
+    options |= {name: n for name, n in (("start", start), ("gain", gain)) if n is not None}
+    return insert_between(source, users, fake_quant.FAKE_QUANTIZE, (spec_arg(spec),), options)
+
+
+def add_parameter(gm: GraphModule, name: str, shape: Sequence[int], like: Node) -> Node:
+    """A further parameter of the captured module as an input of its graph, fp32.
+
+    Args:
+        gm: whose parameters are graph inputs.
+        name: of the parameter, relative to the captured module.
+        shape: of the parameter.
+        like: a node on whose device it is.
+
+    Raises:
+        PassError: parameters of the graph are attributes of it.
+    """
+    first = next(iter(gm.graph.nodes))
+    if first.op != "placeholder" or "parameter" not in first.meta:
+        raise PassError(
+            "learned scales and centered keys are parameters, and those of this graph are no"
+            " inputs of it; prepare the model with qatc.prepare, or leave them out of the recipe"
+        )
+    with gm.graph.inserting_before(first):
+        node = gm.graph.placeholder(name.replace(".", "_"))
+    node.meta["parameter"] = name
+    if "val" in like.meta:
+        node.meta["val"] = like.meta["val"].new_empty(tuple(shape), dtype=torch.float32)
+    return node
 
 
 def replace_node(

@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qatc.kernels import integer_linear
-from qatc.numerics import minmax
+from qatc.numerics import fake_quant
 from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 aten = torch.ops.aten
@@ -242,7 +242,7 @@ def parameter_name(node: Node) -> str | None:
 
 def is_fake_quantize(node: Node) -> bool:
     """Whether ``node`` is a fake-quant node."""
-    return node.op == "call_function" and node.target is minmax.FAKE_QUANTIZE
+    return node.op == "call_function" and node.target is fake_quant.FAKE_QUANTIZE
 
 
 def quantizer_of(node: Node) -> Node | None:
@@ -269,7 +269,12 @@ def weight_sites(gm: GraphModule) -> list[str]:
 
 
 def reads_master(user: Node, source: Node) -> bool:
-    """Whether ``user`` rounds ``source`` to codes, for which it wants it in full precision."""
+    """Whether ``user`` rounds ``source`` to codes, for which it wants it in full precision.
+
+    Learned scales, by which it rounds, it wants so as well.
+    """
+    if source in user.kwargs.values():
+        return is_fake_quantize(user) or user.target is integer_linear.INTEGER_LINEAR
     if user.op == "call_function" and user.target is integer_linear.INTEGER_LINEAR:
         return user.args[1] is source
     return is_fake_quantize(user)

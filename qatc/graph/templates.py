@@ -221,7 +221,8 @@ def _cast_parameters(gm: GraphModule, dtype: torch.dtype) -> None:
     for node in [n for n in gm.graph.nodes if n.op == "placeholder" and "parameter" in n.meta]:
         if node.meta["val"].is_floating_point():
             masters = [user for user in node.users if reads_master(user, node)]
-            for source in (node, *filter(is_fake_quantize, masters)):
+            rounded = [m for m in masters if is_fake_quantize(m) and m.args[0] is node]
+            for source in (node, *rounded):
                 users = [user for user in source.users if user not in masters]
                 if users:
                     insert_between(source, users, aten.to.dtype, (dtype,), {})

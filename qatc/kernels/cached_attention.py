@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatc.kernels import row_attention
-from qatc.numerics import minmax, packing
+from qatc.numerics import learned, minmax, packing
 from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 
@@ -69,6 +69,8 @@ def quantized_attention(
     *,
     spec: str,
     scale: float | None = None,
+    key_gain: Tensor | None = None,
+    value_gain: Tensor | None = None,
 ) -> Tensor:
     """:func:`cached_attention` over integer codes, one scale per token and head.
 
@@ -83,6 +85,7 @@ def quantized_attention(
             changed in place.
         key_scale, value_scale: fp32 ``[B, Hkv, S, 1]``, changed in place.
         spec: of the codes, as :func:`qatc.recipe.spec.spec_arg` writes it: 2 to 8 bits.
+        key_gain, value_gain: fp32 ``[Hkv, 1, 1]``, of learned scales.
 
     Returns:
         ``[B, Hq, T, D]``.
@@ -90,8 +93,11 @@ def quantized_attention(
     own = read_spec_arg(spec)
     bits = own.bits
     rows = torch.arange(query.shape[0], device=query.device).unsqueeze(1)
-    for new, codes, scales in ((key, key_codes, key_scale), (value, value_codes, value_scale)):
-        new_codes, new_scale = minmax.quantize(new, own)
+    for new, gain, codes, scales in (
+        (key, key_gain, key_codes, key_scale),
+        (value, value_gain, value_codes, value_scale),
+    ):
+        new_codes, new_scale = learned.quantize(new, own, gain)
         codes[rows, :, positions] = packing.pack(new_codes, bits).transpose(1, 2)
         scales[rows, :, positions] = new_scale.transpose(1, 2)
     visible = row_attention.visible(positions, key_codes.shape[2], mask)

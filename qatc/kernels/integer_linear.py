@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qatc.kernels import native
 from qatc.machine import cpu
-from qatc.numerics import minmax
+from qatc.numerics import learned, minmax
 from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
@@ -40,7 +40,8 @@ _FLOAT_WIDTH = EXACT_FP32 // (128 * 128)
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
 _LIBRARY.define(
-    "integer_linear(Tensor x, Tensor weight, Tensor? bias, str x_spec, str weight_spec) -> Tensor"
+    "integer_linear(Tensor x, Tensor weight, Tensor? bias, str x_spec, str weight_spec, *,"
+    " Tensor? start=None, Tensor? gain=None) -> Tensor"
 )
 
 
@@ -104,35 +105,50 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _IntegerLinear(torch.autograd.Function):
-    """Backward is that of a linear over the dequantized values: rounding passes gradients on."""
+    """Backward is that of a linear over the dequantized values: rounding passes gradients on.
+
+    A weight with a scale of its own, ``[N, 1]``, passes them on as :mod:`qatc.numerics.learned`
+    says, to that scale as well.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, specs: tuple[QuantSpec, QuantSpec]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        specs: tuple[QuantSpec, QuantSpec],
+        own_scale: Tensor | None,
     ) -> Tensor:
         x_codes, x_scale = minmax.quantize(x.flatten(0, -2), specs[0])
-        codes, scale = minmax.quantize(weight, specs[1], snap=True)
-        ctx.save_for_backward(x_codes, x_scale, codes, scale)
+        if own_scale is None:
+            codes, scale = minmax.quantize(weight, specs[1], snap=True)
+        else:
+            codes, scale = learned.quantize_by(weight, own_scale, specs[1]), own_scale
+        ctx.save_for_backward(x_codes, x_scale, codes, scale, None if own_scale is None else weight)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.spec = specs[1]
         product = scale_sums(int_mm(x_codes, codes), x_scale, scale, bias, x.dtype)
         return product.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes, x_scale, codes, scale = ctx.saved_tensors
+        x_codes, x_scale, codes, scale, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         rows = gradient.flatten(0, -2)
         needs = ctx.needs_input_grad
-        for_x = for_weight = for_bias = None
+        for_x = for_weight = for_bias = for_scale = None
         if needs[0]:
             for_x = rows @ minmax.dequantize(codes, scale, gradient.dtype)
             for_x = for_x.to(x_dtype).unflatten(0, gradient.shape[:-1])
-        if needs[1]:
+        if needs[1] or needs[5]:
             values = minmax.dequantize(x_codes, x_scale, gradient.dtype)
             for_weight = (rows.t() @ values).to(weight_dtype)
+        if weight is not None and for_weight is not None:
+            for_weight, for_scale = learned.gradients(for_weight, weight, codes, scale, ctx.spec)
         if needs[2]:
             for_bias = rows.sum(0).to(bias_dtype)
-        return for_x, for_weight, for_bias, None
+        return for_x, for_weight, for_bias, None, for_scale
 
 
 def scale_sums(
@@ -161,18 +177,31 @@ def scale_channels(
 
 
 def _integer_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, x_spec: str, weight_spec: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_spec: str,
+    weight_spec: str,
+    *,
+    start: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     specs = (read_spec_arg(x_spec), read_spec_arg(weight_spec))
-    result: Tensor = _IntegerLinear.apply(x, weight, bias, specs)  # type: ignore[no-untyped-call]
+    scale = None
+    if start is not None and gain is not None:
+        scale = learned.learned_scale(start, gain, specs[1], snap=True)
+    result: Tensor = _IntegerLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, specs, scale
+    )
     return result
 
 
 _LIBRARY.impl("integer_linear", _integer_linear, "CompositeImplicitAutograd")
 
 INTEGER_LINEAR = torch.ops.qatc.integer_linear.default
-"""``(x [..., K], weight [N, K], bias, x_spec, weight_spec) -> [..., N]``, differentiable in x,
-weight and bias; one scale per row of x and per row of weight."""
+"""``(x [..., K], weight [N, K], bias, x_spec, weight_spec, *, start, gain) -> [..., N]``,
+differentiable in x, weight, bias and gain; one scale per row of x and per row of weight, which is
+MinMax's or, with ``start`` and ``gain`` ``[N, 1]``, a learned one."""
 
 
 def obstacle(device: str) -> str | None:

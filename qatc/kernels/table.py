@@ -30,7 +30,7 @@ from qatc.kernels.site import (
     needs_tinygemm,
     needs_torchao,
 )
-from qatc.numerics import minmax, packing
+from qatc.numerics import fake_quant, minmax, packing
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _run_scaled(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
 ) -> Tensor:
     """The very values of :func:`_run_float`, summed in fp32."""
-    values = minmax.fake_quantize(x, site.activations).flatten(0, -2)
+    values = fake_quant.fake_quantize(x, site.activations).flatten(0, -2)
     product = products.scaled_mm(values, packed, scale, site.weights.bits)
     product = product if bias is None else product + bias.float()
     return product.to(x.dtype).view(*x.shape[:-1], site.outputs)
@@ -120,7 +120,7 @@ def _run_scaled(
 
 def _run_float(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     weight = minmax.dequantize(_unpacked(packed, site), scale, x.dtype)
-    return F.linear(minmax.fake_quantize(x, site.activations), weight, bias)
+    return F.linear(fake_quant.fake_quantize(x, site.activations), weight, bias)
 
 
 def _unpacked(packed: Tensor, site: Site) -> Tensor:

@@ -8,6 +8,7 @@ from qatc.kernels import integer_linear
 from qatc.models.vocabulary import head_recipe
 from qatc.passes import (
     Canonicalize,
+    CenterKeys,
     GraphPass,
     Pipeline,
     QuantizeEmbeddings,
@@ -40,6 +41,8 @@ def training_pipeline(
         passes.append(QuantizeLinearInputs(recipe.activations, skip))
     if linears and recipe.weights.quantizes:
         passes.append(QuantizeWeights(recipe.weights, skip))
+    if recipe.center_keys:
+        passes.append(CenterKeys())
     if recipe.kv.quantizes:
         passes.append(QuantizeKV(recipe.kv, recipe.kv_site))
     if linears and integer_forward:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qatc.errors import CaptureError, ConfigError
@@ -26,10 +26,16 @@ from qatc.models.pipelines import (
     training_pipeline,
     why_no_integer_forward,
 )
-from qatc.models.support import refuse_stacked_weights, refuse_unstorable, refuse_unsupported
+from qatc.models.scales import Added, add, attention_sizes
+from qatc.models.support import (
+    refuse_idle_patterns,
+    refuse_lost_scales,
+    refuse_stacked_weights,
+    refuse_unstorable,
+    refuse_unsupported,
+)
 from qatc.models.vocabulary import End, quantized_ends
-from qatc.numerics import minmax
-from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
+from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 
 _PREPARED = "_qatc_prepared"
@@ -43,6 +49,7 @@ class Prepared:
         store, forwards: templates and forwards of the decoder layers.
         ends: forwards of the head and of the embedding, as far as they are quantized, each with a
             store of its own.
+        added: learned scales and centers of keys, which the model did not have.
     """
 
     recipe: Recipe
@@ -51,6 +58,7 @@ class Prepared:
     use_cache: tuple[tuple[Any, Any], ...]
     integer_forward: bool
     ends: tuple[tuple[End, TemplateForward], ...] = ()
+    added: tuple[Added, ...] = ()
 
     def stores(self) -> tuple[TemplateStore, ...]:
         """All stores of templates."""
@@ -68,13 +76,16 @@ def prepare(
     compile: bool | None = None,
     compute_dtype: torch.dtype | None = None,
     integer_forward: bool | None = None,
+    start_scales: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Let the layers of ``model`` run the quantized graph, for training or evaluation.
 
     The decoder layers of a Hugging Face causal LM, or any other module as a whole, get a
     ``forward`` that runs a captured, transformed and compiled graph with the module's own
     parameters. Nothing else changes: the module tree, the state dict, tied weights and the hooks
-    of the layers stay as they are. :func:`restore` undoes it.
+    of the layers stay as they are. :func:`restore` undoes it. A recipe with learned scales or
+    centered keys adds those to the modules that they are of, as parameters and buffers; see
+    :mod:`qatc.models.scales`.
 
     Attributes may be changed afterwards: a graph is captured for what they are now. What is added
     afterwards, such as LoRA adapters of peft, stays in full precision, around quantized weights.
@@ -95,6 +106,9 @@ def prepare(
         integer_forward: compute quantized linears on int8 codes with an exact product, as integer
             kernels will; ``None``: where the recipe allows it and this machine is fast at it.
 
+        start_scales: where learned scales of weights start, fp32 ``[N, G]`` by parameter name;
+            ``None``: where the squared error is least.
+
     Returns:
         ``model`` itself.
 
@@ -113,12 +127,13 @@ def prepare(
         )
     if hasattr(model, _PREPARED):
         raise ConfigError("the model is prepared already; call qatc.restore(model) first")
-    _refuse_idle_patterns(model, recipe)
+    refuse_idle_patterns(model, recipe)
     if is_transformers_model(model):
         refuse_unsupported(model)
         if recipe.weights.quantizes:
             refuse_stacked_weights(model, recipe)
-    _refuse_lost_scales(model, recipe)
+    refuse_lost_scales(model, recipe)
+    added = _add_scales(model, recipe, compute_dtype, start_scales)
     ends = quantized_ends(model, recipe)
     obstacle = why_no_integer_forward(recipe, _device_of(model))
     if integer_forward is None:
@@ -148,7 +163,9 @@ def prepare(
     for forward in (*forwards, *(forward for _, forward in at_ends)):
         forward.install()
     switched = tuple(_switch_cache_off(model))
-    prepared = Prepared(recipe, store, tuple(forwards), switched, on_integers, tuple(at_ends))
+    prepared = Prepared(
+        recipe, store, tuple(forwards), switched, on_integers, tuple(at_ends), added
+    )
     setattr(model, _PREPARED, prepared)
     if is_transformers_model(model):
         model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
@@ -163,7 +180,10 @@ def prepare(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Give the layers of ``model`` their original forward back; the parameters stay trained."""
+    """Give the layers of ``model`` their original forward back; the parameters stay trained.
+
+    Learned scales and centers of keys go with the quantized graph.
+    """
     prepared = prepared_state(model)
     for forward in (*prepared.forwards, *(forward for _, forward in prepared.ends)):
         forward.remove()
@@ -171,6 +191,8 @@ def restore(model: nn.Module) -> nn.Module:
         config.use_cache = value
     model.__dict__.pop("save_pretrained", None)
     delattr(model, _PREPARED)
+    for added in prepared.added:
+        added.remove()
     return model
 
 
@@ -204,6 +226,40 @@ def quantized_specs(model: nn.Module) -> dict[str, QuantSpec]:
     for end, _ in prepared.ends:
         found[end.weight] = getattr(prepared.recipe, end.role)
     return found
+
+
+def _add_scales(
+    model: nn.Module,
+    recipe: Recipe,
+    compute_dtype: torch.dtype | None,
+    start_scales: Mapping[str, Tensor] | None,
+) -> tuple[Added, ...]:
+    """Put on the model what the recipe says is learned or taken off, see what is there first.
+
+    Where weights are quantized and keys are read, graphs say. These have neither yet, since what a
+    module holds is part of what its graph is made from.
+    """
+    if not (recipe.weights.learned or recipe.kv.learned or recipe.center_keys):
+        return ()
+    if not is_transformers_model(model):
+        raise ConfigError(
+            "learned scales and centered keys are for transformers models; leave clip and"
+            " center_keys out of the recipe"
+        )
+    plain = replace(
+        recipe,
+        weights=replace(recipe.weights, clip="none"),
+        kv=replace(recipe.kv, clip="none"),
+        center_keys=False,
+        head=QuantSpec(),
+        embedding=QuantSpec(),
+    )
+    prepare(model, plain, compile=False, compute_dtype=compute_dtype, integer_forward=False)
+    try:
+        weights, attentions = quantized_specs(model), attention_sizes(prepared_state(model))
+    finally:
+        restore(model)
+    return add(model, recipe, weights, attentions, start_scales or {})
 
 
 @torch.no_grad()
@@ -272,32 +328,6 @@ def _transform(
     skip = owner.skipped()
     linears = any(name not in skip for name in weights)
     training_pipeline(recipe, skip, linears, integer_forward)(gm)
-
-
-def _refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for pattern in recipe.skip:
-        only = Recipe(skip=(pattern,))
-        if pattern not in DEFAULT_SKIP and not any(only.skips(name) for name in names):
-            raise ConfigError(
-                f"the skip pattern {pattern!r} matches no parameter; names look like"
-                f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
-            )
-
-
-def _refuse_lost_scales(model: nn.Module, recipe: Recipe) -> None:
-    """A runtime that stores scales in fp16 would turn small weights to nothing."""
-    for name, region in find_regions(model):
-        for own, parameter in region.named_parameters():
-            full = f"{name}.{own}" if name else own
-            if parameter.dim() != 2 or recipe.skips(full):
-                continue
-            lost = minmax.why_scales_are_lost(parameter, recipe.weights)
-            if lost is not None:
-                raise ConfigError(
-                    f"{full} is not for the target {recipe.target}: {lost}; choose another target"
-                    f" (qatc, transformers, vllm), or keep it in float with --skip {full!r}"
-                )
 
 
 def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:

@@ -13,7 +13,8 @@ from torch import nn
 
 from qatc.errors import ConfigError
 from qatc.models.regions import find_regions
-from qatc.recipe.recipe import Recipe
+from qatc.numerics import minmax
+from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
 
 
 def refuse_adapter(name: str) -> None:
@@ -132,3 +133,30 @@ def skip_options(names: list[str]) -> str:
         for name in names
     }
     return " ".join(f"--skip '{pattern}'" for pattern in sorted(patterns))
+
+
+def refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
+    """Raise ``ConfigError`` if a pattern of the recipe's ``skip`` matches nothing."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in recipe.skip:
+        only = Recipe(skip=(pattern,))
+        if pattern not in DEFAULT_SKIP and not any(only.skips(name) for name in names):
+            raise ConfigError(
+                f"the skip pattern {pattern!r} matches no parameter; names look like"
+                f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
+            )
+
+
+def refuse_lost_scales(model: nn.Module, recipe: Recipe) -> None:
+    """A runtime that stores scales in fp16 would turn small weights to nothing."""
+    for name, region in find_regions(model):
+        for own, parameter in region.named_parameters():
+            full = f"{name}.{own}" if name else own
+            if parameter.dim() != 2 or recipe.skips(full):
+                continue
+            lost = minmax.why_scales_are_lost(parameter, recipe.weights)
+            if lost is not None:
+                raise ConfigError(
+                    f"{full} is not for the target {recipe.target}: {lost}; choose another target"
+                    f" (qatc, transformers, vllm), or keep it in float with --skip {full!r}"
+                )

@@ -132,6 +132,7 @@ def head_recipe(recipe: Recipe) -> Recipe:
         recipe,
         weights=recipe.head,
         kv=_UNQUANTIZED,
+        center_keys=False,
         head=_UNQUANTIZED,
         embedding=_UNQUANTIZED,
     )

@@ -1,13 +1,4 @@
-"""The numerics: scales, codes, and the one fake-quant op that training graphs hold.
-
-``torch.ops.qatc.fake_quantize`` is what the passes insert. It is registered once, as a *composite*
-op: a graph shows and serialises it as a single node, while Inductor sees through it and fuses the
-row maximum, the rounding and whatever stands around them into one kernel.
-
-Rounding has no useful gradient, so training uses the straight-through estimator (Bengio et al.,
-arXiv 1308.3432): forward is the rounded value, backward is the identity, and nothing is zeroed.
-Written ``q.detach() + (x - x.detach())`` this is exact in every dtype: the bracket is exactly zero.
-The more common ``x + (q - x).detach()`` rounds twice, and in bf16 it moves values off the grid.
+"""The numerics: scales and codes.
 
 All functions work on the last dimension. ``group_size`` values of it share a scale; 0 stands for
 the whole row.
@@ -31,21 +22,21 @@ the whole row.
    of 2.
 6. The value is ``float32(code) * scale``, rounded once to the dtype of ``x``.
 
+Where the range is signed the scale's sign is set last, between 4 and 5: minus where the value of
+the largest magnitude is positive, or as large as any negative one.
+
 Infinity and NaN in ``x`` give NaN, so that they are noticed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from pathlib import Path
 
 import torch
-import torch.compiler.config
 from torch import Tensor
 
 from qatc.errors import ConfigError
-from qatc.recipe.spec import QuantSpec, read_spec_arg, spec_arg
+from qatc.recipe.spec import QuantSpec
 
 MIN_SCALE = 2.0**-124
 """The smallest scale, of weights and others: values that devices may flush are less than half of
@@ -71,18 +62,22 @@ def compute_scale(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> Tensor:
             weights need it, so that every runtime stores the very scale that was trained with.
 
     Returns:
-        fp32 tensor ``[..., K / group_size]`` (``[..., 1]`` for whole rows), at least
-        :data:`MIN_SCALE`. A row of zeros, or of less than a scale can hold, has scale 1.
+        fp32 tensor ``[..., K / group_size]`` (``[..., 1]`` for whole rows), of a magnitude of at
+        least :data:`MIN_SCALE`, and negative only where the range is signed. A row of zeros, or of
+        less than a scale can hold, has scale 1 or -1.
     """
-    amax = _in_groups(x, spec.group_size or 0).float().abs().amax(dim=-1)
+    values = _in_groups(x, spec.group_size or 0).float()
+    amax = values.abs().amax(dim=-1)
     exact = amax.double() / spec.steps
     if spec.rounding == "reciprocal":
         scale = exact.float().clamp(min=SMALLEST_OF_RECIPROCAL)
     else:
         scale = torch.where(exact < MIN_SCALE, 1.0, exact).float()
     if snap:
-        scale = _snap(scale, spec)
+        scale = snap_scale(scale, spec)
     scale = scale.clamp(max=largest_scale(spec, x.dtype, snap=snap))
+    if spec.range == "signed":  # the largest value gets the code that is furthest from zero
+        scale = torch.where(values.amax(dim=-1) >= amax, -scale, scale)
     return torch.where(amax.isfinite(), scale, amax)
 
 
@@ -111,18 +106,20 @@ def why_scales_are_lost(weight: Tensor, spec: QuantSpec) -> str | None:
     return None
 
 
-def _snap(scale: Tensor, spec: QuantSpec) -> Tensor:
-    snapped = _round_to_bf16(scale)
+def snap_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The nearest values of the same sign that bf16 and ``spec.scale_dtype`` hold, as fp32."""
+    snapped = round_to_bf16(scale)
     if spec.scale_dtype == "bfloat16":
         return snapped
     # Multiples of fp16's step: seven bits of them at most, which bf16 holds as well. Upwards, since
     # a step may be much of the scale, and a smaller scale cuts off the largest values.
-    stepped = (scale / FP16_STEP).ceil() * FP16_STEP
-    return torch.where(scale < 2.0**-17, stepped, snapped)
+    magnitude = scale.abs()
+    stepped = ((magnitude / FP16_STEP).ceil() * FP16_STEP).copysign(scale)
+    return torch.where(magnitude < 2.0**-17, stepped, snapped)
 
 
-def _round_to_bf16(scale: Tensor) -> Tensor:
-    """The nearest bf16 values of positive fp32 numbers, ties to even, as fp32.
+def round_to_bf16(scale: Tensor) -> Tensor:
+    """The nearest bf16 values of fp32 numbers, ties to even, as fp32.
 
     Done on the bits, since Inductor leaves out a cast to bf16 and back.
     """
@@ -139,7 +136,7 @@ def quantize(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> tuple[Tensor,
     """
     assert spec.quantizes, "16 bits have no codes"
     scale = compute_scale(x, spec, snap=snap)
-    codes = _round_to_codes(_in_groups(x, spec.group_size or 0), scale.unsqueeze(-1), spec)
+    codes = round_to_codes(_in_groups(x, spec.group_size or 0), scale.unsqueeze(-1), spec)
     return codes.flatten(-2).to(torch.int8), scale
 
 
@@ -167,59 +164,9 @@ def _in_groups(x: Tensor, group_size: int) -> Tensor:
     return groups
 
 
-def _round_to_codes(groups: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+def round_to_codes(groups: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The codes, as fp32, of values whose scales are broadcast to them."""
     values = groups.float()
     exact = values * (1.0 / scale) if spec.rounding == "reciprocal" else values / scale
     codes = torch.round(exact)  # half to even
     return codes.clamp(spec.code_min, spec.code_max)
-
-
-def _tag_compiled_code(package: Path) -> None:
-    """Let the caches of ``torch.compile`` tell one version of the numerics from another.
-
-    A compiled graph is found again on disk by its nodes, and a node names an op, not its body: a
-    kernel of an older body would be served without a word.
-    """
-    folders = ("recipe", "numerics", "kernels")
-    sources = (path for folder in folders for path in sorted((package / folder).glob("*.py")))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    config = torch.compiler.config
-    config.cache_key_tag = f"{config.cache_key_tag}qatc-{digest[:16]};"
-
-
-_tag_compiled_code(Path(__file__).parents[1])
-
-_LIBRARY = torch.library.Library("qatc", "DEF")
-_LIBRARY.define("fake_quantize(Tensor x, str spec, *, bool snap_scale=False) -> Tensor")
-
-
-def _fake_quantize(x: Tensor, spec: str, *, snap_scale: bool = False) -> Tensor:
-    read = read_spec_arg(spec)
-    if not read.quantizes:
-        return x.clone()
-    values = x.detach()
-    groups = _in_groups(values, read.group_size or 0)
-    scale = compute_scale(values, read, snap=snap_scale).unsqueeze(-1)
-    quantized = (_round_to_codes(groups, scale, read) * scale).flatten(-2).to(x.dtype)
-    return quantized + (x - values)
-
-
-_LIBRARY.impl("fake_quantize", _fake_quantize, "CompositeImplicitAutograd")
-
-FAKE_QUANTIZE = torch.ops.qatc.fake_quantize.default
-"""The op that the passes insert: ``(x, spec, *, snap_scale) -> x-like``, with the spec as
-:func:`qatc.recipe.spec.spec_arg` writes it."""
-
-
-def fake_quantize(x: Tensor, spec: QuantSpec, *, snap_scale: bool = False) -> Tensor:
-    """Quantize and dequantize ``x`` with a straight-through gradient.
-
-    Args:
-        x: float tensor ``[..., K]`` of any float dtype; the result has the same shape and dtype.
-        spec: bits, range and group size; 16 bits returns ``x`` itself.
-        snap_scale: round scales as those of weights are (see :func:`compute_scale`).
-    """
-    if not spec.quantizes:
-        return x
-    result: Tensor = FAKE_QUANTIZE(x, spec_arg(spec), snap_scale=snap_scale)
-    return result

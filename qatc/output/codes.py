@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qatc.numerics import minmax
+from qatc.numerics import learned, minmax
 from qatc.recipe.spec import QuantSpec
 
 
@@ -27,12 +27,21 @@ class QuantizedWeight:
     spec: QuantSpec
 
     @classmethod
-    def from_float(cls, weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
+    def from_float(
+        cls, weight: Tensor, spec: QuantSpec, scale: Tensor | None = None
+    ) -> QuantizedWeight:
         """Quantize a trained float weight ``[N, K]`` exactly as training did.
+
+        Args:
+            weight: the master.
+            spec: how.
+            scale: fp32 ``[N, G]``, where it is a learned one.
 
         Raises:
             ConfigError: the group size does not divide K.
         """
+        if scale is not None:
+            return cls(learned.quantize_by(weight.detach(), scale, spec), scale, spec)
         codes, scale = minmax.quantize(weight.detach(), spec, snap=True)
         return cls(codes, scale, spec)
 

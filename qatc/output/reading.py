@@ -14,6 +14,7 @@ from qatc.errors import CheckpointError, ConfigError, DataError
 from qatc.models.building import build_model
 from qatc.models.load import read_generation_config, require_finite
 from qatc.models.remote_code import require_trust
+from qatc.models.scales import of_attention
 from qatc.output.codes import QuantizedWeight
 from qatc.output.compressed_tensors import loads_as_it_is
 from qatc.output.contents import Output
@@ -210,7 +211,8 @@ def load_reference(
     model = build_model(
         output.config, dtype, device="cpu", trust_remote_code=output.trust_remote_code
     )
-    own, state = model.state_dict(), output.state
+    own = model.state_dict()
+    state = {name: value for name, value in output.state.items() if not of_attention(name)}
     codes = with_tied(output.weights, model.all_tied_weights_keys)
     given = codes.keys() | state.keys()
     odd = sorted((own.keys() - given - model.all_tied_weights_keys.keys()) | (given - own.keys()))

@@ -17,6 +17,7 @@ from qatc.graph import compilation
 from qatc.models import LoadedModel, load_model
 from qatc.models.pipelines import why_no_integer_forward
 from qatc.models.preparation import prepare, prepared_state, quantized_specs
+from qatc.models.scales import of_attention, of_weight
 from qatc.models.vocabulary import tying_note
 from qatc.quantize.given import Setting
 from qatc.recipe.spec import QuantSpec
@@ -148,5 +149,5 @@ def round_unquantized(pair: Pair) -> None:
     """Round what is stored in float to its stored dtype, so that what ships is evaluated."""
     # Of a tied weight that only one of its users quantizes, the other one stores the float.
     for name, parameter in pair.student.named_parameters(remove_duplicate=False):
-        if name not in pair.quantized:
+        if name not in pair.quantized and not (of_weight(name) or of_attention(name)):
             parameter.copy_(parameter.to(pair.stored).to(parameter.dtype))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from qatc.data.corpus import Corpus, Rows, pack_rows
 from qatc.data.generate import generate_corpus
 from qatc.evaluation.metrics import Metrics
+from qatc.models.centers import center_keys
 from qatc.quantize.given import Given, Setting
 from qatc.quantize.pair import Pair, evaluate_one
 from qatc.quantize.settings import QuantizeConfig
@@ -15,8 +18,8 @@ from qatc.quantize.unfinished import trained_file
 from qatc.storage.files import read_json, write_json
 from qatc.training.distill import Distiller, StepMetrics
 
-GENERATED = "generated"
-"""Name of the held-out generated text in the figures."""
+CENTERING_ROWS = 16
+"""Rows of the corpus on which the mean of the keys is measured; more moves it by little."""
 
 Figures = Mapping[str, Mapping[str, Metrics]]
 """Text name -> model name (``full precision``, ``RTN``, ``QAT``) -> metrics."""
@@ -61,6 +64,16 @@ def write_corpus(setting: Setting, given: Given, pair: Pair, slots: int | None) 
         slots=slots,
         on_progress=lambda sequences, tokens: observer.generated(sequences, total, tokens),
     )
+
+
+def center(setting: Setting, pair: Pair, rows: Rows) -> None:
+    """Measure where keys lie, if the recipe takes that off them; the same in a resumed run."""
+    if not setting.config.recipe.center_keys:
+        return
+    some = rows[:CENTERING_ROWS]
+    device = next(pair.student.parameters()).device
+    ids, real = (torch.from_numpy(part).to(device) for part in (some.tokens, some.real))
+    center_keys(pair.student, pair.teacher.model, ids.long(), real)
 
 
 def split(corpus: Corpus, config: QuantizeConfig) -> tuple[Rows, Rows]:

@@ -15,6 +15,7 @@ from qatc.errors import PassError
 from qatc.evaluation.parity import verify
 from qatc.machine.device import release_memory
 from qatc.models.preparation import restore
+from qatc.models.scales import learned_scale_of, of_attention, of_weight
 from qatc.output import Output, QuantizedWeight, loads_elsewhere, open_output, write_output
 from qatc.output.model_card import write_card
 from qatc.quantize.given import Setting
@@ -51,16 +52,18 @@ def take_output(
     setting: Setting, pair: Pair, metadata: Mapping[str, Any]
 ) -> tuple[Output, dict[str, Tensor]]:
     """The output of a trained student, which is a plain model afterwards, and its masters."""
+    state = pair.student.state_dict()
     model = restore(pair.student)
-    state = model.state_dict()
-    masters = {name: state.pop(name) for name in pair.quantized}
+    masters = {name: state.pop(name) for name in [*pair.quantized, *filter(of_weight, state)]}
     floats = {
-        name: value.to(pair.stored) if value.is_floating_point() else value
+        name: value.to(pair.stored)
+        if value.is_floating_point() and not of_attention(name)
+        else value
         for name, value in state.items()
     }
     weights = {
-        name: QuantizedWeight.from_float(master, pair.quantized[name])
-        for name, master in masters.items()
+        name: QuantizedWeight.from_float(masters[name], spec, learned_scale_of(masters, name, spec))
+        for name, spec in pair.quantized.items()
     }
     output = Output(
         model.config,  # type: ignore[arg-type]

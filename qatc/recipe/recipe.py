@@ -22,6 +22,9 @@ DEFAULT_SKIP = ("*lm_head*", "*embed*")
 
 The ``head`` and ``embedding`` of a recipe, where they quantize, go before it."""
 
+PRESETS = ("paper", "best")
+"""What :meth:`Recipe.from_bits` can be asked for by name."""
+
 _SPECS = {
     "weights": "weights",
     "activations": "activations",
@@ -54,6 +57,9 @@ class Recipe:
             quantized like that of every linear. 16 bits, as in the paper, by default.
         embedding: the table of the token embedding, one scale per token of the vocabulary. If
             head and embedding are one tied weight, equal specs make them one stored weight.
+        center_keys: take a constant vector per head off the keys before they are quantized, their
+            mean over some rows of the corpus. It moves all scores of a query alike, which softmax
+            does not see, and leaves smaller keys to quantize; K of most models is far from 0.
         target: the runtime whose rules were taken for what is left open, see
             :data:`qatc.recipe.targets.TARGETS`; :meth:`from_bits` and :meth:`from_dict` take them.
 
@@ -68,6 +74,7 @@ class Recipe:
     skip: tuple[str, ...] = DEFAULT_SKIP
     head: QuantSpec = field(default_factory=_unquantized)
     embedding: QuantSpec = field(default_factory=_unquantized)
+    center_keys: bool = False
     target: str = "qatc"
 
     def __post_init__(self) -> None:
@@ -84,6 +91,24 @@ class Recipe:
                     f"{site}.rounding is {getattr(self, site).rounding!r}, and only activations are"
                     " rounded so by a runtime; leave it out"
                 )
+        for site in ("activations", "head", "embedding"):
+            if getattr(self, site).learned:
+                raise ConfigError(
+                    f"{site}.clip is 'learned', and only the scales of layers' weights, keys and"
+                    " values are trained; leave it out"
+                )
+        if self.activations.range == "signed":
+            raise ConfigError(
+                "activations.range is 'signed', which no product of activations has; take"
+                " 'restricted' or 'full'"
+            )
+        if self.kv_site != "cache" and (self.kv.learned or self.center_keys):
+            raise ConfigError(
+                "centered keys and learned scales of K and V are of the cache site; take"
+                " kv_site: cache"
+            )
+        if self.center_keys and not self.kv.quantizes:
+            raise ConfigError("center_keys without quantized keys; give kv fewer bits than 16")
         if self.kv_site not in get_args(KVSite):
             raise ConfigError(
                 f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"
@@ -102,6 +127,7 @@ class Recipe:
         head_bits: int = FLOAT_BITS,
         embedding_bits: int = FLOAT_BITS,
         target: str = "qatc",
+        preset: str = "paper",
         **changes: Any,
     ) -> Recipe:
         """A recipe from ``"W-A-KV"`` bits, such as ``"4-8-4"``.
@@ -112,6 +138,10 @@ class Recipe:
                 (or what the target has).
             head_bits, embedding_bits: of the output head and of the token embedding.
             target: the runtime to train for.
+            preset: ``paper`` for symmetric MinMax everywhere; ``best`` for what lost least at
+                equal bits: all levels, signed, of weights, keys and values, learned scales, and
+                centered keys. Of K and V it leaves to another target than ``qatc`` what that
+                computes.
             changes: any other field of the recipe.
         """
         match = re.fullmatch(r"(\d+)-(\d+)-(\d+)", bits.strip())
@@ -127,6 +157,14 @@ class Recipe:
                 match.groups(), (rules.weights, rules.activations, rules.kv), strict=True
             )
         )
+        if preset not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+        if preset == "best":
+            own: dict[str, Any] = {"range": "signed", "clip": "learned"}
+            weights = dataclasses.replace(weights, **(own if weights.quantizes else {}))
+            if target == "qatc" and kv.quantizes and changes.get("kv_site", "cache") == "cache":
+                kv = dataclasses.replace(kv, **own)
+                changes.setdefault("center_keys", True)
         if group_size is not None:
             weights = dataclasses.replace(weights, group_size=group_size)
         for name, own_bits in (("head", head_bits), ("embedding", embedding_bits)):

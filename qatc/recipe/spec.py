@@ -8,12 +8,17 @@ range          scale                       codes
 =============  ==========================  ===============================
 restricted     ``max|x| / (2**(b-1) - 1)``  ``-(2**(b-1)-1) .. 2**(b-1)-1``
 full           ``max|x| / ((2**b - 1)/2)``  ``-2**(b-1) .. 2**(b-1)-1``
+signed         ``x* / -2**(b-1)``          ``-2**(b-1) .. 2**(b-1)-1``
 =============  ==========================  ===============================
+
+``x*`` is the value of the largest magnitude with its sign, so that it gets the code ``-2**(b-1)``
+and no code is left unused: the rule of GGUF's Q4_0. The scale is negative where ``x*`` is positive.
 
 ``code = round_half_to_even(x / scale)`` and the quantized value is ``code * scale``. The restricted
 range is the one of LLM-QAT (arXiv 2305.17888, equation 1); the full range is that of torchao and of
 compressed-tensors in transformers. torchao multiplies with the reciprocal, ``x * (1 / scale)``, and
-has no scale below 2^-23: see ``rounding``.
+has no scale below 2^-23: see ``rounding``. With ``clip="learned"`` the scale is not that of the
+table but a trained one, and what lies beyond the outermost codes is cut off.
 
 A weight's scale is rounded before its codes are, to a value that the dtype in which the runtime
 stores it holds exactly, and bf16 as well: see ``scale_dtype``.
@@ -28,11 +33,13 @@ from typing import Any, Literal, get_args
 
 from qatc.errors import ConfigError
 
-Range = Literal["restricted", "full"]
+Range = Literal["restricted", "full", "signed"]
 
 ScaleDType = Literal["bfloat16", "float16"]
 
 Rounding = Literal["division", "reciprocal"]
+
+Clip = Literal["none", "learned"]
 
 FLOAT_BITS = 16
 """The number of bits that stands for "not quantized"."""
@@ -49,12 +56,16 @@ class QuantSpec:
         group_size: number of neighbouring values of the last dimension that share a scale, or
             ``None`` for one scale per row. A row is a token for activations, an output channel for
             weights, and a token of one head for keys and values.
-        range: ``"restricted"`` or ``"full"``, see the module's table.
+        range: ``"restricted"``, ``"full"`` or ``"signed"``, see the module's table.
         scale_dtype: of weights: what else than fp32 must hold their scales exactly. ``"bfloat16"``
             has fp32's range. ``"float16"``, in which GGUF stores scales, ends at 65504 and has
             steps of 2^-24 below 2^-14.
         rounding: of activations: ``"division"`` rounds ``x / scale``, ``"reciprocal"`` rounds
             ``x * (1 / scale)`` with a scale of at least 2^-23, as torchao does.
+        clip: of weights, keys and values: ``"none"``, or ``"learned"``: scales are trained. Those
+            of weights start where the squared error is least, one for each row or group; keys and
+            values keep their dynamic scales, times a trained factor for each head. See
+            :mod:`qatc.numerics.learned`.
 
     Raises:
         ConfigError: a value is not one of the above.
@@ -65,6 +76,7 @@ class QuantSpec:
     range: Range = "restricted"
     scale_dtype: ScaleDType = "bfloat16"
     rounding: Rounding = "division"
+    clip: Clip = "none"
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in VALID_BITS:
@@ -89,6 +101,8 @@ class QuantSpec:
             raise ConfigError(
                 f"rounding must be one of {', '.join(get_args(Rounding))}; got {self.rounding!r}"
             )
+        if self.clip not in get_args(Clip):
+            raise ConfigError(f"clip must be one of {', '.join(get_args(Clip))}; got {self.clip!r}")
 
     @property
     def quantizes(self) -> bool:
@@ -107,8 +121,15 @@ class QuantSpec:
 
     @property
     def steps(self) -> float:
-        """The number of steps from zero to ``max|x|``: 7 or 7.5 for 4 bits."""
-        return float(self.code_max) if self.range == "restricted" else ((1 << self.bits) - 1) / 2
+        """The number of steps from zero to ``max|x|``: 7, 7.5 or 8 for 4 bits."""
+        if self.range == "full":
+            return ((1 << self.bits) - 1) / 2
+        return float(self.code_max if self.range == "restricted" else -self.code_min)
+
+    @property
+    def learned(self) -> bool:
+        """Whether its scales are trained."""
+        return self.quantizes and self.clip == "learned"
 
 
 _NAMES = tuple(own.name for own in dataclasses.fields(QuantSpec))

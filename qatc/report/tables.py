@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qatc.data.corpus import TEXT
 from qatc.evaluation.checks import Check
 from qatc.evaluation.evaluate import TaskComparison
 from qatc.evaluation.metrics import Metrics, recovery
@@ -132,26 +133,37 @@ def corpus_rows(found: CorpusContents) -> Rows:
     elif not manifest["complete"]:
         state = "unfinished; the same qatc generate-data command completes it"
     side_by_side = f"{manifest['slots']} side by side" if "slots" in manifest else ""
+    if manifest["strategy"] == TEXT:
+        origin = [["text", manifest["text"]], ["tokenizer of", manifest["model"]]]
+    else:
+        origin = [
+            ["written by", manifest["model"]],
+            ["strategy", f"{manifest['strategy']}, seed {manifest['seed']}"],
+            ["decoded", ", ".join(filter(None, [side_by_side, f"in {manifest['dtype']}"]))],
+        ]
     return [
         ["setting", "value"],
         ["state", state],
         ["sequences", f"{found.sequences:,} of {manifest['sequences']:,}"],
         ["tokens", f"{found.tokens:,}, at most {manifest['max_length']:,} a sequence"],
-        ["written by", manifest["model"]],
-        ["strategy", f"{manifest['strategy']}, seed {manifest['seed']}"],
-        ["decoded", ", ".join(filter(None, [side_by_side, f"in {manifest['dtype']}"]))],
+        *origin,
         ["files", f"{len(manifest['shards'])} of up to {manifest['shard_size']:,} sequences"],
         ["fingerprint", found.fingerprint or "none yet"],
-        *([name, manifest[f"{name}_version"]] for name in ("qatc", "torch", "transformers")),
+        *(
+            [name, manifest[f"{name}_version"]]
+            for name in ("qatc", "torch", "transformers")
+            if f"{name}_version" in manifest
+        ),
     ]
 
 
 def corpus_text(manifest: Mapping[str, Any]) -> str:
     """What a corpus is, in a line, from what its manifest says."""
-    return (
-        f"{manifest['sequences']} sequences of at most {manifest['max_length']} tokens written by"
-        f" {manifest['model']} (strategy {manifest['strategy']}, seed {manifest['seed']})"
-    )
+    what = f"{manifest['sequences']} sequences of at most {manifest['max_length']} tokens"
+    if manifest["strategy"] == TEXT:
+        return f"{what} of the text {manifest['text']}"
+    how = f"(strategy {manifest['strategy']}, seed {manifest['seed']})"
+    return f"{what} written by {manifest['model']} {how}"
 
 
 def task_rows(found: TaskComparison) -> Rows:

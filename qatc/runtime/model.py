@@ -23,6 +23,7 @@ from qatc.machine.device import pick_device
 from qatc.models import find_regions
 from qatc.models.building import build_model
 from qatc.models.preparation import can_compile
+from qatc.models.scales import is_gain, of_attention
 from qatc.models.vocabulary import End, are_tied, quantized_ends
 from qatc.numerics import packing
 from qatc.output import Output
@@ -139,9 +140,12 @@ def _fill(model: PreTrainedModel, output: Output, device: str, tied: Sequence[En
         module.register_buffer(leaf + PACKED, packed)
         module.register_buffer(leaf + SCALE, weight.scale.to(device))
     _share_codes(model, tied)
+    for name in filter(of_attention, state):
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path).register_buffer(leaf, state[name])
     own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     floats = {
-        name: value.to(device, dtype if value.is_floating_point() else None)
+        name: value.to(device, dtype if value.is_floating_point() and not is_gain(name) else None)
         for name, value in state.items()
         if name in own
     }

@@ -24,6 +24,7 @@ from qatc.graph.nodes import spec_of
 from qatc.kernels import native, packed_linear
 from qatc.kernels.cached_attention import quantized_attention
 from qatc.numerics import packing
+from qatc.numerics.learned import factor
 from qatc.recipe.spec import QuantSpec, read_spec_arg
 from qatc.runtime.operators import STEPS
 from qatc.runtime.program import BINARY, PADDING, UNARY, Op, Place, Steps, per_call
@@ -93,7 +94,7 @@ class Translator:
             assert self.region is not None
             return self.region(node, list(args[0]))
         if node.target is quantized_attention:
-            return self._attention(node, args)
+            return self._attention(node, args, env)
         if node.target in _ON_SIZES:
             return node.target(*args)
         if name in STEPS:
@@ -258,7 +259,7 @@ class Translator:
 
     # ------------------------------------------------------------ attention
 
-    def _attention(self, node: Node, args: Sequence[Any]) -> Value:
+    def _attention(self, node: Node, args: Sequence[Any], env: dict[Node, Any]) -> Value:
         if len(args) > 8 and args[8] is not None:
             raise Untranslatable("attention with a mask")
         query, key, value = (self.dense(a) for a in args[:3])
@@ -269,12 +270,18 @@ class Translator:
         kv_heads, value_width = key.view.shape[1], value.view.shape[3]
         scale: Any = node.kwargs["scale"]
         first = CALL_HEAD + CALL_LAYER * cache.layer
+        # Addresses in the place of strides: a step has no more fields for addresses.
+        key_factor, value_factor = (
+            self._factor(node.kwargs.get(name), env).encode() if spec.learned else 0
+            for name in ("key_gain", "value_gain")
+        )
         partial = self.steps.buffer(4 * self.steps.threads * heads * (value_width + 2), shared=True)
         self.steps.emit(
             Op.ATTEND, partial, a=query.start, b=key.start, c=value.start,
             d=per_call(first + 4), kind=spec.bits, rows=heads, cols=width, i0=first, i1=kv_heads,
             i2=value_width, f0=width**-0.5 if scale is None else scale, f1=spec.steps,
-            b_row=spec.code_min, b_col=spec.code_max,
+            b_row=spec.code_min, b_col=spec.code_max, i3=spec.range == "signed",
+            a_row=key_factor, a_col=value_factor,
         )  # fmt: skip
         out = self.new((1, heads, 1, value_width), query.view.dtype)
         self.steps.emit(
@@ -282,6 +289,12 @@ class Translator:
             rounds=query.view.dtype is torch.bfloat16,
         )  # fmt: skip
         return out
+
+    def _factor(self, gain: Any, env: dict[Node, Any]) -> Place:
+        """Where the factors ``[G]`` of learned scales are."""
+        held = env[gain]
+        assert isinstance(held, Parameter)
+        return self.steps.tensor(factor(held.tensor.detach()).flatten())
 
     def embed_packed(
         self, ids: Any, packed: Any, scale: Any, width: int, spec: str, dtype: Any

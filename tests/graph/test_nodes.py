@@ -18,7 +18,7 @@ from qatc.graph.nodes import (
     parameter_name,
     weight_sites,
 )
-from qatc.numerics import minmax
+from qatc.numerics import fake_quant
 from qatc.recipe.spec import QuantSpec
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def test_arguments_by_position_or_by_name(graph: GraphModule) -> None:
 def test_insert_between_moves_the_given_users_alone(graph: GraphModule) -> None:
     q, kv = find_linears(graph)
     users = [kv.node, q.node]  # in any order
-    new = insert_between(q.input, users, minmax.FAKE_QUANTIZE, ("int8",), {})
+    new = insert_between(q.input, users, fake_quant.FAKE_QUANTIZE, ("int8",), {})
     graph.graph.lint()
     graph.recompile()
     assert q.input is kv.input is new and is_fake_quantize(new)

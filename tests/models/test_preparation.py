@@ -22,7 +22,7 @@ from qatc.models.preparation import (
     quantized_parameters,
     restore,
 )
-from qatc.numerics.minmax import fake_quantize
+from qatc.numerics.fake_quant import fake_quantize
 from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
 from qatc.recipe.spec import QuantSpec
 from tests.conftest import make_llama

@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qatc.errors import ConfigError
 from qatc.numerics import minmax
-from qatc.numerics.minmax import FAKE_QUANTIZE, compute_scale, dequantize, fake_quantize, quantize
+from qatc.numerics.fake_quant import FAKE_QUANTIZE, fake_quantize
+from qatc.numerics.minmax import compute_scale, dequantize, quantize
 from qatc.recipe.spec import QuantSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +27,7 @@ specs = st.builds(
     QuantSpec,
     bits=st.integers(2, 8),
     group_size=st.none() | st.integers(1, 5),
-    range=st.sampled_from(["restricted", "full"]),
+    range=st.sampled_from(["restricted", "full", "signed"]),
     scale_dtype=st.sampled_from(["bfloat16", "float16"]),
 )
 
@@ -68,11 +69,12 @@ def reference(
     Computed in fp64; what the contract says to be fp32 (the scale and the quotient) is rounded to
     fp32 once, which for a quotient is what a division in fp32 gives.
     """
-    bits, group_size, full = spec.bits, spec.group_size, spec.range == "full"
+    bits, group_size = spec.bits, spec.group_size
     values = x.double().numpy()
     values = values.reshape(values.shape[0], -1, group_size or values.shape[-1])
-    steps = (2**bits - 1) / 2 if full else 2 ** (bits - 1) - 1
-    low = -(2 ** (bits - 1)) if full else -(2 ** (bits - 1) - 1)
+    largest = 2 ** (bits - 1)
+    steps = {"restricted": largest - 1, "full": (2**bits - 1) / 2, "signed": largest}[spec.range]
+    low = 1 - largest if spec.range == "restricted" else -largest
     exact = np.abs(values).max(axis=-1) / steps
     exact[exact < 2.0**-124] = 1
     scale = exact.astype(np.float32).astype(np.float64)
@@ -82,6 +84,8 @@ def reference(
             rough = np.where(scale < 2.0**-17, np.ceil(scale * 2.0**24) * 2.0**-24, rough)
         scale = rough
     scale = np.minimum(scale, largest_scale(x, low, snap, spec.scale_dtype == "float16"))
+    if spec.range == "signed":
+        scale = np.where(values.max(axis=-1) >= -values.min(axis=-1), -scale, scale)
     ratio = (values / scale[..., None]).astype(np.float32)
     codes = np.clip(np.rint(ratio), low, 2 ** (bits - 1) - 1)
     return codes.reshape(x.shape), scale
@@ -136,7 +140,7 @@ def test_sixteen_bits_are_the_identity(case: tuple[Tensor, QuantSpec, bool]) -> 
 def test_a_snapped_scale_is_exact_in_its_dtypes(case: tuple[Tensor, QuantSpec, bool]) -> None:
     x, spec, _ = case
     scale = compute_scale(x, spec, snap=True)
-    assert (scale >= minmax.MIN_SCALE).all()
+    assert (scale.abs() >= minmax.MIN_SCALE).all()
     assert torch.equal(scale.to(torch.bfloat16).float(), scale)
     if spec.scale_dtype == "float16":
         assert torch.equal(scale.to(torch.float16).float(), scale)

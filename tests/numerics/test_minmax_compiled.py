@@ -19,7 +19,7 @@ from torch._inductor.utils import run_and_get_code
 import qatc
 from qatc.models.preparation import can_compile
 from qatc.numerics import minmax
-from qatc.numerics.minmax import fake_quantize
+from qatc.numerics.fake_quant import fake_quantize
 from qatc.recipe.spec import QuantSpec
 
 
@@ -106,8 +106,8 @@ def test_compiled_code_of_another_body_is_not_found_again(tmp_path: Path) -> Non
     program = (
         "import torch\n"
         "torch.compiler.config.cache_key_tag = 'own;'\n"
-        "import qatc.numerics.minmax\n"
-        "print(qatc.numerics.minmax.__file__, torch.compiler.config.cache_key_tag)"
+        "import qatc.numerics.fake_quant\n"
+        "print(qatc.numerics.fake_quant.__file__, torch.compiler.config.cache_key_tag)"
     )
     tags = []
     for place in (same, edited):

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from qatc.errors import PassError
 from qatc.graph.capture import capture
-from qatc.numerics.minmax import fake_quantize
+from qatc.numerics.fake_quant import fake_quantize
 from qatc.passes import Canonicalize, QuantizeEmbeddings
 from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass

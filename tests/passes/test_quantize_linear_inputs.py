@@ -7,7 +7,7 @@ import torch
 
 from qatc.errors import PassError
 from qatc.graph.nodes import find_linears, is_fake_quantize
-from qatc.numerics.minmax import fake_quantize
+from qatc.numerics.fake_quant import fake_quantize
 from qatc.passes import QuantizeLinearInputs
 from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass

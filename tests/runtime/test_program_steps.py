@@ -19,18 +19,22 @@ HEAD = 64
 
 
 @pytest.mark.parametrize("rounding", ["division", "reciprocal"])
-@pytest.mark.parametrize("range_", ["restricted", "full"])
+@pytest.mark.parametrize("range_", ["restricted", "full", "signed"])
 @pytest.mark.parametrize("size", [3.0, 1e-5, 2.0**-23 * 100, 2.0**-118, 2.0**-120, 2.0**-140, 0.0])
-def test_quantize(size: float, range_: Any, rounding: Any) -> None:
-    """Also of rows as small as a scale can be, and smaller."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_quantize(seed: int, size: float, range_: Any, rounding: Any) -> None:
+    """Also of rows as small as a scale can be, and smaller; the largest of either sign."""
+    if range_ == "signed" and rounding == "reciprocal":
+        pytest.skip("no recipe has both")
     spec = QuantSpec(8, range=range_, rounding=rounding)
-    x = torch.randn(40, generator=torch.Generator().manual_seed(0)) * size
-    x[7] = size
+    x = torch.randn(40, generator=torch.Generator().manual_seed(seed)) * size
+    x[7] = 4 * size if seed else -4 * size
+    kind = 2 if range_ == "signed" else int(rounding == "reciprocal")
     out = torch.full((HEAD + 40 + 512,), 77, dtype=torch.uint8)
     steps = Steps(threads=1)
     steps.emit(
         Op.QUANTIZE, steps.tensor(out), a=steps.tensor(x), cols=40, f0=spec.steps,
-        i0=spec.code_min, i1=spec.code_max, kind=rounding == "reciprocal",
+        i0=spec.code_min, i1=spec.code_max, kind=kind,
     )  # fmt: skip
     steps.finish()([])
     codes, scale = quantize(x, spec)
