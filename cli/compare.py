@@ -79,7 +79,7 @@ def compare(
             )
         else:
             for name, own in tables(rows).items():
-                terminal.print_table(cells_of(own), title=name)
+                terminal.print_table(cells_of(own, brief=True), title=name)
             terminal.out.print(f"page  {out / 'compare.html'}", highlight=False)
         if failed:
             raise QatcError(

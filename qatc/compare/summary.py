@@ -29,6 +29,9 @@ FIGURES = {
 }
 """What is told of a setting, and how its column is called in a table."""
 
+BRIEF = ("full_precision_perplexity", "rtn_perplexity", "perplexity", "kl", "recovery", "bytes")
+"""Those that a terminal shows."""
+
 _SCALES = {"bytes": 1e-6, "operations_per_token": 1e-9, "top1_agreement": 100.0}
 _DIGITS = {"kl": 4, "rtn_kl": 4, "top1_agreement": 1, "recovery": 1, "training_seconds": 1}
 
@@ -150,23 +153,31 @@ def shown(value: Any) -> str:
     return "default" if value is None else str(value).rstrip("/").rpartition("/")[2]
 
 
-def cells_of(rows: Sequence[Row]) -> list[list[str]]:
-    """The table of a grid as text, header first: options that differ, then the figures."""
-    options = varying(rows)
+def cells_of(rows: Sequence[Row], brief: bool = False) -> list[list[str]]:
+    """The table of a grid as text, header first: options that differ, then the figures.
+
+    Args:
+        rows: of one grid.
+        brief: only what fits a terminal: the means of ``BRIEF``.
+    """
+    options, figures = varying(rows), BRIEF if brief else tuple(FIGURES)
     texts = len({row.text for row in rows}) > 1
-    lines = [[*options, *(["text"] if texts else []), "method", "seeds", *FIGURES.values()]]
+    titles = [FIGURES[name] for name in figures]
+    lines = [[*options, *(["text"] if texts else []), "method", "seeds", *titles]]
     for row in rows:
         own = [shown(row.setting.get(name)) for name in options] + ([row.text] if texts else [])
-        figures = [_text(name, row.figures[name]) for name in FIGURES]
-        lines.append([*own, row.method, str(len(row.seeds)), *figures])
+        found = [_text(name, row.figures[name], not brief) for name in figures]
+        lines.append([*own, row.method, str(len(row.seeds)), *found])
     return lines
 
 
-def _text(name: str, found: Statistic | None) -> str:
+def _text(name: str, found: Statistic | None, with_deviation: bool) -> str:
     if found is None:
         return ""
     scale, digits = _SCALES.get(name, 1.0), _DIGITS.get(name, 3)
-    deviation = "" if found.std is None else f" ± {found.std * scale:.{digits}f}"
+    deviation = ""
+    if with_deviation and found.std is not None:
+        deviation = f" ± {found.std * scale:.{digits}f}"
     return f"{found.mean * scale:.{digits}f}{deviation}"
 
 

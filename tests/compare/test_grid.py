@@ -88,7 +88,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_names_tell_cells_apart_and_corpora_are_those_of_the_data() -> None:
     one = Cell("a", {"model": "org/m", "bits": "4-8-4", "steps": 3, "seed": 0})
     assert one.name.startswith("m-4-8-4-seed0-")
-    reordered = Cell("b", dict(reversed(one.options.items())))
+    reordered = Cell("b", dict(reversed(list(one.options.items()))))
     assert reordered.name == one.name
     for change in ({"steps": 4}, {"seed": 1}, {"bits": "4-8-8"}, {"model": "other/m"}):
         assert Cell("a", {**one.options, **change}).name != one.name

@@ -168,14 +168,15 @@ def test_ctrl_c_ends_the_child_with_us(tmp_path: Path, monkeypatch: pytest.Monke
     """It gets one signal that it can obey, and is waited for."""
     script = tmp_path / "child"
     script.write_text(
-        f"#!{sys.executable}\nimport signal, sys, time, pathlib\n"
+        f"#!{sys.executable}\nimport os, signal, sys, time, pathlib\n"
         "def end(*_):\n    time.sleep(0.2)\n"
         f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n    sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, end)\n"
-        f"pathlib.Path({str(tmp_path / 'began')!r}).touch()\ntime.sleep(30)\n"
+        f"pathlib.Path({str(tmp_path / 'began')!r}).write_text(str(os.getpgid(0)))\n"
+        "time.sleep(30)\n"
     )
     script.chmod(0o755)
-    monkeypatch.setattr(running.sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
 
     def interrupt() -> None:
         while not (tmp_path / "began").exists():
@@ -186,3 +187,4 @@ def test_ctrl_c_ends_the_child_with_us(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         running.quantize_in_a_process([], tmp_path / "log")
     assert (tmp_path / "saved").exists()
+    assert int((tmp_path / "began").read_text()) != os.getpgid(0), "a terminal would signal it too"

@@ -74,6 +74,8 @@ def test_tables_name_the_options_that_differ() -> None:
     found = dict(zip(header, first, strict=True))
     assert found["KL"] == "0.1000" and found["MB"] == "2.000" and found["GBOPs/token"] == "3.000"
     assert found["top-1"] == "90.0" and found["recovery %"] == "90.0"
+    brief, shortest = cells_of(rows_of([(cell(0), record(0.1)), (cell(1), record(0.3))]), True)[:2]
+    assert len(brief) < len(header) and dict(zip(brief, shortest, strict=True))["KL"] == "0.2000"
     lines = to_markdown(rows, {"c": "e"}).splitlines()
     assert "## t" in lines and "- `c`: e" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
