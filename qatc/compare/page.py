@@ -169,10 +169,10 @@ def _scatter(series: Sequence[Labelled], name: str, scale: float, title: str) ->
         across, down = x(value), y(kl)
         tip = f"{bits}, {label}: {value:.4g} {title}, KL {kl:.4f}"
         marks.append(f"<g>{_mark(number, across, down)}<title>{escape(tip)}</title></g>")
-        free = all(abs(across - a) > 46 or abs(down - d) > 12 for a, d in taken)
-        if free and across < WIDTH - RIGHT - 46:
+        if all(abs(across - a) > 46 or abs(down - d) > 12 for a, d in taken):
             taken.append((across, down))
-            marks.append(_label(across + 7, down + 4, bits, "label"))
+            side, anchor = (7, "start") if across < WIDTH / 2 else (-7, "end")
+            marks.append(_label(across + side, down + 4, bits, "label", anchor))
     return _svg(x, y, title, "".join(marks), f"KL against {title}")
 
 
