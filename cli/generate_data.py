@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
 from qatc.data.config import CorpusConfig
+from qatc.errors import ConfigError
+
+if TYPE_CHECKING:  # it loads NumPy
+    from qatc.data.corpus import Corpus
+
+
+WRITING = ("strategy", "greedy_tokens", "batch_size", "seed", "dtype", "device", "compile")
+"""Parameters of the command that say how a model writes."""
 
 
 def generate_data(
+    context: typer.Context,
     model: options.Model,
     output: Annotated[Path, typer.Option(help="Directory of the corpus.", show_default=False)],
+    from_text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take the corpus from this text, and let no model write: a .jsonl file with a"
+            " document (field text) in each line, or any other text.",
+            show_default=False,
+        ),
+    ] = None,
     samples: options.Samples = CorpusConfig.sequences,
     max_length: Annotated[int, typer.Option(help="Tokens per sequence at most.")] = (
         CorpusConfig.max_length
@@ -33,7 +50,7 @@ def generate_data(
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
-    """Let a model write its own training corpus, as token ids in parquet files.
+    """Let a model write its own training corpus, or take it from a text, as token ids on the disk.
 
     An interrupted run goes on when the same command is given again, and ends with the same bytes.
 
@@ -42,6 +59,8 @@ def generate_data(
       qatc generate-data --model meta-llama/Llama-2-7b-hf --output llama.data --samples 20000
 
       qatc generate-data --model ./my-model --output my.data --preview 3
+
+      qatc generate-data --model ./my-model --output c4.data --from-text c4.jsonl
     """
     from qatc.cli import terminal
 
@@ -49,10 +68,24 @@ def generate_data(
         greedy = options.parse_range(greedy_tokens)
         terminal.quiet_libraries()
         from qatc.data.generate import corpus_place, generate_corpus
-        from qatc.models import load_tokenizer
-        from qatc.models.load import load_teacher
+        from qatc.data.text import corpus_from_text
+        from qatc.models import load_config, load_tokenizer
+        from qatc.models.load import check_length, load_teacher
         from qatc.models.preparation import can_compile
 
+        if from_text is not None:
+            _refuse_writing(context)
+            check_length(model, load_config(model, trust_remote_code=trust_remote_code), max_length)
+            tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+            corpus = corpus_from_text(
+                *(from_text, tokenizer, output),
+                model=model,
+                sequences=samples,
+                max_length=max_length,
+                shard_size=shard_size,
+            )
+            _show(corpus, tokenizer, preview, json)
+            return
         config = CorpusConfig(
             sequences=samples,
             max_length=max_length,
@@ -77,16 +110,32 @@ def generate_data(
                 compile=can_compile() if compile is None else compile,
                 on_progress=lambda done, tokens: display.generated(done, samples, tokens),
             )
+    _show(corpus, tokenizer, preview, json)
+
+
+def _refuse_writing(context: typer.Context) -> None:
+    """Raise if the command line says how a model is to write, where none does."""
+    sources = {name: context.get_parameter_source(name) for name in WRITING}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"no model writes with --from-text; leave out {named}")
+
+
+def _show(corpus: Corpus, tokenizer: Any, preview: int, json: bool) -> None:
+    """Print what was made."""
+    from qatc.cli import terminal
+
     manifest = corpus.manifest
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     if json:
-        terminal.print_json({"output": str(output), "tokens": tokens, **manifest})
+        terminal.print_json({"output": str(corpus.path), "tokens": tokens, **manifest})
         return
     for number, sequence in enumerate(corpus.sequences()[:preview]):
         terminal.out.rule(f"sample {number}, {len(sequence)} tokens", align="left")
         terminal.out.print(tokenizer.decode(sequence), markup=False, highlight=False)
     shards = len(manifest["shards"])
     terminal.out.print(
-        f"{output}: {manifest['sequences']} sequences, {tokens:,} tokens in {shards} shards",
+        f"{corpus.path}: {manifest['sequences']} sequences, {tokens:,} tokens in {shards} shards",
         highlight=False,
     )

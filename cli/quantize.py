@@ -54,6 +54,13 @@ def quantize(
     ] = None,
     warmup: Annotated[int, typer.Option(help="Warm-up steps.")] = 0,
     gradient_clip: Annotated[float, typer.Option(help="Greatest gradient norm.")] = 1.0,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="What to lower: logits, label, hidden, attention, reverse, or a sum such as"
+            " logits+0.5*hidden:decay."
+        ),
+    ] = "logits",
     train_embeddings: Annotated[
         bool,
         typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
@@ -143,6 +150,7 @@ def quantize(
                 seed=seed,
                 checkpoint_every=checkpoint_every,
                 keep_checkpoints=keep_checkpoints,
+                loss=loss,
             ),
             data=data,
             eval_text=eval_text,

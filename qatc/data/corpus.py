@@ -1,4 +1,4 @@
-"""The corpus that the teacher writes for itself, and how training reads it.
+"""The corpus that the teacher writes for itself, or that is made of text, and how it is read.
 
 Data-free generation (LLM-QAT, arXiv 2305.17888, section 3.1): the first token of a sequence is
 drawn from the vocabulary, the next three to five are the teacher's most likely ones, and the rest
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from qatc.storage.files import read_json, sha256, write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+
+TEXT = "text"
+"""The strategy, in its manifest, of a corpus that no model wrote."""
 
 Tokens = npt.NDArray[np.int32]
 
@@ -70,6 +74,11 @@ class Corpus:
         """A hash of the corpus' content."""
         hashes = "".join(shard["sha256"] for shard in self.manifest["shards"])
         return hashlib.sha256(hashes.encode()).hexdigest()
+
+    @property
+    def held_out_name(self) -> str:
+        """What its sequences are called in figures, where they are held out of training."""
+        return "held out" if self.manifest["strategy"] == TEXT else "generated"
 
     @property
     def prompt_tokens(self) -> int:
@@ -186,8 +195,15 @@ def text_rows(text: str, tokenizer: Any, length: int, max_tokens: int) -> Rows:
 
 def read_text(path: Path) -> str:
     """A text file without its byte-order mark; one that cannot be read raises ``ConfigError``."""
-    try:
+    with readable_text(path):
         return path.read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def readable_text(path: Path) -> Iterator[None]:
+    """What keeps a text from being read in the block raises ``ConfigError``."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"cannot read the text {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -76,7 +76,7 @@ def generate_corpus(
     check_length(teacher.name, teacher.model.config, config.max_length)
     description = describe(teacher, tokenizer, config, compile)
     with corpus_place(output, teacher.name):
-        manifest = _begin(output, description)
+        manifest = begin_corpus(output, description)
         return _generate(teacher, tokenizer, output, config, manifest, compile, slots, on_progress)
 
 
@@ -165,6 +165,7 @@ def describe(
     settings = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they come back
     return {
         "format_version": FORMAT_VERSION,
+        "strategy": config.strategy,
         "model": teacher.name,
         "model_fingerprint": model_fingerprint(teacher.model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -198,7 +199,7 @@ def corpus_place(output: Path, model: str) -> Iterator[None]:
         yield
 
 
-def _begin(output: Path, description: dict[str, Any]) -> dict[str, Any]:
+def begin_corpus(output: Path, description: dict[str, Any]) -> dict[str, Any]:
     """The manifest to go on with: a new one, or that of the same run."""
     found = check_corpus(output, description)
     if found is None:

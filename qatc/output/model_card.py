@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qatc.data.corpus import TEXT
 from qatc.models.cards import CARD, HUB_NAME
 from qatc.output import torchao
 from qatc.output.compressed_tensors import loads_as_it_is
@@ -67,11 +68,17 @@ def _is_hub_name(metadata: Mapping[str, Any]) -> bool:
     return bool(HUB_NAME.fullmatch(model)) and not metadata.get("model_is_directory", False)
 
 
+def _on_text(metadata: Mapping[str, Any]) -> bool:
+    """Whether it was trained on text that no model wrote."""
+    return bool(metadata.get("data", {}).get("strategy") == TEXT)
+
+
 def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: str) -> str:
     import yaml
 
     weights, activations, kv = bits.split("-")
-    tags = ["qatc", "quantization-aware-training", "data-free", f"w{weights}a{activations}kv{kv}"]
+    free = [] if _on_text(metadata) else ["data-free"]
+    tags = ["qatc", "quantization-aware-training", *free, f"w{weights}a{activations}kv{kv}"]
     if reader := _reader(config):
         tags.append(reader)
     if "auto_map" in config:
@@ -87,9 +94,10 @@ def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: 
 def _what(metadata: Mapping[str, Any], stored: Stored) -> list[str]:
     numbers = stored.parameters + stored.float_parameters
     size = stored.code_bytes + stored.scale_bytes + stored.float_bytes
+    how = "" if _on_text(metadata) else "data-free "
     text = (
         f"A causal language model of {numbers:,} parameters in {size:,} bytes"
-        f" ({8 * size / numbers:.2f} bits a parameter), quantized by data-free quantization-aware"
+        f" ({8 * size / numbers:.2f} bits a parameter), quantized by {how}quantization-aware"
         " training ([LLM-QAT](https://arxiv.org/abs/2305.17888)) with qatc. The three numbers of"
         " its name are the bits of weights, activations and KV cache; 16 means not quantized."
     )
@@ -187,7 +195,8 @@ def _figures(metadata: Mapping[str, Any]) -> list[str]:
         "## Figures",
         "Measured with the numerics above, on the weights that are stored here. `RTN` is the model"
         " rounded to the same bits without training, `QAT` is this one; the text `generated` was"
-        " written by the full-precision model itself.",
+        " written by the full-precision model itself, `held out` is the end of the corpus,"
+        " which was not trained on.",
         _table(rows),
         checked,
     ]
@@ -314,18 +323,19 @@ def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
 def _provenance(metadata: Mapping[str, Any]) -> list[str]:
     rows = []
     if data := metadata.get("data"):
-        rows.append(
-            [
-                "training text",
-                f"{data['sequences']} sequences of at most {data['max_length']} tokens, written by"
-                f" the full-precision model (strategy {data['strategy']}, seed {data['seed']})",
-            ]
-        )
+        text = f"{data['sequences']} sequences of at most {data['max_length']} tokens, "
+        if _on_text(metadata):
+            text += f"of {Path(data['text']).name}"
+        else:
+            how = f"strategy {data['strategy']}, seed {data['seed']}"
+            text += f"written by the full-precision model ({how})"
+        rows.append(["training text", text])
     if training := metadata.get("run", {}).get("training"):
         step = training["batch_size"] * training["accumulate"]
         rows.append(["training", f"{training['steps']} steps of {step} rows"])
         if "learning_rate" in metadata:
             rows[-1][1] += f", peak learning rate {metadata['learning_rate']:.3g}"
+        rows[-1][1] += f", loss {training.get('loss', 'logits')}"
     rows += [[name, str(version)] for name, version in metadata.get("versions", {}).items()]
     return ["## Made with", _table([["", ""], *rows])] if rows else []
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import Speed, measure_speed
 from qatc.machine.device import peak_memory, total_memory
@@ -18,7 +21,7 @@ from qatc.report.estimate import (
     training_floor,
 )
 from qatc.training.checkpoint import Checkpoints
-from qatc.training.distill import distillation_losses
+from qatc.training.objective import distillation_losses, parse_loss
 
 _LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
 
@@ -42,10 +45,18 @@ def forecast(
     batch = training.batch_size * length
     floor = training_floor(pair.student, teacher, batch, vocabulary)
     _warn_of_memory(setting, floor)
+    terms = [term.name for term in parse_loss(training.loss)]
+
+    def loss(ids: Tensor, real: Tensor) -> Tensor:
+        losses, _ = distillation_losses(
+            *(pair.student, teacher, ids, real, real, terms),
+            autocast=pair.autocast,
+            compile=setting.compile,
+        )
+        return torch.stack(list(losses.values())).sum()
+
     cost = measure_step(
-        lambda ids, real: distillation_losses(
-            *(pair.student, teacher, ids, real), autocast=pair.autocast, compile=setting.compile
-        ),
+        loss,
         pair.student,
         *(training.batch_size, length, vocabulary),
     )

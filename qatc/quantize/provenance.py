@@ -6,9 +6,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from qatc.data.corpus import (
-    Corpus,
-)
+from qatc.data.corpus import Corpus
 from qatc.models.cards import license_of
 from qatc.quantize.settings import QuantizeConfig
 from qatc.quantize.unfinished import VERSION_OF
@@ -35,7 +33,9 @@ def provenance(config: QuantizeConfig, corpus: Corpus, inputs: dict[str, str]) -
             "fingerprint": corpus.fingerprint,
             **{
                 key: corpus.manifest[key]
-                for key in ("model", "strategy", "seed", "sequences", "max_length", "greedy_tokens")
+                for key in ("model", "text", "strategy", "seed", "sequences", "max_length")
+                + ("greedy_tokens",)
+                if key in corpus.manifest
             },
         },
         "versions": trained,

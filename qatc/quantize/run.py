@@ -32,7 +32,6 @@ from qatc.quantize.pair import Pair, load_models, make_pair, round_unquantized
 from qatc.quantize.provenance import provenance, versions
 from qatc.quantize.settings import QuantizeConfig, check_places
 from qatc.quantize.stages import (
-    GENERATED,
     Figures,
     Training,
     center,
@@ -105,10 +104,10 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> Trained:
     corpus_lock.close()
     _begin(setting, given, pair, inputs, corpus)
     rows, held_out = split(corpus, config)
-    texts = {GENERATED: held_out, **given.texts}
+    texts = {corpus.held_out_name: held_out, **given.texts}
     center(setting, pair, rows)
     baselines = measure_baselines(setting, pair, texts)
-    training = train(setting, pair, rows, baselines[GENERATED]["RTN"].kl or 0.0)
+    training = train(setting, pair, rows, baselines[corpus.held_out_name]["RTN"].kl or 0.0)
     with _kept(setting):
         round_unquantized(pair)
         figures = measure_trained(setting, pair, texts, baselines)

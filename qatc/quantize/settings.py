@@ -122,6 +122,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "lr": training.learning_rate,
         "warmup": training.warmup_steps,
         "gradient-clip": training.gradient_clip,
+        "loss": training.loss,
         "train-embeddings": config.train_embeddings,
         "seed": training.seed,
         "checkpoint-every": training.checkpoint_every,

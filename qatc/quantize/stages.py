@@ -18,9 +18,6 @@ from qatc.quantize.unfinished import trained_file
 from qatc.storage.files import read_json, write_json
 from qatc.training.distill import Distiller, StepMetrics
 
-GENERATED = "generated"
-"""Name of the held-out generated text in the figures."""
-
 CENTERING_ROWS = 16
 """Rows of the corpus on which the mean of the keys is measured; more moves it by little."""
 

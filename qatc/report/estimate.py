@@ -57,7 +57,7 @@ class StepCost:
 
 
 def measure_step(
-    losses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
     student: nn.Module,
     rows: int,
     length: int,
@@ -66,7 +66,7 @@ def measure_step(
     """Time one step of training on random tokens; no parameter and no random state changes.
 
     Args:
-        losses: maps ids int64 ``[B, T]`` and a mask bool ``[B, T]`` to the loss and a figure.
+        loss: maps ids int64 ``[B, T]`` and a mask bool ``[B, T]`` to a scalar.
         student: what is trained; its gradients are dropped.
         rows: B.
         length: T.
@@ -81,9 +81,9 @@ def measure_step(
         # The first one compiles, the second may still find caches cold.
         while len(costs) < 2 or (costs[-1].step < SETTLED * costs[-2].step and len(costs) < 5):
             started = _now(device)
-            loss, _ = losses(ids, real)
+            value = loss(ids, real)
             forward = _now(device)
-            loss.backward()
+            value.backward()
             costs.append(StepCost(forward - started, _now(device) - started))
             student.zero_grad(set_to_none=True)
     return costs[-1]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qatc.data.corpus import TEXT
 from qatc.evaluation.checks import Check
 from qatc.evaluation.metrics import Metrics
 from qatc.report.tables import (
@@ -40,14 +41,17 @@ def write_report(
         " these bits without training; QAT is the trained model in this directory, evaluated with"
         " the weights that are stored. Recovery is (RTN - QAT) / (RTN - full precision).",
         _table(figure_rows(figures)),
-        "Perplexity on `generated` is that of held-out sequences which the full-precision model"
-        " wrote itself.",
+        "The text `held out` is the end of the corpus, which was not trained on."
+        if data["strategy"] == TEXT
+        else "Perplexity on `generated` is that of held-out sequences which the full-precision"
+        " model wrote itself.",
         "## Training",
         f"![KL divergence and loss by step]({LOSS_PLOT})",
         f"{len(history)} steps, {tokens:,} tokens in {seconds:.0f} s"
         f" ({tokens / seconds:,.0f} tokens/s) on {metadata['device']}, computing in"
         f" {metadata['compute_dtype']}, quantized linears"
-        f" {'on int8 codes' if metadata['integer_forward'] else 'in float'}; peak learning rate"
+        f" {'on int8 codes' if metadata['integer_forward'] else 'in float'}; loss"
+        f" `{metadata['run']['training']['loss']}`, peak learning rate"
         f" {metadata['learning_rate']:.3g};"
         f" {metadata['row_utilization']:.1%} of the training tokens were no padding.",
         *_runtime_sections(metadata),

@@ -1,12 +1,14 @@
 """Distillation: the student learns the teacher's whole distribution, token by token.
 
-The loss is the soft-label cross-entropy on the logits (LLM-QAT, arXiv 2305.17888, equation 4),
+By default, the loss is the soft-label cross-entropy on the logits (LLM-QAT, arXiv 2305.17888,
+equation 4),
 
     L = - (1/n) * sum over real tokens t, sum over vocabulary v, of p_T(v | t) log p_S(v | t)
 
 averaged over the n real tokens of the step, so that it depends neither on the batch size nor on
 the length. Its gradient is that of KL(teacher || student), which differs from it by the teacher's
-entropy and is what the logs show: it is 0 for a perfect student.
+entropy and is what the logs show: it is 0 for a perfect student. Other losses, and sums of them,
+are in :mod:`qatc.training.objective`.
 
 A run keeps everything that decides its future in its checkpoints (parameters, optimizer, random
 state, step), so that a resumed run is the uninterrupted one, bit for bit on a CPU.
@@ -17,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from qatc.errors import CheckpointError, ConfigError, TrainingError
 from qatc.machine.signals import StopRequest
 from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
-from qatc.training.losses import compiled, soft_cross_entropy
+from qatc.training.objective import distillation_losses, parse_loss
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class TrainingConfig:
         seed: of the order of the data, any number from 0.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the last checkpoints to keep.
+        loss: what the student lowers, such as ``logits`` or ``logits+0.5*hidden:decay``; see
+            :mod:`qatc.training.objective`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -63,8 +67,10 @@ class TrainingConfig:
     seed: int = 0
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    loss: str = "logits"
 
     def __post_init__(self) -> None:
+        parse_loss(self.loss)
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -83,7 +89,7 @@ class StepMetrics:
 
     Attributes:
         step: number of the step, from 1.
-        loss: soft-label cross-entropy, nats per token.
+        loss: what was lowered; of ``logits``, soft-label cross-entropy in nats per token.
         kl: KL(teacher || student), nats per token.
         learning_rate: rate of the step.
         gradient_norm: norm before clipping.
@@ -112,37 +118,6 @@ def default_learning_rate(width: int, rounding_kl: float = 1.0) -> float:
         rounding_kl: KL(teacher || model) after rounding and before training, nats per token.
     """
     return 2e-5 * 4096 / width * math.sqrt(min(max(rounding_kl, 1e-4), 1.0))
-
-
-def distillation_losses(
-    student: nn.Module,
-    teacher: nn.Module,
-    ids: Tensor,
-    real: Tensor,
-    *,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    compile: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """What the student is to lower, and how far it is from the teacher, summed over a batch.
-
-    Args:
-        student: the prepared model.
-        teacher: the full-precision model.
-        ids: int64 ``[B, T]``.
-        real: bool ``[B, T]``: tokens that are no padding.
-        autocast: makes a context for the student's forward pass.
-        compile: compile the loss with Inductor.
-
-    Returns:
-        As :func:`qatc.training.losses.soft_cross_entropy`.
-    """
-    with torch.no_grad():
-        wanted = teacher(input_ids=ids, use_cache=False).logits
-    with autocast():
-        logits = student(input_ids=ids, use_cache=False).logits
-    loss = compiled(soft_cross_entropy, compile)
-    losses: tuple[Tensor, Tensor] = loss(logits.flatten(0, 1), wanted.flatten(0, 1), real.flatten())
-    return losses
 
 
 class Distiller:
@@ -177,6 +152,7 @@ class Distiller:
                 f" {config.batch_size}; generate more, or lower --batch-size"
             )
         self.student, self.teacher, self.rows, self.config = student, teacher, rows, config
+        self.terms = parse_loss(config.loss)
         self.autocast, self.compile = autocast, compile
         self.device = next(student.parameters()).device
         self.rate = config.learning_rate or default_learning_rate(_width(student), rounding_kl)
@@ -222,11 +198,16 @@ class Distiller:
         rate = self.rate * _schedule(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        counts = {term.name: tokens for term in self.terms}
+        counts["label"] = max(1, sum(int(batch.labelled.sum()) for batch in batches))
+        weights = {t.name: t.weight_at(step, self.config.steps) for t in self.terms}
         loss = kl = 0.0
         for batch in batches:
-            cross_entropy, divergence = self._losses(batch)
-            (cross_entropy / tokens).backward()
-            loss += float(cross_entropy.detach()) / tokens
+            losses, divergence = self._losses(batch)
+            parts = [weights[name] * value / counts[name] for name, value in losses.items()]
+            torch.stack(parts).sum().backward()
+            for name, value in losses.items():
+                loss += weights[name] * float(value.detach()) / counts[name]
             kl += float(divergence) / tokens
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.config.gradient_clip))
         if math.isfinite(loss) and math.isfinite(norm):
@@ -235,11 +216,16 @@ class Distiller:
         seconds = time.perf_counter() - started
         return StepMetrics(step, loss, kl, rate, norm, tokens, seconds)
 
-    def _losses(self, batch: Rows) -> tuple[Tensor, Tensor]:
+    def _losses(self, batch: Rows) -> tuple[Mapping[str, Tensor], Tensor]:
         ids = torch.from_numpy(batch.tokens).to(self.device, torch.long)
-        real = torch.from_numpy(batch.real).to(self.device)
+        real, labelled = (
+            torch.from_numpy(mask).to(self.device) for mask in (batch.real, batch.labelled)
+        )
         return distillation_losses(
-            self.student, self.teacher, ids, real, autocast=self.autocast, compile=self.compile
+            *(self.student, self.teacher, ids, real, labelled),
+            [term.name for term in self.terms],
+            autocast=self.autocast,
+            compile=self.compile,
         )
 
     def _batches(self, step: int) -> Iterator[Any]:

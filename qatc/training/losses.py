@@ -1,6 +1,6 @@
-"""The distillation loss, and the figures that compare two distributions.
+"""The losses, and the figures that compare two distributions.
 
-All of them read a row of logits, as wide as the vocabulary, for every token. Uncompiled, each of
+Most of them read a row of logits, as wide as the vocabulary, for every token. Uncompiled, each of
 their steps writes such rows to memory and reads them again, which takes longer than the layers of
 a small model do; compiled, a row is read once.
 """
@@ -8,7 +8,9 @@ a small model do; compiled, a row is read once.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +41,22 @@ def soft_cross_entropy(
     return cross_entropy.sum(), kl.sum()
 
 
+def reverse_divergence(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
+    """KL(student || teacher), summed over the real tokens.
+
+    Args:
+        student: logits ``[N, V]``.
+        teacher: logits ``[N, V]``; no gradient flows into them.
+        real: bool ``[N]``.
+
+    Returns:
+        An fp32 scalar, in nats.
+    """
+    scores = student.float().log_softmax(-1)
+    target = teacher.detach().float().log_softmax(-1)
+    return (scores.exp() * (scores - target)).sum(-1).where(real, 0).sum()
+
+
 def negative_log_likelihood(logits: Tensor, following: Tensor, labelled: Tensor) -> Tensor:
     """Negative log-likelihood of the tokens that follow, summed over those that are labelled.
 
@@ -53,6 +71,76 @@ def negative_log_likelihood(logits: Tensor, following: Tensor, labelled: Tensor)
     # Not by logsumexp, which takes a logit of infinity for a number.
     scores = logits.float().log_softmax(-1)
     return -scores.gather(-1, following.unsqueeze(-1)).squeeze(-1).where(labelled, 0).sum()
+
+
+def relative_error(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
+    """Squared error relative to the teacher's squared norm, summed over the real tokens.
+
+    Relative token by token: the few of a norm far above all others (the first token's, often) would
+    hide the rest in a ratio of sums.
+
+    Args:
+        student: hidden states ``[B, T, D]``.
+        teacher: ``[B, T, D]``; no gradient flows into them.
+        real: bool ``[B, T]``.
+
+    Returns:
+        An fp32 scalar.
+    """
+    target = teacher.detach().float()
+    power = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((student.float() - target).square().sum(-1) / power).where(real, 0).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """What the attention probabilities of a layer are computed from.
+
+    Attributes:
+        query: ``[B, H, T, D]``.
+        key: ``[B, G, S, D]``, of which H / G query heads share one.
+        mask: bool (True: may be attended to) or float (added to the scores), broadcast to
+            ``[B, H, T, S]``; None for none.
+        causal: whether a query sees no key behind it.
+        scale: factor of the scores; None for 1 / sqrt(D).
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None = None
+    causal: bool = False
+    scale: float | None = None
+
+    def log_probabilities(self) -> Tensor:
+        """fp32 ``[B, H, T, S]``; finite, very low, where nothing is attended to."""
+        query, key = self.query.float(), self.key.float()
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scale = 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
+        scores = query @ key.mT * scale
+        lowest = torch.finfo(scores.dtype).min  # not -inf, of which two differ by NaN
+        if self.causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~seen, lowest)
+        if self.mask is not None and self.mask.dtype is torch.bool:
+            scores = scores.masked_fill(~self.mask, lowest)
+        elif self.mask is not None:
+            scores = (scores + self.mask.float()).clamp(min=lowest)
+        return scores.log_softmax(-1)
+
+
+def attention_divergence(student: AttentionMap, teacher: AttentionMap, real: Tensor) -> Tensor:
+    """KL(teacher || student) of attention maps, a mean over heads, summed over the real tokens.
+
+    Args:
+        student, teacher: the maps; no gradient flows into the teacher's.
+        real: bool ``[B, T]``: queries that count.
+
+    Returns:
+        An fp32 scalar, in nats.
+    """
+    target = teacher.log_probabilities().detach()
+    divergence = (target.exp() * (target - student.log_probabilities())).sum(-1)
+    return divergence.mean(1).where(real, 0).sum()
 
 
 def agreements(logits: Tensor, others: Tensor, real: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qatc.evaluation.checks import Check, ParityReport
 from qatc.kernels import native
-from qatc.training.distill import distillation_losses
+from qatc.training.objective import distillation_losses
 from tests.cli.conftest import TINY, refused, run
 
 
@@ -39,6 +39,8 @@ def test_bits(bits: str, shared_model_path: Path, tmp_path: Path) -> None:
         (["--max-length", "4096"], 2, "takes at most 128 tokens"),
         (["--eval-text", "no-such-file.txt"], 2, "no-such-file.txt"),
         (["--resume"], 2, "no unfinished run"),
+        (["--loss", "logit"], 2, "has no term 'logit'; terms are logits, label, hidden"),
+        (["--loss", "logits+-2*hidden"], 2, "must be a positive number; got '-2'"),
         (["--recipe", "no-such-recipe.yaml"], 2, "cannot read the recipe"),
     ],
 )

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qatc.data.decode import Decoder
-from tests.cli.conftest import refused, run
+from tests.cli.conftest import TINY, refused, run
+from tests.conftest import TEXT
 
 
 def test_generate_data(shared_model_path: Path, tmp_path: Path) -> None:
@@ -59,3 +60,37 @@ def test_signals_end_a_command_without_a_traceback(
     result = run(*command, "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["complete"]
     assert not (tmp_path / "corpus.lock").exists()
+
+
+def test_from_text(shared_model_path: Path, tmp_path: Path) -> None:
+    """A corpus of documents, inspected, and trained on with a loss that sees the layers."""
+    text, target, out = tmp_path / "text.jsonl", tmp_path / "corpus", tmp_path / "out"
+    lines = [json.dumps({"text": part + "."}) for part in TEXT.split(". ")]
+    text.write_text("\n".join(lines))
+    command = ["generate-data", "--model", shared_model_path, "--output", target]
+    command += ["--from-text", text, "--max-length", "24"]
+    refused(2, "leave out --strategy, --seed", *command, "--seed", 1, "--strategy", "sample")
+    refused(2, "takes at most 128 tokens", *command, "--max-length", 129)
+    assert not target.exists()
+    result = run(*command, "--preview", "1")
+    assert result.exit_code == 0, result.output
+    count = json.loads((target / "manifest.json").read_text())["sequences"]
+    assert f"{target}: {count} sequences" in result.stdout
+    assert "The old fox sleeps" in result.stdout
+    plain = json.loads(run("inspect", target, "--json").stdout)
+    assert plain["manifest"]["text"] == str(text) and plain["sequences"] == count
+    assert "tokenizer of" in run("inspect", target).stdout
+    train = ["quantize", "--model", shared_model_path, "--data", target, "--output", out, *TINY]
+    result = run(
+        *train, "--max-length", "24", "--loss", "logits+0.5*hidden:decay", "--json", "--no-verify"
+    )
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["figures"]) == {"held out"}
+    report, card = ((out / name).read_text() for name in ("report.md", "README.md"))
+    assert f"{count} sequences of at most 24 tokens of the text {text}" in report
+    assert "`held out` is the end of the corpus" in report
+    assert "loss `logits+0.5*hidden:decay`" in report
+    assert "of text.jsonl" in card and "data-free" not in card
+    assert "logits+0.5*hidden:decay" in (out / "run.yaml").read_text()
+    shown = " ".join(run("inspect", out).stdout.split())
+    assert f"{count} sequences of at most 24 tokens of the text" in shown

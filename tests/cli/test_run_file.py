@@ -59,10 +59,11 @@ def config_of(tmp_path: Path) -> QuantizeConfig:
             **{
                 field.name: other(getattr(training, field.name))
                 for field in dataclasses.fields(training)
-                if field.name not in ("seed", "learning_rate")
+                if field.name not in ("seed", "learning_rate", "loss")
             },
             seed=8,
             learning_rate=0.25,
+            loss="label+2*hidden:decay",
         ),
         data=tmp_path / "corpus",
         eval_text=tmp_path / "text.txt",

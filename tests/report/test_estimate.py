@@ -21,7 +21,7 @@ from qatc.report.estimate import (
     rows_cost,
     training_floor,
 )
-from qatc.training.distill import distillation_losses
+from qatc.training.objective import distillation_losses
 from tests.conftest import make_llama
 from tests.quantize.conftest import make
 
@@ -32,12 +32,12 @@ def test_measuring_a_step_leaves_nothing_behind() -> None:
     state = torch.get_rng_state()
     seen: list[tuple[int, ...]] = []
 
-    def losses(ids: Any, real: Any) -> Any:
+    def loss(ids: Any, real: Any) -> Any:
         seen.append(tuple(ids.shape))
         assert int(ids.max()) < 112 and bool(real.all())
-        return distillation_losses(student, teacher, ids, real)
+        return distillation_losses(student, teacher, ids, real, real)[0]["logits"]
 
-    cost = measure_step(losses, student, 3, 8, 112)
+    cost = measure_step(loss, student, 3, 8, 112)
     assert set(seen) == {(3, 8)} and 2 <= len(seen) <= 5
     assert 0 < cost.forward < cost.step
     assert rows_cost(cost, 7, 3) == pytest.approx(3 * cost.forward)

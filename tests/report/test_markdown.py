@@ -22,7 +22,10 @@ FIGURES = {
 }
 METADATA: dict[str, Any] = {
     "model": "somebody/some-model",
-    "run": {"recipe": Recipe.from_bits("4-16-8", group_size=32, head_bits=8).to_dict()},
+    "run": {
+        "recipe": Recipe.from_bits("4-16-8", group_size=32, head_bits=8).to_dict(),
+        "training": {"loss": "logits+hidden"},
+    },
     "data": {
         "fingerprint": "0123456789abcdef0123",
         "model": "somebody/some-model",

@@ -1,0 +1,126 @@
+"""A corpus of text that is there already, in the format of one that a model writes.
+
+LLM-QAT (arXiv 2305.17888, table 3) compares its generated corpus with real text. Documents are
+tokenized and cut into sequences of the given length, each behind what the tokenizer puts before a
+text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+import qatc
+from qatc.data.corpus import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TEXT,
+    Corpus,
+    Tokens,
+    prefix_tokens,
+    read_text,
+    readable_text,
+    tokenizer_fingerprint,
+    write_shard,
+)
+from qatc.data.generate import begin_corpus, corpus_place
+from qatc.errors import ConfigError, DataError
+from qatc.storage.directories import refuse_overlap
+from qatc.storage.files import write_json
+
+
+def corpus_from_text(
+    file: Path,
+    tokenizer: Any,
+    output: Path,
+    *,
+    model: str,
+    sequences: int = 4096,
+    max_length: int = 256,
+    shard_size: int = 1024,
+) -> Corpus:
+    """Make a corpus of a text; one that was begun with the same text and settings is completed.
+
+    Args:
+        file: UTF-8 text. One whose name ends in ``.jsonl`` has a document in each line, an object
+            with the field ``text``; each ends with the end-of-sequence token, if there is one. Any
+            other file is one document.
+        tokenizer: of the model to be trained.
+        output: directory of the corpus.
+        model: the name of that model, for messages and the manifest.
+        sequences: how many to take at most, from the beginning of the text.
+        max_length: tokens per sequence at most, with what stands before the text.
+        shard_size: sequences per file.
+
+    Raises:
+        ConfigError: the text cannot be read, a number is out of range, or ``output`` holds
+            something else.
+        DataError: there is no text.
+    """
+    for name, value in {"sequences": sequences, "shard_size": shard_size}.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1; got {value}")
+    if max_length < 4:
+        raise ConfigError(f"max_length must be at least 4; got {max_length}")
+    refuse_overlap({"the corpus": output}, {"the text": file})
+    found = list(itertools.islice(_sequences(file, tokenizer, max_length), sequences))
+    if not found:
+        raise DataError(f"the text {file} is empty; give one to train on")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "strategy": TEXT,
+        "model": model,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "prompt_tokens": len(prefix_tokens(tokenizer)) + 1,
+        "text": str(file),
+        "tokens_sha256": hashlib.sha256(b"".join(s.tobytes() for s in found)).hexdigest(),
+        "sequences": len(found),
+        "max_length": max_length,
+        "shard_size": shard_size,
+        "qatc_version": qatc.__version__,
+        "transformers_version": transformers.__version__,
+    }
+    with corpus_place(output, model):
+        manifest = begin_corpus(output, description)
+        parts = [found[i : i + shard_size] for i in range(0, len(found), shard_size)]
+        manifest["shards"] = [write_shard(output, n, part) for n, part in enumerate(parts)]
+        write_json(output / MANIFEST, {**manifest, "complete": True})
+        return Corpus.open(output)
+
+
+def _sequences(file: Path, tokenizer: Any, length: int) -> Iterator[Tokens]:
+    """The documents of a file, cut into sequences."""
+    prefix = prefix_tokens(tokenizer)
+    lines = file.suffix.lower() == ".jsonl"
+    end = [tokenizer.eos_token_id] if lines and tokenizer.eos_token_id is not None else []
+    body = length - len(prefix)
+    for document in _documents(file) if lines else (read_text(file),):
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids:
+            ids = [*ids, *end]
+        for start in range(0, len(ids), body):
+            yield np.array([*prefix, *ids[start : start + body]], np.int32)
+
+
+def _documents(file: Path) -> Iterator[str]:
+    """The field ``text`` of every line."""
+    with readable_text(file), file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()  # JSON can spell half of a surrogate pair, a tokenizer not
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise ConfigError(
+                    f"line {number} of the text {file} is no document: each line of a .jsonl file"
+                    f' has to be an object such as {{"text": "..."}} ({error})'
+                ) from error
+            yield text

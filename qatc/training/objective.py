@@ -1,0 +1,231 @@
+"""What a training lowers: a weighted sum of distances between student and teacher.
+
+A loss is written as its terms, joined by ``+``: ``logits``, ``logits+hidden``,
+``label+0.5*reverse``, ``logits+hidden:decay``. The terms, each a mean over the tokens that it
+counts (LLM-QAT, arXiv 2305.17888, section 3.2 and table 5, compares the first four):
+
+=============  =====================================================================================
+term           what
+=============  =====================================================================================
+``logits``     soft-label cross-entropy of the student's distribution with the teacher's (eq. 4)
+``label``      cross-entropy with the token that follows in the corpus
+``hidden``     squared error of each decoder layer's output, relative to the teacher's squared norm
+               of that token; a mean over layers
+``attention``  KL(teacher || student) of the attention maps; a mean over layers and heads
+``reverse``    KL(student || teacher) of the distributions
+=============  =====================================================================================
+
+A term's weight stands before it (``0.5*``), 1 if left out; behind ``:decay`` it falls linearly from
+that, at the first step, towards 0 at the last.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qatc.errors import ConfigError
+from qatc.models import find_regions
+from qatc.training.losses import (
+    AttentionMap,
+    attention_divergence,
+    compiled,
+    negative_log_likelihood,
+    relative_error,
+    reverse_divergence,
+    soft_cross_entropy,
+)
+
+TERMS = ("logits", "label", "hidden", "attention", "reverse")
+
+_TERM = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[a-z]+)(?P<decay>:decay)?")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss.
+
+    Attributes:
+        name: one of :data:`TERMS`.
+        weight: its factor at the first step.
+        decays: whether the factor falls linearly from there towards 0.
+    """
+
+    name: str
+    weight: float = 1.0
+    decays: bool = False
+
+    def weight_at(self, step: int, steps: int) -> float:
+        """Its factor at a step, from 1, of this many."""
+        return self.weight * (1 - (step - 1) / steps) if self.decays else self.weight
+
+
+def parse_loss(text: str) -> tuple[Term, ...]:
+    """The terms of a loss, as the module describes it.
+
+    Raises:
+        ConfigError: it is no such sum.
+    """
+    terms = tuple(_parse_term("".join(part.split()), text) for part in text.split("+"))
+    names = [term.name for term in terms]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"the loss {text!r} has the term {twice[0]} twice; give it one weight")
+    if all(term.decays for term in terms):
+        raise ConfigError(
+            f"every term of the loss {text!r} decays, so that nothing is left to lower at the end;"
+            " drop :decay from one"
+        )
+    return terms
+
+
+def _parse_term(part: str, text: str) -> Term:
+    match = _TERM.fullmatch(part)
+    if match is None or match["name"] not in TERMS:
+        raise ConfigError(
+            f"the loss {text!r} has no term {part!r}; terms are {', '.join(TERMS)}, joined by +,"
+            " each with a weight before it and :decay behind it if wanted: logits+0.5*hidden:decay"
+        )
+    try:
+        weight = float(match["weight"] or 1)
+    except ValueError:
+        weight = math.nan
+    if not (weight > 0 and math.isfinite(weight)):
+        raise ConfigError(
+            f"the weight of a loss's term must be a positive number; got {match['weight']!r} in"
+            f" {text!r}"
+        )
+    return Term(match["name"], weight, match["decay"] is not None)
+
+
+def distillation_losses(
+    student: nn.Module,
+    teacher: nn.Module,
+    ids: Tensor,
+    real: Tensor,
+    labelled: Tensor,
+    terms: Collection[str] = ("logits",),
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    compile: bool = False,
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """What the student is to lower, and how far it is from the teacher, summed over a batch.
+
+    Args:
+        student: the prepared model.
+        teacher: the full-precision model.
+        ids: int64 ``[B, T]``.
+        real: bool ``[B, T]``: tokens that are no padding.
+        labelled: bool ``[B, T]``: tokens whose next one is a label, for the term ``label``.
+        terms: names of terms.
+        autocast: makes a context for the student's forward pass.
+        compile: compile what reads the logits with Inductor.
+
+    Returns:
+        The terms by name, and KL(teacher || student): fp32 scalars, each summed over the ``real``
+        tokens, ``label`` over the ``labelled`` ones. Only the terms carry a gradient.
+
+    Raises:
+        ConfigError: layers or attention maps are to be compared, and cannot be seen.
+    """
+    with torch.no_grad(), _watched(teacher, terms) as wanted_inside:
+        wanted = teacher(input_ids=ids, use_cache=False).logits
+    with autocast(), _watched(student, terms) as inside:
+        logits = student(input_ids=ids, use_cache=False).logits
+    logits, wanted, counted = logits.flatten(0, 1), wanted.flatten(0, 1), real.flatten()
+    losses: dict[str, Tensor] = {}
+    own = logits if "logits" in terms else logits.detach()
+    cross_entropy, kl = compiled(soft_cross_entropy, compile)(own, wanted, counted)
+    if "logits" in terms:
+        losses["logits"] = cross_entropy
+    if "label" in terms:
+        following = ids.roll(-1, dims=1).flatten()
+        likelihood = compiled(negative_log_likelihood, compile)
+        losses["label"] = likelihood(logits, following, labelled.flatten())
+    if "reverse" in terms:
+        losses["reverse"] = compiled(reverse_divergence, compile)(logits, wanted, counted)
+    if "hidden" in terms:
+        pairs = _pairs(inside.hidden, wanted_inside.hidden, "layers")
+        losses["hidden"] = torch.stack([relative_error(*pair, real) for pair in pairs]).mean()
+    if "attention" in terms:
+        maps = _pairs(inside.attention, wanted_inside.attention, "attention maps")
+        losses["attention"] = torch.stack([attention_divergence(*m, real) for m in maps]).mean()
+    return losses, kl
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What was seen of a forward pass, in the order of the layers."""
+
+    hidden: list[Tensor]
+    attention: list[AttentionMap]
+
+
+def _pairs(student: list[Any], teacher: list[Any], what: str) -> list[tuple[Any, Any]]:
+    if not student or len(student) != len(teacher):
+        raise ConfigError(
+            f"the loss compares {what}, of which the student shows {len(student)} and the teacher"
+            f" {len(teacher)}: layers are seen of transformers' causal LMs, attention maps where"
+            " both are loaded with attn_implementation='sdpa'; leave the term out of others' loss"
+        )
+    return list(zip(student, teacher, strict=True))
+
+
+@contextmanager
+def _watched(model: nn.Module, terms: Collection[str]) -> Iterator[_Inside]:
+    """See as much of a forward pass as the terms compare."""
+    inside = _Inside([], [])
+    with ExitStack() as watching:
+        if "hidden" in terms:
+            for name, layer in find_regions(model):
+                if name:  # a model that is a region as a whole has no layers
+                    hook = layer.register_forward_hook(
+                        lambda layer, args, out: inside.hidden.append(
+                            out[0] if isinstance(out, tuple) else out
+                        )
+                    )
+                    watching.callback(hook.remove)
+        if "attention" in terms:
+            watching.enter_context(_AttentionCalls(inside.attention))
+        yield inside
+
+
+class _AttentionCalls(TorchFunctionMode):
+    """Keeps query and key of every SDPA, be it called by a module or by a captured graph."""
+
+    def __init__(self, found: list[AttentionMap]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ATTENTION:
+            self.found.append(_attention_map(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+_ATTENTION = (
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+
+
+def _attention_map(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionMap:
+    """The arguments of SDPA that its map depends on."""
+    return AttentionMap(query, key, attn_mask, is_causal, scale)
