@@ -21,7 +21,7 @@ DATA_OPTIONS = (
 )
 """Options that decide the bytes of a corpus; cells in which all of them agree share one."""
 
-SET_BY_THE_GRID = ("config", "json", "output", "overwrite", "resume")
+SET_BY_THE_GRID = ("config", "config-file", "json", "output", "overwrite", "resume")
 """Options of ``qatc quantize`` that a grid file cannot set: the grid itself does."""
 
 _IN_NAMES = ("bits", "method", "preset", "loss", "strategy", "group-size")
@@ -129,7 +129,8 @@ def _options(
             raise ConfigError(f"{where}: qatc compare sets {name} itself; leave it out of {key}")
     if "seed" in options:
         raise ConfigError(f"{where}: seeds are listed beside {key}: 'seeds: [0, 1, 2]'")
-    _refuse_unknown(options, [name.replace("_", "-") for name in known], f"{where}, {key}")
+    names = {name.replace("_", "-") for name in known} - {*SET_BY_THE_GRID, "seed"}
+    _refuse_unknown(options, names, f"{where}, {key}")
     return options
 
 

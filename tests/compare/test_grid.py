@@ -63,6 +63,7 @@ def test_every_combination_is_a_cell_and_the_table_wins(tmp_path: Path) -> None:
         ("grids: [{axis: {}}]", "there is no 'axis'; there is axes"),
         ("grids: [{axes: {bits: [4-8-4]}}]", "names no model"),
         ("base: {model: m, bist: 4-8-4}\ngrids: [{}]", "'bist'; there is bits"),
+        ("base: {model: m, zzz: 1}\ngrids: [{}]", "there is bits, group-size, model, steps"),
         ("base: {model: m}\ngrids: [{axes: {step: [1]}}]", "'step'; there is steps"),
         ("base: {model: m}\ngrids: [{axes: {bits: 4-8-4}}]", "the axis bits takes a list"),
         ("base: {model: m}\ngrids: [{axes: {bits: []}}]", "the axis bits takes a list"),
@@ -110,10 +111,11 @@ def test_the_grids_of_the_paper_name_options_that_there_are(path: Path) -> None:
 
 def test_the_small_grid_has_what_it_is_for() -> None:
     (path,) = [p for p in PAPER if p.stem == "small"]
-    assert {"bits", "data", "loss", "quantizer", "groups"} == {
+    assert {"bits", "KV cache alone", "quantizer", "data", "loss", "groups"} == {
         grid["name"] for grid in yaml.safe_load(path.read_text())["grids"]
     }
     known = {"model", "bits", "method", "preset", "loss", "strategy", "group_size", "steps"}
     cells = read_grid(path, known | {"samples", "max_length", "verify"})
     assert {cell.seed for cell in cells} == {0, 1, 2}
-    assert len({cell.options["bits"] for cell in cells if cell.table == "bits"}) == 10
+    of_bits = [cell for cell in cells if cell.table in ("bits", "KV cache alone")]
+    assert len({cell.options["bits"] for cell in of_bits}) == 10
