@@ -163,7 +163,7 @@ def cells_of(rows: Sequence[Row], brief: bool = False) -> list[list[str]]:
     options, figures = varying(rows), BRIEF if brief else tuple(FIGURES)
     texts = len({row.text for row in rows}) > 1
     titles = [FIGURES[name] for name in figures]
-    lines = [[*options, *(["text"] if texts else []), "method", "seeds", *titles]]
+    lines = [[*options, *(["text"] if texts else []), "result", "seeds", *titles]]
     for row in rows:
         own = [shown(row.setting.get(name)) for name in options] + ([row.text] if texts else [])
         found = [_text(name, row.figures[name], not brief) for name in figures]

@@ -70,7 +70,7 @@ def test_tables_name_the_options_that_differ() -> None:
     rows = rows_of([(cell(0), record(0.1)), (cell(0, "8-8-8"), record(0.01))])
     assert varying(rows) == ["bits"]
     header, first, *_ = cells_of(rows)
-    assert header[:4] == ["bits", "text", "method", "seeds"]
+    assert header[:4] == ["bits", "text", "result", "seeds"]
     found = dict(zip(header, first, strict=True))
     assert found["KL"] == "0.1000" and found["MB"] == "2.000" and found["GBOPs/token"] == "3.000"
     assert found["top-1"] == "90.0" and found["recovery %"] == "90.0"
