@@ -21,7 +21,7 @@ PACKAGE = ROOT / "qatc"
 
 PIPELINE = (
     *("recipe", "numerics", "kernels", "graph", "passes", "models", "data", "training", "output"),
-    *("export", "runtime", "evaluation", "report", "quantize", "cli"),
+    *("export", "runtime", "evaluation", "report", "quantize", "compare", "cli"),
 )
 """Packages in the order of the pipeline: one imports only those before it, and the helpers."""
 
