@@ -31,6 +31,15 @@ def quantize(
     head_bits: options.HeadBits = None,
     embedding_bits: options.EmbeddingBits = None,
     preset: options.Preset = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="How it gets to its codes: rtn, or rotate, smoothquant, gptq and qat, joined by +."
+        ),
+    ] = "qat",
+    calibration_rows: Annotated[
+        int, typer.Option(help="Rows of the corpus that methods before qat look at, at most.")
+    ] = 128,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -106,6 +115,8 @@ def quantize(
 
       qatc quantize --model ./my-model --bits 4-8-8 --group-size 64 --eval-text wiki.txt
 
+      qatc quantize --model ./my-model --bits 4-4-4 --method rotate+gptq+qat
+
       qatc quantize --config DONE/run.yaml --output AGAIN
     """
     from qatc.cli import terminal
@@ -152,6 +163,8 @@ def quantize(
                 keep_checkpoints=keep_checkpoints,
                 loss=loss,
             ),
+            method=method,
+            calibration_rows=calibration_rows,
             data=data,
             eval_text=eval_text,
             eval_sequences=eval_samples,

@@ -78,7 +78,8 @@ def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: 
 
     weights, activations, kv = bits.split("-")
     free = [] if _on_text(metadata) else ["data-free"]
-    tags = ["qatc", "quantization-aware-training", *free, f"w{weights}a{activations}kv{kv}"]
+    trained = ["quantization-aware-training"] if _is_trained(metadata) else []
+    tags = ["qatc", *trained, *free, f"w{weights}a{activations}kv{kv}"]
     if reader := _reader(config):
         tags.append(reader)
     if "auto_map" in config:
@@ -91,15 +92,23 @@ def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: 
     return f"---\n{yaml.safe_dump(front | {'tags': tags}, sort_keys=False)}---"
 
 
+def _is_trained(metadata: Mapping[str, Any]) -> bool:
+    return "qat" in metadata.get("run", {}).get("method", "qat").split("+")
+
+
 def _what(metadata: Mapping[str, Any], stored: Stored) -> list[str]:
     numbers = stored.parameters + stored.float_parameters
     size = stored.code_bytes + stored.scale_bytes + stored.float_bytes
     how = "" if _on_text(metadata) else "data-free "
+    if _is_trained(metadata):
+        how += "quantization-aware training ([LLM-QAT](https://arxiv.org/abs/2305.17888))"
+    else:
+        how += f"post-training quantization (`{metadata['run']['method']}`)"
     text = (
         f"A causal language model of {numbers:,} parameters in {size:,} bytes"
-        f" ({8 * size / numbers:.2f} bits a parameter), quantized by {how}quantization-aware"
-        " training ([LLM-QAT](https://arxiv.org/abs/2305.17888)) with qatc. The three numbers of"
-        " its name are the bits of weights, activations and KV cache; 16 means not quantized."
+        f" ({8 * size / numbers:.2f} bits a parameter), quantized by {how} with qatc. The three"
+        " numbers of its name are the bits of weights, activations and KV cache; 16 means not"
+        " quantized."
     )
     local = "model" in metadata and not _is_hub_name(metadata)
     return [text] + (
@@ -170,18 +179,11 @@ def _figures(metadata: Mapping[str, Any]) -> list[str]:
     figures = metadata.get("figures")
     if not figures:
         return []
+    columns = {"perplexity": ".4g", "kl": ".4f", "top1_agreement": ".1%"}
     rows = [["text", "model", "perplexity", "KL to full precision", "same top token"]]
     for text, models in figures.items():
         for name, found in models.items():
-            rows.append(
-                [
-                    text,
-                    name,
-                    _number(found["perplexity"], ".4g"),
-                    _number(found["kl"], ".4f"),
-                    _number(found["top1_agreement"], ".1%"),
-                ]
-            )
+            rows.append([text, name, *(_number(found[k], form) for k, form in columns.items())])
     parity = metadata.get("parity") or {}
     checked = "The integer model has **not been verified** against the trained one."
     if parity.get("passed"):
@@ -194,9 +196,9 @@ def _figures(metadata: Mapping[str, Any]) -> list[str]:
     return [
         "## Figures",
         "Measured with the numerics above, on the weights that are stored here. `RTN` is the model"
-        " rounded to the same bits without training, `QAT` is this one; the text `generated` was"
-        " written by the full-precision model itself, `held out` is the end of the corpus,"
-        " which was not trained on.",
+        f" rounded to the same bits without training, `{[*models][-1]}` is this one; the text"
+        " `generated` was written by the full-precision model itself, `held out` is the end of the"
+        " corpus, which was not trained on.",
         _table(rows),
         checked,
     ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import Speed, measure_speed
 from qatc.machine.device import peak_memory, total_memory
+from qatc.ptq.method import parse_method
 from qatc.quantize.given import Setting
 from qatc.quantize.pair import Pair
 from qatc.report.estimate import (
@@ -36,6 +37,8 @@ def forecast(
         corpus is there, or nothing is left to train.
     """
     config, training = setting.config, setting.config.training
+    if not parse_method(config.method).trains:
+        return None
     done = Checkpoints(config.partial / "checkpoints", training.keep_checkpoints).latest() or 0
     if done >= training.steps:
         return None

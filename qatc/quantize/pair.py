@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatc.data.corpus import Rows
 from qatc.data.generate import model_fingerprint
@@ -16,7 +16,7 @@ from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.graph import compilation
 from qatc.models import LoadedModel, load_model
 from qatc.models.pipelines import why_no_integer_forward
-from qatc.models.preparation import prepare, prepared_state, quantized_specs
+from qatc.models.preparation import prepare, prepared_state, quantized_specs, restore
 from qatc.models.scales import of_attention, of_weight
 from qatc.models.vocabulary import tying_note
 from qatc.quantize.given import Setting
@@ -100,14 +100,7 @@ def make_pair(setting: Setting, loaded: Loaded, compute: torch.dtype) -> Pair:
         QatcError: the model cannot be quantized so.
     """
     config, student = setting.config, loaded.student
-    masters = next(student.parameters()).dtype
-    prepare(
-        student,
-        config.recipe,
-        compile=setting.compile,
-        compute_dtype=None if compute is masters else compute,
-        integer_forward=config.integer_forward,
-    )
+    _prepare(setting, student, compute)
     on_integers = prepared_state(student).integer_forward
     if not on_integers:
         obstacle = why_no_integer_forward(config.recipe, torch.device(setting.device))
@@ -118,6 +111,38 @@ def make_pair(setting: Setting, loaded: Loaded, compute: torch.dtype) -> Pair:
         _share_embeddings(student, loaded.teacher.model)
     quantized = quantized_specs(student)
     return Pair(student, loaded.teacher, loaded.stored, compute, on_integers, quantized)
+
+
+def change_student(
+    setting: Setting, pair: Pair, change: Callable[[Any], Mapping[str, Tensor]]
+) -> Pair:
+    """Change the plain student under the quantized graph, which is put on it again.
+
+    Args:
+        setting: the run.
+        pair: whose student is changed in place.
+        change: takes the student with layers of its own, and gives where learned scales start.
+    """
+    student = restore(pair.student)
+    _prepare(setting, student, pair.compute, change(student))
+    return replace(pair, quantized=quantized_specs(student))
+
+
+def _prepare(
+    setting: Setting,
+    student: nn.Module,
+    compute: torch.dtype,
+    start_scales: Mapping[str, Tensor] | None = None,
+) -> None:
+    masters = next(student.parameters()).dtype
+    prepare(
+        student,
+        setting.config.recipe,
+        compile=setting.compile,
+        compute_dtype=None if compute is masters else compute,
+        integer_forward=setting.config.integer_forward,
+        start_scales=start_scales,
+    )
 
 
 def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:

@@ -10,6 +10,7 @@ Each stage is a function whose result the next ones take:
 2. :mod:`qatc.quantize.pair`: teacher and student;
 3. :mod:`qatc.quantize.forecast`: what is ahead;
 4. :mod:`qatc.quantize.stages`: corpus, baselines, training, figures;
+   between baselines and training :mod:`qatc.quantize.post_training`: methods without training;
 5. :mod:`qatc.quantize.writing`: the output, verified.
 """
 
@@ -26,9 +27,11 @@ from qatc.errors import ParityError, QatcError
 from qatc.evaluation.metrics import Metrics
 from qatc.machine.device import device_name
 from qatc.progress import Observer
+from qatc.ptq.method import parse_method
 from qatc.quantize.forecast import forecast
 from qatc.quantize.given import Given, Setting, read_given, require_known_tokens
 from qatc.quantize.pair import Pair, load_models, make_pair, round_unquantized
+from qatc.quantize.post_training import apply_method
 from qatc.quantize.provenance import provenance, versions
 from qatc.quantize.settings import QuantizeConfig, check_places
 from qatc.quantize.stages import (
@@ -36,13 +39,13 @@ from qatc.quantize.stages import (
     Training,
     center,
     measure_baselines,
-    measure_trained,
+    measure_student,
     plain_figures,
     split,
     train,
     write_corpus,
 )
-from qatc.quantize.unfinished import begin_run, check_run, end_run, recorded_inputs
+from qatc.quantize.unfinished import begin_run, check_run, end_run, recorded_inputs, trained_file
 from qatc.quantize.writing import Trained, take_output, write
 from qatc.storage.directories import refuse_existing
 from qatc.storage.locks import locked
@@ -55,7 +58,8 @@ class QuantizeResult:
     Attributes:
         output: the directory.
         data: the corpus that it was trained on.
-        figures: text name -> model name (``full precision``, ``RTN``, ``QAT``) -> metrics.
+        figures: text name -> model name (``full precision``, ``RTN``, ``QAT``, or what the method
+            is called) -> metrics; the last model is the one in ``output``.
     """
 
     output: Path
@@ -107,10 +111,21 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> Trained:
     texts = {corpus.held_out_name: held_out, **given.texts}
     center(setting, pair, rows)
     baselines = measure_baselines(setting, pair, texts)
-    training = train(setting, pair, rows, baselines[corpus.held_out_name]["RTN"].kl or 0.0)
+    method = parse_method(config.method)
+    if method.steps:
+        pair = apply_method(setting, pair, rows)
+        center(setting, pair, rows)
+    if method.steps and method.trains:
+        file = config.partial / "post-training.json"
+        baselines = measure_student(setting, pair, texts, baselines, method.name, file)
+    training = Training(0.0, ())
+    if method.trains:
+        *_, rounded = baselines[corpus.held_out_name].values()
+        training = train(setting, pair, rows, rounded.kl or 0.0)
     with _kept(setting):
         round_unquantized(pair)
-        figures = measure_trained(setting, pair, texts, baselines)
+        name, file = "QAT" if method.trains else method.name or "RTN", trained_file(config)
+        figures = measure_student(setting, pair, texts, baselines, name, file)
         metadata = _metadata(setting, pair, corpus, rows, training, figures)
         output, masters = take_output(setting, pair, metadata)
     return Trained(output, masters, given.tokenizer, figures, training)

@@ -13,6 +13,7 @@ from qatc.data.config import CorpusConfig
 from qatc.data.corpus import is_complete
 from qatc.errors import CheckpointError, ConfigError
 from qatc.machine.device import DType, check_dtype
+from qatc.ptq.method import parse_method
 from qatc.recipe.recipe import Recipe
 from qatc.storage.directories import refuse_overlap
 from qatc.training.distill import TrainingConfig
@@ -28,6 +29,8 @@ class QuantizeConfig:
         recipe: what is quantized and how.
         generation: how the corpus is generated, unless ``data`` has one already.
         training: how the student is trained.
+        method: how the model gets to its codes, see :func:`qatc.ptq.method.parse_method`.
+        calibration_rows: rows of the corpus that post-training methods look at, at most.
         data: directory of the corpus; ``None`` for ``OUTPUT.data``.
         eval_text: a text file for a second evaluation.
         eval_sequences: generated sequences held out of training.
@@ -53,6 +56,8 @@ class QuantizeConfig:
     recipe: Recipe = field(default_factory=Recipe)
     generation: CorpusConfig = field(default_factory=CorpusConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    method: str = "qat"
+    calibration_rows: int = 128
     data: Path | None = None
     eval_text: Path | None = None
     eval_sequences: int = 256
@@ -72,6 +77,13 @@ class QuantizeConfig:
             raise ConfigError("the recipe quantizes nothing (16-16-16); choose e.g. --bits 4-8-4")
         if self.eval_sequences < 1:
             raise ConfigError(f"eval_sequences must be at least 1; got {self.eval_sequences}")
+        if self.calibration_rows < 1:
+            raise ConfigError(f"calibration_rows must be at least 1; got {self.calibration_rows}")
+        if "gptq" in parse_method(self.method).steps and not self.recipe.weights.quantizes:
+            raise ConfigError(
+                f"the method {self.method} rounds weights, and {self.recipe.bits} leaves them at 16"
+                " bits; choose fewer, such as --bits 4-8-4"
+            )
 
     @property
     def partial(self) -> Path:
@@ -110,6 +122,8 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
     found = {
         "model": config.model,
         "recipe": config.recipe.to_dict(),
+        "method": config.method,
+        "calibration-rows": config.calibration_rows,
         "data": config.data,
         "samples": generation.sequences,
         "max-length": generation.max_length,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,6 @@ from qatc.models.centers import center_keys
 from qatc.quantize.given import Given, Setting
 from qatc.quantize.pair import Pair, evaluate_one
 from qatc.quantize.settings import QuantizeConfig
-from qatc.quantize.unfinished import trained_file
 from qatc.storage.files import read_json, write_json
 from qatc.training.distill import Distiller, StepMetrics
 
@@ -22,7 +22,8 @@ CENTERING_ROWS = 16
 """Rows of the corpus on which the mean of the keys is measured; more moves it by little."""
 
 Figures = Mapping[str, Mapping[str, Metrics]]
-"""Text name -> model name (``full precision``, ``RTN``, ``QAT``) -> metrics."""
+"""Text name -> model name (``full precision``, ``RTN``, ``QAT``) -> metrics. The last of a text is
+the model that is written."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,20 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
     return Training(distiller.rate, history)
 
 
-def measure_trained(
-    setting: Setting, pair: Pair, texts: Mapping[str, Rows], baselines: Figures
+def measure_student(
+    setting: Setting, pair: Pair, texts: Mapping[str, Rows], before: Figures, name: str, file: Path
 ) -> Figures:
-    """The baselines, and beside them the trained model."""
+    """The figures before, and behind them those of the student as it is, called ``name``.
 
-    file = trained_file(setting.config)
+    They are kept in ``file``.
+    """
     if file.exists():
-        trained = {text: Metrics(**plain) for text, plain in read_json(file).items()}
+        found = {text: Metrics(**plain) for text, plain in read_json(file).items()}
     else:
-        setting.observer.stage("Evaluating the trained model")
-        trained = {n: evaluate_one(setting, pair, pair.student, r) for n, r in texts.items()}
-        write_json(file, {name: metrics.to_dict() for name, metrics in trained.items()})
-    return {text: {**models, "QAT": trained[text]} for text, models in baselines.items()}
+        setting.observer.stage(f"Evaluating the model after {name}")
+        found = {n: evaluate_one(setting, pair, pair.student, r) for n, r in texts.items()}
+        write_json(file, {name: metrics.to_dict() for name, metrics in found.items()})
+    return {text: {**models, name: found[text]} for text, models in before.items()}
 
 
 def plain_figures(figures: Figures) -> dict[str, dict[str, dict[str, float | None]]]:

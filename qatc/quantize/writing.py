@@ -92,7 +92,8 @@ def write(setting: Setting, trained: Trained) -> None:
                 "head and embedding are stored as qatc alone loads them; for transformers:"
                 " qatc export"
             )
-        shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
+        if trained.training.history:
+            shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
         if (options := as_options(config)) is not None:
             (staging / "run.yaml").write_text(yaml.safe_dump(options, sort_keys=False), "utf-8")
         found = _verify(setting, staging, trained.masters)

@@ -33,27 +33,18 @@ def write_report(
     """Write ``report.md`` and the loss plot into ``directory``."""
     recipe, data = metadata["run"]["recipe"], metadata["data"]
     bits = "-".join(str(recipe[key]["bits"]) for key in ("weights", "activations", "kv"))
-    tokens = sum(record.tokens for record in history)
-    seconds = max(metadata["training_seconds"], 1e-9)
     sections = [
         f"# {metadata['model']} at {bits}",
         "Bits are those of weights, activations and KV cache. RTN is the same model rounded to"
-        " these bits without training; QAT is the trained model in this directory, evaluated with"
-        " the weights that are stored. Recovery is (RTN - QAT) / (RTN - full precision).",
+        f" these bits without training; {_written(figures)} is the model in this directory,"
+        " evaluated with the weights that are stored. Recovery is (RTN - model) / (RTN - full"
+        " precision).",
         _table(figure_rows(figures)),
         "The text `held out` is the end of the corpus, which was not trained on."
         if data["strategy"] == TEXT
         else "Perplexity on `generated` is that of held-out sequences which the full-precision"
         " model wrote itself.",
-        "## Training",
-        f"![KL divergence and loss by step]({LOSS_PLOT})",
-        f"{len(history)} steps, {tokens:,} tokens in {seconds:.0f} s"
-        f" ({tokens / seconds:,.0f} tokens/s) on {metadata['device']}, computing in"
-        f" {metadata['compute_dtype']}, quantized linears"
-        f" {'on int8 codes' if metadata['integer_forward'] else 'in float'}; loss"
-        f" `{metadata['run']['training']['loss']}`, peak learning rate"
-        f" {metadata['learning_rate']:.3g};"
-        f" {metadata['row_utilization']:.1%} of the training tokens were no padding.",
+        *(_training_sections(metadata, history) if history else []),
         *_runtime_sections(metadata),
         "## Recipe and provenance",
         _table(
@@ -67,7 +58,29 @@ def write_report(
     text = "\n\n".join(sections) + "\n"
     # A path in it may hold bytes that are no text.
     (directory / "report.md").write_bytes(text.encode("utf-8", errors="backslashreplace"))
-    _plot(directory / LOSS_PLOT, history)
+    if history:
+        _plot(directory / LOSS_PLOT, history)
+
+
+def _written(figures: Mapping[str, Mapping[str, Metrics]]) -> str:
+    """What the figures call the model that was written."""
+    return [*next(iter(figures.values()))][-1]
+
+
+def _training_sections(metadata: Mapping[str, Any], history: Sequence[StepMetrics]) -> list[str]:
+    tokens = sum(record.tokens for record in history)
+    seconds = max(metadata["training_seconds"], 1e-9)
+    return [
+        "## Training",
+        f"![KL divergence and loss by step]({LOSS_PLOT})",
+        f"{len(history)} steps, {tokens:,} tokens in {seconds:.0f} s"
+        f" ({tokens / seconds:,.0f} tokens/s) on {metadata['device']}, computing in"
+        f" {metadata['compute_dtype']}, quantized linears"
+        f" {'on int8 codes' if metadata['integer_forward'] else 'in float'}; loss"
+        f" `{metadata['run']['training']['loss']}`, peak learning rate"
+        f" {metadata['learning_rate']:.3g};"
+        f" {metadata['row_utilization']:.1%} of the training tokens were no padding.",
+    ]
 
 
 def _runtime_sections(metadata: Mapping[str, Any]) -> list[str]:

@@ -29,15 +29,15 @@ def figure_rows(figures: Mapping[str, Mapping[str, Metrics]]) -> Rows:
                     f"{metrics.perplexity:.4g}",
                     "" if metrics.kl is None else f"{metrics.kl:.4f}",
                     "" if metrics.top1_agreement is None else f"{metrics.top1_agreement:.1%}",
-                    recovery_text(models) if name == "QAT" else "",
+                    "" if name in ("full precision", "RTN") else recovery_text(models, name),
                 ]
             )
     return rows
 
 
-def recovery_text(models: Mapping[str, Metrics]) -> str:
-    """Recovery of perplexity and of KL, in percent, as text."""
-    full, rounded, trained = (models[name] for name in ("full precision", "RTN", "QAT"))
+def recovery_text(models: Mapping[str, Metrics], name: str = "QAT") -> str:
+    """Recovery of perplexity and of KL by the model ``name``, in percent, as text."""
+    full, rounded, trained = (models[name] for name in ("full precision", "RTN", name))
     parts = []
     perplexity = recovery(full.perplexity, rounded.perplexity, trained.perplexity)
     if perplexity is not None:

@@ -31,6 +31,8 @@ def test_bits(bits: str, shared_model_path: Path, tmp_path: Path) -> None:
         (["--device", "nonsense"], 2, "nonsense"),
         (["--dtype", "int3"], 2, "dtype must be one of"),
         (["--strategy", "guess"], 2, "strategy must be one of"),
+        (["--method", "gptq+awq"], 2, "there is no 'awq'"),
+        (["--method", "gptq+rotate"], 2, "write 'rotate+gptq'"),
         (["--greedy-tokens", "many"], 2, "3-5"),
         (["--skip", "*no_such*"], 2, "matches no parameter"),
         (["--group-size", "7"], 1, "does not divide"),
