@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 import qatc
+from qatc.cli.compare import compare
 from qatc.cli.evaluate import evaluate
 from qatc.cli.export import export
 from qatc.cli.generate import generate
@@ -26,6 +27,7 @@ app.command("quantize")(quantize)
 app.command("generate-data")(generate_data)
 app.command("inspect")(inspect)
 app.command("evaluate")(evaluate)
+app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("verify")(verify)
 app.command("export")(export)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qatc.cli import options, run_file
+from qatc.cli import options
 from qatc.cli.errors import readable_errors
 from qatc.data.config import CorpusConfig
 from qatc.errors import ConfigError
@@ -17,7 +17,7 @@ from qatc.storage.directories import refuse_overlap
 def quantize(
     context: typer.Context,
     model: options.Model,
-    config_file: run_file.Config = None,
+    config_file: options.RunFile = None,
     bits: options.Bits = None,
     output: Annotated[
         Path | None,
@@ -124,7 +124,7 @@ def quantize(
     with readable_errors("interrupted; the same command goes on from the last checkpoint"):
         chosen = options.build_recipe(
             *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits, preset),
-            spelled_out=run_file.recipe(context),
+            spelled_out=options.recipe_of_run_file(context),
         )
         greedy = options.parse_range(greedy_tokens)
         if output is None:

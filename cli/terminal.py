@@ -30,7 +30,9 @@ _LINE_SECONDS = 30.0
 
 
 _TALKATIVE = (
+    "datasets",
     "huggingface_hub",
+    "lm_eval",
     "torch._export",
     "torch._inductor",
     "torch.utils._pytree",
@@ -96,6 +98,8 @@ def quiet_libraries() -> None:
     """Keep the chatter of libraries off the screen; call it before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars, beside which ours would jump
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)

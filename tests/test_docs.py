@@ -16,9 +16,10 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
-    "--extra-index-url", "--held-out", "--help", "--sample", "--shapes", "--threads",
+    "--extra-index-url", "--held-out", "--help", "--no-python", "--nproc-per-node",
+    "--sample", "--shapes", "--threads",
 }  # fmt: skip
-"""Options of pip and of the benchmarks."""
+"""Options of pip, torchrun and the benchmarks."""
 
 
 def strings() -> list[str]:

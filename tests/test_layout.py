@@ -20,19 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qatc"
 
 PIPELINE = (
-    *(
-        "recipe",
-        "numerics",
-        "kernels",
-        "graph",
-        "passes",
-        "models",
-        "data",
-        "ptq",
-        "training",
-        "output",
-    ),
-    *("export", "runtime", "evaluation", "report", "quantize", "cli"),
+    *("recipe", "numerics", "kernels", "graph", "passes", "models", "data", "ptq", "training"),
+    *("output", "export", "runtime", "evaluation", "report", "quantize", "compare", "cli"),
 )
 """Packages in the order of the pipeline: one imports only those before it, and the helpers."""
 

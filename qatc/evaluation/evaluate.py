@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,7 +19,9 @@ from qatc.data.corpus import (
 )
 from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
+from qatc.evaluation.pairing import Pairing, pair
 from qatc.evaluation.reference import prepare_reference
+from qatc.evaluation.tasks import TaskResults, evaluate_tasks, load_tasks
 from qatc.machine.device import pick_device
 from qatc.models import load_model, load_tokenizer
 from qatc.models.load import check_length
@@ -27,21 +29,20 @@ from qatc.models.preparation import prepare
 from qatc.output import load_reference, open_output
 from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
+from qatc.runtime.model import load as load_packed
 from qatc.storage.directories import recover
+
+Runtime = Literal["trained", "packed"]
 
 
 @dataclass(frozen=True)
-class AssessConfig:
-    """What to evaluate, and on what.
+class Evaluated:
+    """Which model to evaluate, and how it runs.
 
     Args:
         model: directory of a qatc output, or hub name or directory of a full-precision model.
-        text: text file, or
-        data: corpus; one of the two is needed.
-        teacher: full-precision model, for KL and agreement.
+        teacher: full-precision model to compare with.
         recipe: round a full-precision model by this recipe.
-        length: tokens per row.
-        max_tokens: tokens to evaluate on, at most.
         batch_size: rows per forward pass.
         device: torch device, or ``auto``.
         compile: compile the graphs; ``None``: if this machine can.
@@ -49,12 +50,8 @@ class AssessConfig:
     """
 
     model: str
-    text: Path | None = None
-    data: Path | None = None
     teacher: str | None = None
     recipe: Recipe | None = None
-    length: int = 256
-    max_tokens: int = 65_536
     batch_size: int = 8
     device: str = "auto"
     compile: bool | None = None
@@ -62,20 +59,57 @@ class AssessConfig:
 
     def __post_init__(self) -> None:
         recover(Path(self.model))
-        if (self.text is None) == (self.data is None):
-            raise ConfigError("say what to evaluate on: either --text FILE or --data CORPUS")
         if self.is_output and self.recipe is not None:
             raise ConfigError(f"{self.model} is quantized already; leave out --bits")
-        if self.length < 4 or self.batch_size < 1:
-            raise ConfigError(
-                "length must be at least 4 and batch_size at least 1;"
-                f" got {self.length} and {self.batch_size}"
-            )
 
     @property
     def is_output(self) -> bool:
         """Whether the model is an output of qatc."""
         return (Path(self.model) / "qatc.json").exists()
+
+    def load(self) -> Any:
+        """The model in fp32, with fake-quantized activations and KV if it is quantized."""
+        model: Any
+        if self.is_output:
+            output = open_output(Path(self.model), trust_remote_code=self.trust_remote_code)
+            model = load_reference(output).to(pick_device(self.device))  # type: ignore[arg-type]
+            return prepare_reference(model, output, compile=self.compile)
+        model = self.load_float(self.model)
+        return model if self.recipe is None else prepare(model, self.recipe, compile=self.compile)
+
+    def load_float(self, name: str) -> Any:
+        """A full-precision model in fp32."""
+        device, trust = pick_device(self.device), self.trust_remote_code
+        return load_model(name, dtype=torch.float32, device=device, trust_remote_code=trust).model
+
+
+@dataclass(frozen=True)
+class AssessConfig(Evaluated):
+    """What to evaluate, and on which text.
+
+    Args:
+        text: text file, or
+        data: corpus; one of the two is needed.
+        length: tokens per row.
+        max_tokens: tokens to evaluate on, at most.
+    """
+
+    text: Path | None = None
+    data: Path | None = None
+    length: int = 256
+    max_tokens: int = 65_536
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.text is None) == (self.data is None):
+            raise ConfigError(
+                "say what to evaluate on: either --text FILE or --data CORPUS, or --tasks NAMES"
+            )
+        if self.length < 4 or self.batch_size < 1:
+            raise ConfigError(
+                "length must be at least 4 and batch_size at least 1;"
+                f" got {self.length} and {self.batch_size}"
+            )
 
 
 def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
@@ -85,29 +119,14 @@ def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
         QatcError: something cannot be read; with the way out.
     """
     observer = observer or Observer()
-    device, trust = pick_device(config.device), config.trust_remote_code
     observer.stage(f"Loading {config.model}")
-    tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     rows = _rows(config, tokenizer)
     if config.teacher is not None:
         _require_one_vocabulary(config, tokenizer)
-
-    def load(name: str) -> Any:
-        return load_model(name, dtype=torch.float32, device=device, trust_remote_code=trust).model
-
-    model: Any
-    if config.is_output:
-        directory = Path(config.model)
-        output = open_output(directory, trust_remote_code=trust)
-        model = load_reference(output).to(device)  # type: ignore[arg-type]
-        check_length(config.model, model.config, config.length)
-        prepare_reference(model, output, compile=config.compile)
-    else:
-        model = load(config.model)
-        check_length(config.model, model.config, config.length)
-        if config.recipe is not None:
-            prepare(model, config.recipe, compile=config.compile)
-    teacher = None if config.teacher is None else load(config.teacher)
+    model = config.load()
+    check_length(config.model, model.config, config.length)
+    teacher = None if config.teacher is None else config.load_float(config.teacher)
     for name, judged in ((config.model, model), (config.teacher, teacher)):
         if name is not None and judged is not None:
             what = f"the text {config.text or config.data}"
@@ -120,6 +139,120 @@ def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
         batch_size=config.batch_size,
         on_progress=observer.evaluated,
     )
+
+
+@dataclass(frozen=True)
+class TasksConfig(Evaluated):
+    """What to evaluate, and on which tasks of lm-eval.
+
+    Args:
+        tasks, include_path, limit, num_fewshot, max_length: as of
+            :func:`qatc.evaluation.tasks.evaluate_tasks`.
+        runtime: what runs an output: ``trained``, the graph that was trained, or ``packed``, the
+            integer model of :func:`qatc.load`.
+    """
+
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    max_length: int | None = None
+    runtime: Runtime = "trained"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.runtime not in get_args(Runtime):
+            raise ConfigError(f"the runtime is trained or packed; got {self.runtime!r}")
+        if self.runtime == "packed" and not self.is_output:
+            raise ConfigError(
+                f"{self.model} is no output of qatc quantize, so that there is nothing packed to"
+                " run; leave out --runtime packed, or quantize it first"
+            )
+
+    @property
+    def ran_by(self) -> str:
+        """What runs the model, in words."""
+        if self.is_output:
+            return self.runtime
+        return "full precision" if self.recipe is None else "rounded"
+
+    def load(self) -> Any:
+        """The model in fp32, by its runtime."""
+        if self.runtime == "trained":
+            return super().load()
+        return load_packed(
+            self.model,
+            device=self.device,
+            dtype=torch.float32,
+            compile=self.compile,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """A model on tasks, and its teacher on the same items if it was asked for."""
+
+    model: TaskResults
+    teacher: TaskResults | None = None
+
+    @property
+    def pairings(self) -> dict[str, Pairing]:
+        """The model beside its teacher, for each task whose items are right or wrong."""
+        if self.teacher is None:
+            return {}
+        found = {}
+        for own, other in zip(self.model.scores, self.teacher.scores, strict=True):
+            assert (own.task, own.items) == (other.task, other.items), "the same questions"
+            if own.right_or_wrong and own.scores and other.scores:
+                found[own.task] = pair(own.scores, other.scores)
+        return found
+
+    def to_dict(self, raw: bool = False) -> dict[str, Any]:
+        """Plain data; with ``raw``, all that lm-eval returned as well."""
+        found = self.model.to_dict() | ({"lm_eval": self.model.raw} if raw else {})
+        if self.teacher is not None:
+            found["teacher"] = self.teacher.to_dict()
+            found["teacher"] |= {"lm_eval": self.teacher.raw} if raw else {}
+            found["flips"] = {
+                task: asdict(pairing) | {"p": pairing.p} for task, pairing in self.pairings.items()
+            }
+        return found
+
+
+def assess_tasks(config: TasksConfig, observer: Observer | None = None) -> TaskComparison:
+    """Evaluate a model, and then its teacher, on tasks of lm-eval, both in fp32.
+
+    Raises:
+        QatcError: something cannot be read or fetched; with the way out.
+    """
+    observer = observer or Observer()
+    observer.stage("Reading the tasks")
+    load_tasks(config.tasks, config.include_path)  # a wrong name ends it before hours of work
+    names = [config.model] if config.teacher is None else [config.model, config.teacher]
+    trust = config.trust_remote_code
+    tokenizers = [load_tokenizer(name, trust_remote_code=trust) for name in names]
+    results = list[TaskResults]()
+    for name, tokenizer in zip(names, tokenizers, strict=True):
+        observer.stage(f"Loading {name}")
+        is_teacher = bool(results)
+        model = config.load_float(name) if is_teacher else config.load()
+        if config.max_length is not None:
+            check_length(name, model.config, config.max_length)
+        found = evaluate_tasks(
+            model,
+            tokenizer,
+            config.tasks,
+            include_path=config.include_path,
+            limit=config.limit,
+            batch_size=config.batch_size,
+            num_fewshot=config.num_fewshot,
+            max_length=config.max_length,
+            observer=observer,
+        )
+        ran = {"model": name, "runtime": "full precision" if is_teacher else config.ran_by}
+        results.append(replace(found, numerics=ran | found.numerics))
+    return TaskComparison(*results)
 
 
 def _require_one_vocabulary(config: AssessConfig, tokenizer: Any) -> None:

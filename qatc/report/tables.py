@@ -7,7 +7,10 @@ from typing import Any
 
 from qatc.data.corpus import TEXT
 from qatc.evaluation.checks import Check
+from qatc.evaluation.evaluate import TaskComparison
 from qatc.evaluation.metrics import Metrics, recovery
+from qatc.evaluation.pairing import Pairing
+from qatc.evaluation.tasks import TaskScore
 from qatc.report.contents import CorpusContents, OutputContents
 from qatc.report.usage import KernelUse, Memory
 
@@ -163,3 +166,56 @@ def corpus_text(manifest: Mapping[str, Any]) -> str:
         return f"{what} of the text {manifest['text']}"
     how = f"(strategy {manifest['strategy']}, seed {manifest['seed']})"
     return f"{what} written by {manifest['model']} {how}"
+
+
+def task_rows(found: TaskComparison) -> Rows:
+    """One row for every task, and the average of those with right and wrong answers, in percent.
+
+    Beside a teacher: how many of its right answers were lost and how many gained, and McNemar's p.
+    """
+    own, teacher, pairings = found.model, found.teacher, found.pairings
+    rows = [["task", "metric", "model"]]
+    rows += [[score.task, _metric(score), _score(score)] for score in own.scores]
+    if own.average is not None:
+        rows.append(["average", "", _percent(*own.average)])
+    if teacher is not None:
+        rows[0] += ["teacher", "lost", "gained", "p"]
+        for row, score in zip(rows[1:], teacher.scores, strict=False):
+            row += [_score(score), *_flips(pairings.get(score.task))]
+        if own.average is not None and teacher.average is not None:
+            total = sum(pairings.values(), Pairing(0, 0, 0))
+            rows[-1] += [_percent(*teacher.average), *_flips(total)]
+    return rows
+
+
+def _metric(score: TaskScore) -> str:
+    return f"{score.metric}, {score.shots}-shot" if score.shots else score.metric
+
+
+def _score(score: TaskScore) -> str:
+    if score.right_or_wrong:
+        return _percent(score.value, score.stderr)
+    return f"{score.value:.4g}"
+
+
+def _percent(value: float, stderr: float | None) -> str:
+    spread = "" if stderr is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{100 * stderr:.1f}"
+    return f"{100 * value:.1f}{spread}"
+
+
+def _flips(pairing: Pairing | None) -> list[str]:
+    if pairing is None:
+        return ["", "", ""]
+    return [str(pairing.lost), str(pairing.gained), f"{pairing.p:.2g}"]
+
+
+def numerics_text(numerics: Mapping[str, Any]) -> str:
+    """How tasks were computed, in a line."""
+    limit = numerics["limit"]
+    versions = ", ".join(f"{name} {version}" for name, version in numerics["versions"].items())
+    return (
+        f"{numerics['model']}: {numerics['runtime']}, {numerics['dtype']}, softmax in"
+        f" {numerics['softmax_dtype']}, batch {numerics['batch_size']}, at most"
+        f" {numerics['max_length']:,} tokens, {'all' if limit is None else f'the first {limit}'}"
+        f" items; {versions}"
+    )

@@ -1,0 +1,282 @@
+"""Cells are run one after another, each in a process of its own, and none twice.
+
+``OUT/cells/NAME`` is the output of a cell. Its ``cell.json`` appears last: a cell that has one is
+finished. A cell without is run again, and goes on from its own checkpoint. ``NAME.failed.json``
+says why one could not be finished; the next run tries it anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qatc.compare.grid import Cell
+from qatc.errors import QatcError
+from qatc.progress import Observer
+from qatc.storage import markers
+from qatc.storage.files import read_json, write_atomically, write_json
+from qatc.storage.locks import locked
+
+KEPT = ("qatc.json", "report.md", "loss.png", "metrics.jsonl", "run.yaml", "cell.json")
+"""What stays of a finished cell, whose weights are removed."""
+
+CURVE_POINTS = 200
+_BUSY = "is being written by"
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+
+Quantize = Callable[[Sequence[str], Path], int]
+"""Runs ``qatc quantize`` with these arguments and its stderr in a file; returns its exit status."""
+
+
+def quantize_in_a_process(arguments: Sequence[str], log: Path) -> int:
+    """Run ``qatc quantize`` as a process.
+
+    When this process is asked to end, the child is too, and comes to its checkpoint first.
+    """
+    command = [sys.executable, "-m", "qatc.cli", "quantize", *arguments]
+    with (
+        log.open("w", encoding="utf-8") as stderr,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=_environment(os.environ),
+            start_new_session=True,  # Ctrl-C reaches it once, from here
+        ) as child,
+    ):
+        try:
+            return child.wait()
+        except BaseException:
+            child.send_signal(signal.SIGTERM)
+            try:
+                child.wait()
+            except BaseException:
+                child.kill()
+            raise
+
+
+def _environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """For a child that is no rank of ours, with the GPU of our local rank alone."""
+    found = {name: value for name, value in ours.items() if name not in _LAUNCHER}
+    if "LOCAL_RANK" in ours:
+        rank = int(ours["LOCAL_RANK"])
+        visible = [gpu for gpu in ours.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        found["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)] if visible else str(rank)
+    return found
+
+
+class Places:
+    """Where the files of a grid are.
+
+    Args:
+        out: directory of the grid.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.cells = out / "cells"
+
+    def output(self, cell: Cell) -> Path:
+        """Directory of a cell."""
+        return self.cells / cell.name
+
+    def record(self, cell: Cell) -> Path:
+        """The file that a finished cell has."""
+        return self.output(cell) / "cell.json"
+
+    def failure(self, cell: Cell) -> Path:
+        """The file that says why a cell failed."""
+        return self.cells / f"{cell.name}.failed.json"
+
+
+def unique(cells: Iterable[Cell]) -> list[Cell]:
+    """One cell of those with equal options, in order: tables may have cells in common."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        found.setdefault(cell.name, cell)
+    return list(found.values())
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    keep_models: bool = False,
+    quantize: Quantize = quantize_in_a_process,
+    operations: Callable[[Mapping[str, Any], bool], float] | None = None,
+    observer: Observer | None = None,
+    pause: float = 5.0,
+) -> None:
+    """Run the cells of a shard that are not finished yet.
+
+    Args:
+        cells: all cells of the grid.
+        out: directory of the grid.
+        shard: (i, n): the cells whose number modulo n is i.
+        keep_models: keep the weights of finished cells.
+        quantize: runs one.
+        operations: counts the bit operations per token of an output, given its ``qatc.json`` and
+            whether to trust remote code; ``None`` for :func:`operations_per_token`.
+        observer: is told of every cell.
+        pause: seconds until a cell or corpus that another process writes is looked at again.
+
+    Raises:
+        CheckpointError: ``out`` cannot be written.
+    """
+    places, observer = Places(out), observer or Observer()
+    mine = unique(cells)[shard[0] :: shard[1]]
+    places.cells.mkdir(parents=True, exist_ok=True)
+    for number, cell in enumerate(mine, start=1):
+        title = f"cell {number}/{len(mine)}: {cell.name}"
+        if places.record(cell).exists():
+            observer.note(f"{title}: finished before")
+            continue
+        observer.stage(title)
+        error = _compute(
+            cell, places, quantize, operations or operations_per_token, keep_models, pause
+        )
+        if error is None:
+            places.failure(cell).unlink(missing_ok=True)
+            observer.note(_summary(read_json(places.record(cell))))
+        else:
+            options = dict(cell.options)
+            write_json(places.failure(cell), {"options": options, "error": error})
+            observer.note(f"failed: {error}")
+
+
+def _compute(
+    cell: Cell,
+    places: Places,
+    quantize: Quantize,
+    operations: Callable[[Mapping[str, Any], bool], float],
+    keep_models: bool,
+    pause: float,
+) -> str | None:
+    """Run and record a cell, once nobody else writes to its place or corpus; its error, if any."""
+    output = places.output(cell)
+    while True:
+        try:
+            with locked(places.cells / f"{cell.name}.cell"):
+                if places.record(cell).exists():
+                    return None
+                started = time.time()
+                error = None if (output / "qatc.json").exists() else _run(cell, places, quantize)
+                if error is None:
+                    _finish(cell, places, operations, keep_models, time.time() - started)
+        except QatcError as refused:
+            error = str(refused)
+        if error is None or _BUSY not in error:
+            return error
+        time.sleep(pause)
+
+
+def _run(cell: Cell, places: Places, quantize: Quantize) -> str | None:
+    """Run ``qatc quantize`` for a cell; its error if it failed."""
+    log, run_file = (places.cells / f"{cell.name}.{ending}" for ending in ("log", "yaml"))
+    options = {"data": str(places.out / "data" / cell.corpus), **cell.options}
+    write_atomically(run_file, yaml.safe_dump(options, sort_keys=False).encode())
+    status = quantize(
+        ["--config", str(run_file), "--output", str(places.output(cell)), "--json"], log
+    )
+    if status:
+        return _last_error(log, status)
+    run_file.unlink()
+    return None
+
+
+def _last_error(log: Path, status: int) -> str:
+    """The line that a command ended with."""
+    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
+    errors = [line for line in lines if line.startswith("error:")]
+    last = (errors or [line for line in lines if line.strip("│╭╮╰╯─ ")] or [""])[-1]
+    return last.removeprefix("error:").strip("│ ") or f"ended with status {status}"
+
+
+def _finish(
+    cell: Cell,
+    places: Places,
+    operations: Callable[[Mapping[str, Any], bool], float],
+    keep_models: bool,
+    seconds: float,
+) -> None:
+    """Record what an output says of itself, then remove its weights."""
+    output = places.output(cell)
+    metadata = read_json(output / "qatc.json")
+    record = {
+        "name": cell.name,
+        "options": dict(cell.options),
+        "figures": metadata["figures"],
+        "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
+        "operations_per_token": operations(metadata, bool(cell.options.get("trust-remote-code"))),
+        "training_seconds": metadata.get("training_seconds"),
+        "seconds": round(seconds, 1),
+        "curve": _curve(output / "metrics.jsonl"),
+    }
+    write_json(places.record(cell), record)
+    markers.remove(output.with_name(output.name + ".partial"))
+    if not keep_models:
+        for path in output.iterdir():
+            if path.is_file() and path.name not in KEPT:
+                path.unlink()
+
+
+def operations_per_token(metadata: Mapping[str, Any], trust_remote_code: bool) -> float:
+    """Bit operations per token: MACs x weight bits x activation bits, as ``qatc inspect`` counts.
+
+    It is the mean over ``PAPER_LENGTH`` tokens, of the linears, the attention products and the
+    output head (LLM-QAT, arXiv 2305.17888, table 1); what is not quantized counts 16 bits.
+    """
+    from qatc.recipe.recipe import Recipe
+    from qatc.report.plan import PAPER_LENGTH, inspect_model
+
+    plan = inspect_model(
+        metadata["model"],
+        Recipe.from_dict(metadata["recipe"]),
+        trust_remote_code=trust_remote_code,
+    )
+    return plan.operations[1] / PAPER_LENGTH
+
+
+def _curve(path: Path) -> list[list[float]]:
+    """Steps and KL of training, at most ``CURVE_POINTS`` and the last one."""
+    if not path.exists():
+        return []
+    steps = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    stride = max(1, -(-len(steps) // CURVE_POINTS))
+    chosen = steps[::stride] + (steps[-1:] if (len(steps) - 1) % stride else [])
+    return [[step["step"], step["kl"]] for step in chosen if step.get("kl") is not None]
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    models = next(iter(record["figures"].values()))
+    name, metrics = list(models.items())[-1]
+    return f"{name}: perplexity {metrics['perplexity']:.4g}, KL {metrics['kl']:.4f}"
+
+
+def records(cells: Sequence[Cell], out: Path) -> tuple[list[tuple[Cell, Any]], list[Cell]]:
+    """The finished cells of a grid with what ``cell.json`` says of them, and the others."""
+    places = Places(out)
+    finished = [cell for cell in cells if places.record(cell).exists()]
+    others = [cell for cell in cells if not places.record(cell).exists()]
+    return [(cell, read_json(places.record(cell))) for cell in finished], others
+
+
+def failures(cells: Sequence[Cell], out: Path) -> dict[str, str]:
+    """Name of a cell that failed -> its error, of those that are not finished."""
+    places = Places(out)
+    return {
+        cell.name: read_json(places.failure(cell))["error"]
+        for cell in cells
+        if places.failure(cell).exists() and not places.record(cell).exists()
+    }
