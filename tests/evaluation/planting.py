@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qatc.kernels import cached_attention, row_attention, table
-from qatc.numerics import minmax
+from qatc.numerics import learned, minmax
 from qatc.passes import InsertKVCache
 from qatc.recipe.spec import QuantSpec
 
@@ -106,10 +106,10 @@ LOWERED: dict[str, tuple[Any, str, Any, str]] = {
         "attention .decode with padding",
     ),
     "KV codes of another range": (
-        cached_attention, "minmax",
+        cached_attention, "learned",
         Module(
-            minmax,
-            quantize=broken(minmax.quantize, spec=lambda s: QuantSpec(s.bits, None, "full")),
+            learned,
+            quantize=broken(learned.quantize, spec=lambda s: QuantSpec(s.bits, None, "full")),
         ),
         "KV cache",
     ),

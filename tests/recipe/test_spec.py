@@ -86,7 +86,14 @@ def test_any_positive_group_size(group_size: int) -> None:
 def test_bad_ranges_are_quoted_and_the_valid_ones_listed(range_: Any) -> None:
     with pytest.raises(ConfigError) as raised:
         QuantSpec(4, range=range_)
-    assert str(raised.value) == f"range must be one of restricted, full; got {range_!r}"
+    assert str(raised.value) == f"range must be one of restricted, full, signed; got {range_!r}"
+
+
+@pytest.mark.parametrize("clip", ["learn", "", None, True])
+def test_bad_clips_are_quoted_and_the_valid_ones_listed(clip: Any) -> None:
+    with pytest.raises(ConfigError) as raised:
+        QuantSpec(4, clip=clip)
+    assert str(raised.value) == f"clip must be one of none, learned; got {clip!r}"
 
 
 @pytest.mark.parametrize("scale_dtype", ["bf16", "float32", "", None, 16])
@@ -106,7 +113,8 @@ def test_a_config_error_is_a_user_error_and_a_value_error() -> None:
         QuantSpec,
         bits=st.sampled_from(VALID_BITS),
         group_size=st.none() | st.integers(1, 4096),
-        range=st.sampled_from(["restricted", "full"]),
+        range=st.sampled_from(["restricted", "full", "signed"]),
+        clip=st.sampled_from(["none", "learned"]),
         scale_dtype=st.sampled_from(["bfloat16", "float16"]),
         rounding=st.sampled_from(["division", "reciprocal"]),
     )
@@ -118,6 +126,7 @@ def test_as_an_argument_and_back(spec: QuantSpec) -> None:
 def test_every_field_of_a_spec_goes_into_its_argument() -> None:
     """One that is added later must not be lost on the way into a graph."""
     others = {"group_size": 16, "range": "full", "scale_dtype": "float16", "rounding": "reciprocal"}
+    others["clip"] = "learned"
     assert {"bits", *others} == {field.name for field in dataclasses.fields(QuantSpec)}
     plain = spec_arg(QuantSpec(4))
     assert plain == "int4"

@@ -88,9 +88,8 @@ def test_holds_figures_recipe_and_versions(report: Path, line: str) -> None:
 def test_tells_how_it_was_trained(report: Path) -> None:
     text = (report / "report.md").read_text()
     assert "4 steps, 4,000 tokens in 2 s (2,000 tokens/s) on CPU, 1 thread" in text
-    assert (
-        "bfloat16, quantized linears on int8 codes; peak learning rate 0.000123; 87.5% of" in text
-    )
+    assert "bfloat16, quantized linears on int8 codes; loss `" in text
+    assert "`, peak learning rate 0.000123; 87.5% of" in text
     assert "1234 sequences of at most 99 tokens written by somebody/some-model" in text
     assert "(strategy hybrid, seed 7)" in text
 
