@@ -87,7 +87,7 @@ Preset = Annotated[
     typer.Option(
         "--preset",
         help="paper (default): symmetric MinMax, as LLM-QAT; or best, which loses least at equal"
-        " bits: signed codes, learned scales, centered keys.",
+        " bits: signed codes and learned scales in the layers, centered keys.",
         show_default=False,
     ),
 ]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qatc.errors import QatcError as QatcError
     from qatc.evaluation.parity import verify as verify
     from qatc.export.torchao_model import to_torchao as to_torchao
+    from qatc.models.centers import center_keys as center_keys
     from qatc.models.preparation import prepare as prepare
     from qatc.models.preparation import restore as restore
     from qatc.output import load_codes as load_codes
@@ -26,6 +27,7 @@ _EXPORTS = {
     "QatcError": "qatc.errors",
     "QuantSpec": "qatc.recipe.spec",
     "Recipe": "qatc.recipe.recipe",
+    "center_keys": "qatc.models.centers",
     "load": "qatc.runtime.model",
     "load_codes": "qatc.output",
     "prepare": "qatc.models.preparation",
@@ -39,6 +41,7 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "__version__",
+    "center_keys",
     "load",
     "load_codes",
     "prepare",

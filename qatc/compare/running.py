@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from qatc.compare.grid import Cell
-from qatc.errors import QatcError
+from qatc.errors import ConfigError, QatcError
 from qatc.progress import Observer
 from qatc.storage import markers
-from qatc.storage.files import read_json, write_atomically, write_json
+from qatc.storage.files import read_json, write_atomically, write_json, writing_to
 from qatc.storage.locks import locked
 
 KEPT = ("qatc.json", "report.md", "loss.png", "metrics.jsonl", "run.yaml", "cell.json")
@@ -132,11 +132,15 @@ def run_cells(
         pause: seconds until a cell or corpus that another process writes is looked at again.
 
     Raises:
+        ConfigError: ``out`` is a file.
         CheckpointError: ``out`` cannot be written.
     """
     places, observer = Places(out), observer or Observer()
     mine = unique(cells)[shard[0] :: shard[1]]
-    places.cells.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; choose another --output")
+    with writing_to(places.cells):
+        places.cells.mkdir(parents=True, exist_ok=True)
     for number, cell in enumerate(mine, start=1):
         title = f"cell {number}/{len(mine)}: {cell.name}"
         if places.record(cell).exists():

@@ -141,7 +141,7 @@ class _IntegerLinear(torch.autograd.Function):
         if needs[0]:
             for_x = rows @ minmax.dequantize(codes, scale, gradient.dtype)
             for_x = for_x.to(x_dtype).unflatten(0, gradient.shape[:-1])
-        if needs[1] or needs[5]:
+        if needs[1] or needs[4]:
             values = minmax.dequantize(x_codes, x_scale, gradient.dtype)
             for_weight = (rows.t() @ values).to(weight_dtype)
         if weight is not None and for_weight is not None:

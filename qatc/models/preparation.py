@@ -84,8 +84,9 @@ def prepare(
     ``forward`` that runs a captured, transformed and compiled graph with the module's own
     parameters. Nothing else changes: the module tree, the state dict, tied weights and the hooks
     of the layers stay as they are. :func:`restore` undoes it. A recipe with learned scales or
-    centered keys adds those to the modules that they are of, as parameters and buffers; see
-    :mod:`qatc.models.scales`.
+    centered keys adds those to the modules that they are of, as parameters and buffers, which
+    ``state_dict`` holds and ``save_pretrained`` of transformers does not bring back. Centers are
+    0 until :func:`qatc.center_keys` has measured them.
 
     Attributes may be changed afterwards: a graph is captured for what they are now. What is added
     afterwards, such as LoRA adapters of peft, stays in full precision, around quantized weights.
@@ -105,7 +106,6 @@ def prepare(
             so call the model under ``torch.autocast`` of the same dtype, for the head's sake.
         integer_forward: compute quantized linears on int8 codes with an exact product, as integer
             kernels will; ``None``: where the recipe allows it and this machine is fast at it.
-
         start_scales: where learned scales of weights start, fp32 ``[N, G]`` by parameter name;
             ``None``: where the squared error is least.
 
@@ -133,13 +133,13 @@ def prepare(
         if recipe.weights.quantizes:
             refuse_stacked_weights(model, recipe)
     refuse_lost_scales(model, recipe)
-    added = _add_scales(model, recipe, compute_dtype, start_scales)
     ends = quantized_ends(model, recipe)
     obstacle = why_no_integer_forward(recipe, _device_of(model))
     if integer_forward is None:
         integer_forward = obstacle is None
     elif integer_forward and not recipe_allows_integers(recipe):
         raise ConfigError(f"no integer forward: {obstacle}; leave integer_forward to None or False")
+    added = _add_scales(model, recipe, compute_dtype, start_scales)
     on_integers = integer_forward
     compiler = inductor if (can_compile() if compile is None else compile) else None
     store = TemplateStore(

@@ -44,7 +44,7 @@ def learned_scale(start: Tensor, gain: Tensor, spec: QuantSpec, *, snap: bool) -
         spec: whose ``scale_dtype`` a snapped scale fits.
         snap: round as the scales of weights are, straight through.
     """
-    scale = start * factor(gain)
+    scale = start.float() * factor(gain.float())
     if snap:
         exact = scale.detach()
         scale = scale + (minmax.snap_scale(exact, spec) - exact)

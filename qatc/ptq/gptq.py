@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qatc.data.corpus import Rows
-from qatc.errors import ConfigError
+from qatc.errors import ConfigError, TrainingError
 from qatc.graph.nodes import Linear, find_quantizable
 from qatc.numerics import learned, minmax
 from qatc.ptq.calibrate import LayerByLayer
@@ -237,6 +237,13 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     damped = hessian.double()
     mean = damped.diagonal().mean()
     damped.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"GPTQ cannot invert the products of a linear's {len(hessian)} inputs ({error}): some"
+            " are not finite, or all but the same; calibrate on more rows (--calibration-rows), or"
+            " leave gptq out of --method"
+        ) from error
     return factor.to(hessian.dtype)

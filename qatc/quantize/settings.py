@@ -17,6 +17,7 @@ from qatc.ptq.method import parse_method
 from qatc.recipe.recipe import Recipe
 from qatc.storage.directories import refuse_overlap
 from qatc.training.distill import TrainingConfig
+from qatc.training.objective import parse_loss
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,14 @@ class QuantizeConfig:
             raise ConfigError(f"eval_sequences must be at least 1; got {self.eval_sequences}")
         if self.calibration_rows < 1:
             raise ConfigError(f"calibration_rows must be at least 1; got {self.calibration_rows}")
-        if "gptq" in parse_method(self.method).steps and not self.recipe.weights.quantizes:
+        method = parse_method(self.method)
+        terms = [term.name for term in parse_loss(self.training.loss)]
+        if "rotate" in method.steps and method.trains and "hidden" in terms:
+            raise ConfigError(
+                f"the loss {self.training.loss} compares hidden states with the teacher's, and"
+                f" {self.method} turns those of the student; leave out hidden or rotate"
+            )
+        if "gptq" in method.steps and not self.recipe.weights.quantizes:
             raise ConfigError(
                 f"the method {self.method} rounds weights, and {self.recipe.bits} leaves them at 16"
                 " bits; choose fewer, such as --bits 4-8-4"

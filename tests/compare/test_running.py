@@ -17,6 +17,7 @@ from qatc.compare import running
 from qatc.compare.grid import Cell
 from qatc.compare.results import write_results
 from qatc.compare.running import CURVE_POINTS, Places, failures, run_cells, unique
+from qatc.errors import QatcError
 from qatc.storage.files import read_json
 from qatc.storage.locks import locked
 from tests.compare.conftest import Quantizer, operations
@@ -39,6 +40,15 @@ def test_a_second_run_computes_nothing(
     assert record["bytes"] == 1000 and record["operations_per_token"] == 5e6
     curve = record["curve"]
     assert len(curve) <= CURVE_POINTS + 1 and curve[0] == [1, 1.0] and curve[-1] == [500, 0.002]
+
+
+def test_a_file_in_the_place_of_the_results(
+    cells: list[Cell], quantizer: Quantizer, tmp_path: Path
+) -> None:
+    (tmp_path / "results.csv").write_text("mine")
+    with pytest.raises(QatcError, match="results.csv is a file"):
+        run(cells, tmp_path / "results.csv", quantizer)
+    assert not quantizer.runs and (tmp_path / "results.csv").read_text() == "mine"
 
 
 @pytest.mark.parametrize("keep", [False, True])

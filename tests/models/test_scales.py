@@ -237,3 +237,33 @@ def test_presets() -> None:
     assert Recipe.from_dict(BEST.to_dict()) == BEST
     with pytest.raises(ConfigError, match="preset must be one of paper, best; got 'worst'"):
         Recipe.from_bits("4-8-4", preset="worst")
+
+
+def test_frozen_weights_pass_gradients_on() -> None:
+    """As below an adapter, whose base weights are frozen, or behind a frozen head."""
+    model = prepare(make_llama(), BEST, compile=False, integer_forward=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("value_gain"))
+    model(input_ids=ids_of(model)).logits.square().sum().backward()
+    gradient = model.get_parameter("model.layers.0.value_gain").grad
+    assert gradient is not None and gradient.abs().max() > 0
+    plain = prepare(make_llama(), Recipe(), compile=False, integer_forward=True)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    plain(input_ids=ids_of(plain)).logits.square().sum().backward()
+    assert plain.get_parameter("model.layers.0.input_layernorm.weight").grad is not None
+
+
+def test_a_model_that_cannot_be_prepared_is_left_as_it_was() -> None:
+    model = make_llama()
+    names = model.state_dict().keys()
+    grouped = Recipe.from_bits("4-8-4", preset="best", group_size=16)
+    with pytest.raises(ConfigError, match="no integer forward"):
+        prepare(model, grouped, compile=False, integer_forward=True)
+    assert model.state_dict().keys() == names
+
+
+def test_a_prepared_model_may_be_cast() -> None:
+    """Its scales are computed in fp32 whatever they are kept in."""
+    model = prepare(make_llama(), BEST, compile=False).to(torch.bfloat16)
+    assert model(input_ids=ids_of(model)).logits.isfinite().all()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qatc.errors import ConfigError, DataError
+from qatc.errors import ConfigError, DataError, TrainingError
 from qatc.numerics.learned import least_error_scale, quantize_by
 from qatc.numerics.minmax import compute_scale, dequantize, quantize
 from qatc.ptq import gptq
@@ -195,3 +195,9 @@ def test_refusals() -> None:
         gptq(make_model(), make_rows(), Recipe(), damping=0)
     with pytest.raises(DataError, match="no rows to calibrate on"):
         gptq(make_model(), make_rows()[:0], Recipe())
+
+
+def test_products_that_cannot_be_inverted_are_an_error_with_a_way_out() -> None:
+    products = torch.full((8, 8), torch.nan)
+    with pytest.raises(TrainingError, match=r"of a linear's 8 inputs .*--calibration-rows"):
+        round_columns(torch.randn(4, 8), products, QuantSpec(4))
