@@ -194,11 +194,11 @@ def load_tasks(
     Raises:
         ConfigError, DataError: as :func:`evaluate_tasks`.
     """
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"--include-path takes a directory of task files; got {include_path}")
     _import_lm_eval()
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None and not include_path.is_dir():
-        raise ConfigError(f"--include-path takes a directory of task files; got {include_path}")
     given = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=given, include_defaults=False)
     wanted = resolve(names, manager.all_tasks)

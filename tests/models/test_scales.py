@@ -155,13 +155,15 @@ def best(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
     place = tmp_path_factory.mktemp("best")
     model = save(place / "model", make_llama(), tokenizer)
     training = TrainingConfig(steps=6, batch_size=4, learning_rate=0.02)
-    return quantize(make(model, place / "out", recipe=BEST, training=training, verify=True))
+    return quantize(make(model, place / "out", recipe=BEST, training=training))
 
 
 def test_an_output_computes_what_was_trained(best: Any) -> None:
-    """The gate passed, decoding program and all; the codes are the scales' own."""
+    """The gate passes, decoding program and all; the codes are the scales' own."""
     output = open_output(best.output)
-    assert output.metadata["parity"]["passed"] is True
+    report = verify(output, reload=False)
+    report.require("out")
+    assert any("decoding program" in check.what for check in report.checks)
     assert [name for name in output.state if of_attention(name)]
     gains = [t for n, t in output.state.items() if n.endswith(("key_gain", "value_gain"))]
     assert all(gain.dtype is torch.float32 for gain in gains)
@@ -178,7 +180,7 @@ def test_an_output_computes_what_was_trained(best: Any) -> None:
     assert float(difference.abs().median()) < 1e-4
 
 
-@pytest.mark.parametrize("what", ["key_center", "key_gain", "value_gain"])
+@pytest.mark.parametrize("what", ["key_center", "value_gain"])
 def test_the_gate_sees_a_wrong_center_and_a_wrong_gain(
     best: Any, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
