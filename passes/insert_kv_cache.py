@@ -68,25 +68,21 @@ class InsertKVCache(GraphPass):
         if not attention.is_causal and str(shape_of(attention.query)[2]) != "1":
             raise PassError("the attention is not causal; a cache holds only what came before")
         key, value = attention.key, attention.value
-        gains = [self._gain(node) for node in (key, value)]
         options: dict[str, Any] = {"scale": attention.scale}
         if self.spec.quantizes:
-            key, value = (self._unquantized(node) for node in (key, value))
+            quantizers = [self._quantizer(node) for node in (key, value)]
+            key, value = (self._unquantized(node) for node in quantizers)
             options["spec"] = spec_arg(self.spec)
             if self.spec.learned:
+                gains = (node.kwargs["gain"] for node in quantizers)
                 options |= dict(zip(("key_gain", "value_gain"), gains, strict=True))
         inputs = self._add_inputs(gm, attention)
         target = quantized_attention if self.spec.quantizes else cached_attention
         replace_node(attention.node, target, (attention.query, key, value, *inputs), options)
         return Edits(matched=1, edited=1)
 
-    def _gain(self, node: Node) -> Any:
-        """The gain of the scales of a K or V, if they are learned."""
-        quantizer = quantizer_of(node)
-        return None if quantizer is None else quantizer.kwargs.get("gain")
-
-    def _unquantized(self, node: Node) -> Node:
-        """What the cache's fake-quant node rounds, which the cache rounds itself."""
+    def _quantizer(self, node: Node) -> Node:
+        """The fake-quant node of a K or V, which rounds as the cache will."""
         quantizer = quantizer_of(node)
         if quantizer is None:
             raise PassError(
@@ -103,6 +99,10 @@ class InsertKVCache(GraphPass):
                 f"the graph quantizes K and V to {spec_arg(found)}, and the cache is to have"
                 f" {spec_arg(self.spec)}"
             )
+        return quantizer
+
+    def _unquantized(self, quantizer: Node) -> Node:
+        """What a fake-quant node of K or V rounds, which the cache rounds itself."""
         source = quantizer.args[0]
         assert isinstance(source, Node)
         return source

@@ -40,7 +40,6 @@ from qatc.evaluation.vocabulary_parity import compare_ends
 from qatc.kernels.site import Kernels
 from qatc.models.pipelines import recipe_allows_integers
 from qatc.models.preparation import restore
-from qatc.models.scales import learned_scale_of
 from qatc.numerics import packing
 from qatc.output import Output, QuantizedWeight, load_reference
 from qatc.output.directory import digest_of
@@ -138,8 +137,7 @@ def _stored(model: nn.Module, output: Output, trained: Mapping[str, Tensor] | No
         codes = packing.unpack(packed, spec.bits, width)
         same = digest_of(codes, held[name + SCALE]) == digest
         if same and trained is not None:
-            scale = learned_scale_of(trained, name, spec)
-            wanted = QuantizedWeight.from_float(trained[name], spec, scale)
+            wanted = QuantizedWeight.from_state(trained, name, spec)
             same = torch.equal(codes.cpu(), wanted.codes.cpu())
             same = same and torch.equal(held[name + SCALE].cpu(), wanted.scale.cpu())
         if not same:

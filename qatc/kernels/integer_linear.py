@@ -124,7 +124,7 @@ class _IntegerLinear(torch.autograd.Function):
         if own_scale is None:
             codes, scale = minmax.quantize(weight, specs[1], snap=True)
         else:
-            codes, scale = learned.quantize_by(weight, own_scale, specs[1]), own_scale
+            codes, scale = minmax.quantize_by(weight, own_scale, specs[1]), own_scale
         ctx.save_for_backward(x_codes, x_scale, codes, scale, None if own_scale is None else weight)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.spec = specs[1]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qatc.errors import CaptureError
+from qatc.models.attention import AttentionCalls, AttentionMap
 from qatc.models.regions import find_regions
 from qatc.numerics.minmax import round_to_bf16
 from qatc.passes.quantize_kv import KEY_CENTER
@@ -56,48 +54,29 @@ def center_keys(student: nn.Module, teacher: nn.Module, ids: Tensor, real: Tenso
 
 def _mean_keys(model: nn.Module, ids: Tensor, real: Tensor) -> dict[str, list[Tensor]]:
     """Mean key ``[H, D]`` in fp64 of every attention, by the layer's name."""
-    seen = _Keys()
-    with seen.of(model), seen:
-        for rows, kept in zip(ids.split(4), real.split(4), strict=True):
-            seen.real = kept
-            model(input_ids=rows, use_cache=False)
-    count = real.sum()
-    return {name: [total / count for total in totals] for name, totals in seen.sums.items()}
+    totals: dict[str, list[Tensor]] = {}
+    for rows, kept in zip(ids.split(4), real.split(4), strict=True):
+        for name, sums in _summed_keys(model, rows, kept).items():
+            before = totals.get(name, [torch.zeros_like(each) for each in sums])
+            totals[name] = [a + b for a, b in zip(before, sums, strict=True)]
+    return {name: [total / real.sum() for total in sums] for name, sums in totals.items()}
 
 
-class _Keys(TorchFunctionMode):
-    """Adds up the keys that attention is called with, layer by layer."""
+def _summed_keys(model: nn.Module, ids: Tensor, real: Tensor) -> dict[str, list[Tensor]]:
+    """Sums ``[H, D]`` in fp64 of the keys of the real tokens, by the layer's name."""
+    sums: dict[str, list[Tensor]] = {}
+    running = [""]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sums: dict[str, list[Tensor]] = {}
-        self.real: Tensor
-        self._layer, self._number = "", 0
+    def enter(name: str, *_: Any) -> None:
+        running[:] = [name]
 
-    @contextmanager
-    def of(self, model: nn.Module) -> Iterator[None]:
-        """Know which layer runs."""
-        hooks = [
-            region.register_forward_pre_hook(partial(self._enter, name))
-            for name, region in find_regions(model)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def add(call: AttentionMap) -> None:
+        total = (call.key.double() * real[:, None, :, None]).sum((0, 2))
+        sums.setdefault(running[0], []).append(total)
 
-    def _enter(self, name: str, *_: Any) -> None:
-        self._layer, self._number = name, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            key: Tensor = args[1] if len(args) > 1 else kwargs["key"]
-            total = (key.double() * self.real[:, None, :, None]).sum((0, 2))
-            totals = self.sums.setdefault(self._layer, [])
-            if self._number == len(totals):
-                totals.append(torch.zeros_like(total))
-            totals[self._number] += total
-            self._number += 1
-        return func(*args, **kwargs)
+    with ExitStack() as watching:
+        for name, region in find_regions(model):
+            watching.callback(region.register_forward_pre_hook(partial(enter, name)).remove)
+        watching.enter_context(AttentionCalls(add))
+        model(input_ids=ids, use_cache=False)
+    return sums

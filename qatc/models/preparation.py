@@ -234,10 +234,10 @@ def _add_scales(
     compute_dtype: torch.dtype | None,
     start_scales: Mapping[str, Tensor] | None,
 ) -> tuple[Added, ...]:
-    """Put on the model what the recipe says is learned or taken off, see what is there first.
+    """Put on the model what the recipe has trained or taken off, as it is before training.
 
-    Where weights are quantized and keys are read, graphs say. These have neither yet, since what a
-    module holds is part of what its graph is made from.
+    Graphs say which weights are quantized and which keys are read, and what a module holds is part
+    of what its graph is made from: so plain graphs, without any of it, are captured first.
     """
     if not (recipe.weights.learned or recipe.kv.learned or recipe.center_keys):
         return ()

@@ -51,18 +51,12 @@ def learned_scale(start: Tensor, gain: Tensor, spec: QuantSpec, *, snap: bool) -
     return scale
 
 
-def quantize_by(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """int8 codes ``[..., K]`` of ``x`` for given scales ``[..., G]``."""
-    groups = x.unflatten(-1, (scale.shape[-1], -1))
-    return minmax.round_to_codes(groups, scale.unsqueeze(-1), spec).flatten(-2).to(torch.int8)
-
-
 def quantize(x: Tensor, spec: QuantSpec, gain: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes and scales of ``x``: MinMax ones, or what a gain has made of them."""
     if gain is None:
         return minmax.quantize(x, spec)
     scale = learned_scale(minmax.compute_scale(x, spec), gain, spec, snap=False)
-    return quantize_by(x, scale, spec), scale
+    return minmax.quantize_by(x, scale, spec), scale
 
 
 def fake_quantize_by(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:

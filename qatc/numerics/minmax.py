@@ -136,8 +136,13 @@ def quantize(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> tuple[Tensor,
     """
     assert spec.quantizes, "16 bits have no codes"
     scale = compute_scale(x, spec, snap=snap)
-    codes = round_to_codes(_in_groups(x, spec.group_size or 0), scale.unsqueeze(-1), spec)
-    return codes.flatten(-2).to(torch.int8), scale
+    return quantize_by(x, scale, spec), scale
+
+
+def quantize_by(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """int8 codes ``[..., K]`` of ``x`` for given scales ``[..., G]``, with G dividing K."""
+    groups = x.unflatten(-1, (scale.shape[-1], -1))
+    return round_to_codes(groups, scale.unsqueeze(-1), spec).flatten(-2).to(torch.int8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qatc.numerics import learned, minmax
+from qatc.models.scales import learned_scale_of
+from qatc.numerics import minmax
 from qatc.recipe.spec import QuantSpec
 
 
@@ -27,23 +29,31 @@ class QuantizedWeight:
     spec: QuantSpec
 
     @classmethod
-    def from_float(
-        cls, weight: Tensor, spec: QuantSpec, scale: Tensor | None = None
-    ) -> QuantizedWeight:
-        """Quantize a trained float weight ``[N, K]`` exactly as training did.
-
-        Args:
-            weight: the master.
-            spec: how.
-            scale: fp32 ``[N, G]``, where it is a learned one.
+    def from_float(cls, weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
+        """Quantize a float weight ``[N, K]`` by its MinMax scales, exactly as training does.
 
         Raises:
             ConfigError: the group size does not divide K.
         """
-        if scale is not None:
-            return cls(learned.quantize_by(weight.detach(), scale, spec), scale, spec)
         codes, scale = minmax.quantize(weight.detach(), spec, snap=True)
         return cls(codes, scale, spec)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], name: str, spec: QuantSpec) -> QuantizedWeight:
+        """Quantize a weight of a trained model exactly as training did.
+
+        Args:
+            state: the state dict of a prepared model, learned scales and all.
+            name: of the weight, ``[N, K]``.
+            spec: how it is quantized.
+
+        Raises:
+            ConfigError: the group size does not divide K.
+        """
+        scale = learned_scale_of(state, name, spec)
+        if scale is None:
+            return cls.from_float(state[name], spec)
+        return cls(minmax.quantize_by(state[name].detach(), scale, spec), scale, spec)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``code * scale`` as ``[N, K]``, computed in fp32 and rounded once to ``dtype``."""

@@ -155,7 +155,7 @@ def round_columns(
     else:
         scale = minmax.compute_scale(weight, spec, snap=True)
     steps, low, high = _limits(weight, scale, spec, dtype)
-    nearest = learned.quantize_by(weight, scale, spec).to(dtype)
+    nearest = minmax.quantize_by(weight, scale, spec).to(dtype)
     pinned = _pinned(weight, scale.shape[1], spec)
     order = torch.arange(width, device=weight.device)
     if act_order:

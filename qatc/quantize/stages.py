@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from qatc.data.corpus import Corpus, Rows, pack_rows
 from qatc.data.generate import generate_corpus
 from qatc.evaluation.metrics import Metrics
 from qatc.models.centers import center_keys
+from qatc.ptq.calibrate import batches
 from qatc.quantize.given import Given, Setting
 from qatc.quantize.pair import Pair, evaluate_one
 from qatc.quantize.settings import QuantizeConfig
@@ -71,10 +70,8 @@ def center(setting: Setting, pair: Pair, rows: Rows) -> None:
     """Measure where keys lie, if the recipe takes that off them; the same in a resumed run."""
     if not setting.config.recipe.center_keys:
         return
-    some = rows[:CENTERING_ROWS]
-    device = next(pair.student.parameters()).device
-    ids, real = (torch.from_numpy(part).to(device) for part in (some.tokens, some.real))
-    center_keys(pair.student, pair.teacher.model, ids.long(), real)
+    ids, real = next(batches(pair.student, rows[:CENTERING_ROWS], CENTERING_ROWS))
+    center_keys(pair.student, pair.teacher.model, ids, real)
 
 
 def split(corpus: Corpus, config: QuantizeConfig) -> tuple[Rows, Rows]:

@@ -15,7 +15,7 @@ from qatc.errors import PassError
 from qatc.evaluation.parity import verify
 from qatc.machine.device import release_memory
 from qatc.models.preparation import restore
-from qatc.models.scales import learned_scale_of, of_attention, of_weight
+from qatc.models.scales import of_attention, of_weight
 from qatc.output import Output, QuantizedWeight, loads_elsewhere, open_output, write_output
 from qatc.output.model_card import write_card
 from qatc.quantize.given import Setting
@@ -62,7 +62,7 @@ def take_output(
         for name, value in state.items()
     }
     weights = {
-        name: QuantizedWeight.from_float(masters[name], spec, learned_scale_of(masters, name, spec))
+        name: QuantizedWeight.from_state(masters, name, spec)
         for name, spec in pair.quantized.items()
     }
     output = Output(

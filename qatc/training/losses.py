@@ -8,13 +8,13 @@ a small model do; compiled, a row is read once.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qatc.models.attention import AttentionMap
 
 
 def soft_cross_entropy(
@@ -90,42 +90,6 @@ def relative_error(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
     target = teacher.detach().float()
     power = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
     return ((student.float() - target).square().sum(-1) / power).where(real, 0).sum()
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionMap:
-    """What the attention probabilities of a layer are computed from.
-
-    Attributes:
-        query: ``[B, H, T, D]``.
-        key: ``[B, G, S, D]``, of which H / G query heads share one.
-        mask: bool (True: may be attended to) or float (added to the scores), broadcast to
-            ``[B, H, T, S]``; None for none.
-        causal: whether a query sees no key behind it.
-        scale: factor of the scores; None for 1 / sqrt(D).
-    """
-
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None = None
-    causal: bool = False
-    scale: float | None = None
-
-    def log_probabilities(self) -> Tensor:
-        """fp32 ``[B, H, T, S]``; finite, very low, where nothing is attended to."""
-        query, key = self.query.float(), self.key.float()
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scale = 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
-        scores = query @ key.mT * scale
-        lowest = torch.finfo(scores.dtype).min  # not -inf, of which two differ by NaN
-        if self.causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~seen, lowest)
-        if self.mask is not None and self.mask.dtype is torch.bool:
-            scores = scores.masked_fill(~self.mask, lowest)
-        elif self.mask is not None:
-            scores = (scores + self.mask.float()).clamp(min=lowest)
-        return scores.log_softmax(-1)
 
 
 def attention_divergence(student: AttentionMap, teacher: AttentionMap, real: Tensor) -> Tensor:

@@ -30,12 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qatc.errors import ConfigError
 from qatc.models import find_regions
+from qatc.models.attention import AttentionCalls, AttentionMap
 from qatc.training.losses import (
-    AttentionMap,
     attention_divergence,
     compiled,
     negative_log_likelihood,
@@ -194,38 +193,5 @@ def _watched(model: nn.Module, terms: Collection[str]) -> Iterator[_Inside]:
                     )
                     watching.callback(hook.remove)
         if "attention" in terms:
-            watching.enter_context(_AttentionCalls(inside.attention))
+            watching.enter_context(AttentionCalls(inside.attention.append))
         yield inside
-
-
-class _AttentionCalls(TorchFunctionMode):
-    """Keeps query and key of every SDPA, be it called by a module or by a captured graph."""
-
-    def __init__(self, found: list[AttentionMap]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ATTENTION:
-            self.found.append(_attention_map(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
-
-
-_ATTENTION = (
-    torch.nn.functional.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default,
-)
-
-
-def _attention_map(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionMap:
-    """The arguments of SDPA that its map depends on."""
-    return AttentionMap(query, key, attn_mask, is_causal, scale)

@@ -209,7 +209,7 @@ def test_the_trained_scale_is_start_and_gain() -> None:
         model.get_parameter(f"{name}_scale_gain").fill_(0.5)
     scale = learned_scale_of(model.state_dict(), name, BEST.weights)
     assert scale is not None and torch.equal(scale, (start * 1.5).bfloat16().float())
-    codes = QuantizedWeight.from_float(weight, BEST.weights, scale).codes
+    codes = QuantizedWeight.from_state(model.state_dict(), name, BEST.weights).codes
     wanted = (weight.double() / scale.double()).float().round().clamp(-8, 7)
     assert torch.equal(codes, wanted.to(torch.int8))
 

@@ -19,9 +19,8 @@ from qatc.numerics.learned import (
     learned_scale,
     least_error_scale,
     quantize,
-    quantize_by,
 )
-from qatc.numerics.minmax import compute_scale
+from qatc.numerics.minmax import compute_scale, quantize_by
 from qatc.recipe.spec import QuantSpec
 
 SIGNED = QuantSpec(4, range="signed", clip="learned")

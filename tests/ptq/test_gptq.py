@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qatc.errors import ConfigError, DataError, TrainingError
-from qatc.numerics.learned import least_error_scale, quantize_by
-from qatc.numerics.minmax import compute_scale, dequantize, quantize
+from qatc.numerics.learned import least_error_scale
+from qatc.numerics.minmax import compute_scale, dequantize, quantize, quantize_by
 from qatc.ptq import gptq
 from qatc.ptq.gptq import reproducible, round_columns
 from qatc.recipe.recipe import Recipe
