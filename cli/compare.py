@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -88,11 +89,16 @@ def compare(
             )
 
 
-def quantize_options(context: typer.Context) -> list[str]:
-    """Names of the options of ``qatc quantize``."""
+def quantize_options(context: typer.Context) -> dict[str, Any]:
+    """The options of ``qatc quantize`` and their defaults."""
+    from qatc.recipe.recipe import Recipe
+
     assert context.parent is not None
     command = context.parent.command.commands["quantize"]  # type: ignore[attr-defined]
-    return [parameter.name for parameter in command.params]
+    found = {parameter.name: parameter.default for parameter in command.params}
+    of_recipe = signature(Recipe.from_bits).parameters  # left out, these options leave it to that
+    found |= {name: of_recipe[name].default for name in found if name in of_recipe}
+    return found | {"bits": options.BITS}
 
 
 def _shard(text: str | None) -> tuple[int, int]:

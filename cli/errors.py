@@ -1,5 +1,7 @@
 """How errors end a command: one line, and 2 for a wrong use, 1 for a failure.
 
+Where another process writes to the same place it is 75, which shells know as: try again later.
+
 Signals end it as shells expect: 130 after Ctrl-C, 143 after SIGTERM, 128 and its number in general.
 """
 
@@ -13,7 +15,7 @@ from contextlib import contextmanager
 import typer
 
 from qatc.cli.terminal import print_error
-from qatc.errors import ConfigError, QatcError
+from qatc.errors import BUSY, BusyError, ConfigError, QatcError
 from qatc.machine.signals import Terminated, raising
 
 _OF_A_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP}
@@ -32,7 +34,7 @@ def readable_errors(interrupted: str = "interrupted") -> Iterator[None]:
             yield
     except QatcError as error:
         print_error(str(error))
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+        raise typer.Exit(_status(error)) from None
     except Terminated as signal:
         print_error(f"{signal}: {interrupted}")
         raise typer.Exit(128 + signal.number) from None
@@ -50,6 +52,12 @@ def readable_errors(interrupted: str = "interrupted") -> Iterator[None]:
             raise
         print_error("out of memory; try a smaller --batch-size or --max-length")
         raise typer.Exit(1) from None
+
+
+def _status(error: QatcError) -> int:
+    if isinstance(error, BusyError):
+        return BUSY
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def _is_out_of_memory(error: Exception) -> bool:

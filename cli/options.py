@@ -123,6 +123,9 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is done.")
 ]
 
+BITS = "4-8-4"
+"""The default of ``--bits``."""
+
 GREEDY_TOKENS = "-".join(map(str, CorpusConfig.greedy_tokens))
 """The default of ``--greedy-tokens``, as :func:`parse_range` reads it."""
 
@@ -165,7 +168,7 @@ def build_recipe(
     own = {"head_bits": head_bits, "embedding_bits": embedding_bits}
     changes |= {name: value for name, value in own.items() if value is not None}
     patterns = DEFAULT_SKIP + tuple(skip or ())
-    return Recipe.from_bits(bits or "4-8-4", group_size=group_size, skip=patterns, **changes)
+    return Recipe.from_bits(bits or BITS, group_size=group_size, skip=patterns, **changes)
 
 
 def parse_range(text: str) -> tuple[int, int]:

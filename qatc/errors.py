@@ -6,6 +6,9 @@ prints the message alone, without a traceback. Anything else that is raised is a
 
 from __future__ import annotations
 
+BUSY = 75
+"""The exit status of a command that met a :class:`BusyError`: EX_TEMPFAIL of sysexits.h."""
+
 
 class QatcError(Exception):
     """Base of all errors that a user can act on."""
@@ -13,6 +16,10 @@ class QatcError(Exception):
 
 class ConfigError(QatcError, ValueError):
     """A setting is not valid: bits, recipe, option or path given by the user."""
+
+
+class BusyError(ConfigError):
+    """Another process writes to a place; later it will not."""
 
 
 class CaptureError(QatcError):

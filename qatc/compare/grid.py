@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ SET_BY_THE_GRID = ("config", "config-file", "json", "output", "overwrite", "resu
 """Options of ``qatc quantize`` that a grid file cannot set: the grid itself does."""
 
 _IN_NAMES = ("bits", "method", "preset", "loss", "strategy", "group-size")
+_ALWAYS = ("bits", "method")
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,13 @@ class Cell:
     Attributes:
         table: name of the grid that it is in.
         options: of the command, by name as in a run file; ``seed`` is among them.
+        defaults: of the command, by the same names. A cell that spells one out is the same as one
+            that leaves it away.
     """
 
     table: str
     options: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -53,14 +57,22 @@ class Cell:
     def name(self) -> str:
         """Of its directory: readable, and another one for other options."""
         shown = [Path(str(self.options["model"])).name]
-        shown += [str(self.options[name]) for name in _IN_NAMES if name in self.options]
+        named = {**{n: self.defaults[n] for n in _ALWAYS if n in self.defaults}, **self._own}
+        shown += [str(named[name]) for name in _IN_NAMES if name in named]
         readable = re.sub(r"[^\w.+-]+", "_", "-".join([*shown, f"seed{self.seed}"]))
-        return f"{readable[:100]}-{fingerprint(self.options)}"
+        return f"{readable[:100]}-{fingerprint(self._own)}"
 
     @property
     def corpus(self) -> str:
         """Name of the directory of its corpus, the same for all cells with the same data."""
-        return fingerprint({n: self.options[n] for n in DATA_OPTIONS if n in self.options})
+        return fingerprint({n: self._own[n] for n in DATA_OPTIONS if n in self._own})
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """The options that are not the default."""
+        return {
+            n: v for n, v in self.options.items() if n not in self.defaults or v != self.defaults[n]
+        }
 
 
 def fingerprint(options: Mapping[str, Any]) -> str:
@@ -69,14 +81,14 @@ def fingerprint(options: Mapping[str, Any]) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()[:10]
 
 
-def read_grid(path: Path, known: Collection[str]) -> list[Cell]:
+def read_grid(path: Path, known: Mapping[str, Any]) -> list[Cell]:
     """The cells of a grid file, in its order.
 
     Args:
         path: YAML with ``base`` (options of all cells), ``seeds``, and ``grids``: a list of tables
             with ``name``, ``base``, ``seeds`` and ``axes`` (option -> list of values, of which
             every combination is a cell).
-        known: names of the options of ``qatc quantize``.
+        known: names of the options of ``qatc quantize``, with their defaults; None is none.
 
     Raises:
         ConfigError: the file cannot be read, or says something that is no grid.
@@ -86,6 +98,7 @@ def read_grid(path: Path, known: Collection[str]) -> list[Cell]:
     tables = plain.get("grids")
     if not isinstance(tables, list) or not tables:
         raise ConfigError(f"{path}: grids takes a list of tables, such as '- axes: {{bits: [..]}}'")
+    defaults = {n.replace("_", "-"): value for n, value in known.items() if value is not None}
     cells: list[Cell] = []
     for number, table in enumerate(tables, start=1):
         where = f"{path}, table {number}"
@@ -98,7 +111,7 @@ def read_grid(path: Path, known: Collection[str]) -> list[Cell]:
         base = {**_options(plain, "base", known, path), **_options(table, "base", known, where)}
         seeds = _seeds(table.get("seeds", plain.get("seeds", [0])), where)
         axes = _options(table, "axes", known, where)
-        cells += [Cell(name, options) for options in _combinations(base, axes, seeds, where)]
+        cells += [Cell(name, own, defaults) for own in _combinations(base, axes, seeds, where)]
     return cells
 
 

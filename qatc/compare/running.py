@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from qatc.compare.grid import Cell
-from qatc.errors import ConfigError, QatcError
+from qatc.errors import BUSY, BusyError, ConfigError, QatcError
 from qatc.progress import Observer
 from qatc.storage import markers
 from qatc.storage.files import read_json, write_atomically, write_json, writing_to
@@ -30,7 +30,6 @@ KEPT = ("qatc.json", "report.md", "loss.png", "metrics.jsonl", "run.yaml", "cell
 """What stays of a finished cell, whose weights are removed."""
 
 CURVE_POINTS = 200
-_BUSY = "is being written by"
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 
 Quantize = Callable[[Sequence[str], Path], int]
@@ -178,21 +177,27 @@ def _compute(
                 error = None if (output / "qatc.json").exists() else _run(cell, places, quantize)
                 if error is None:
                     _finish(cell, places, operations, keep_models, time.time() - started)
+                return error
+        except BusyError:
+            time.sleep(pause)
         except QatcError as refused:
-            error = str(refused)
-        if error is None or _BUSY not in error:
-            return error
-        time.sleep(pause)
+            return str(refused)
 
 
 def _run(cell: Cell, places: Places, quantize: Quantize) -> str | None:
-    """Run ``qatc quantize`` for a cell; its error if it failed."""
+    """Run ``qatc quantize`` for a cell; its error if it failed.
+
+    Raises:
+        BusyError: another process writes to its place or corpus.
+    """
     log, run_file = (places.cells / f"{cell.name}.{ending}" for ending in ("log", "yaml"))
     options = {"data": str(places.out / "data" / cell.corpus), **cell.options}
     write_atomically(run_file, yaml.safe_dump(options, sort_keys=False).encode())
     status = quantize(
         ["--config", str(run_file), "--output", str(places.output(cell)), "--json"], log
     )
+    if status == BUSY:
+        raise BusyError(_last_error(log, status))
     if status:
         return _last_error(log, status)
     run_file.unlink()

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from qatc.errors import ConfigError
+from qatc.errors import BusyError, ConfigError
 from qatc.storage.files import writing_to
 
 _HELD_BY = "locked by qatc, "
@@ -33,7 +33,7 @@ def locked(place: Path) -> Iterator[None]:
     Folders above it are made, and those that are still empty at the end are removed.
 
     Raises:
-        ConfigError: another run holds it; the message names its process.
+        BusyError: another run holds it; the message names its process.
         CheckpointError: no lock file can be written there.
     """
     place = place.resolve()
@@ -96,7 +96,7 @@ def _lock(file: int, path: Path, place: Path) -> None:
         _try_lock(file)
     except BlockingIOError as error:
         holder = content.removeprefix(_HELD_BY).strip() or "another process"
-        raise ConfigError(
+        raise BusyError(
             f"{place} is being written by {holder}; wait until it has ended, or choose another"
             " place"
         ) from error

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 import yaml
 
+from qatc.cli.compare import quantize_options
 from qatc.cli.main import app
+from qatc.cli.options import build_recipe
 from qatc.compare.grid import SET_BY_THE_GRID, Cell, read_grid
 from qatc.errors import ConfigError
+from qatc.quantize.settings import QuantizeConfig
 
-KNOWN = ("model", "bits", "steps", "group_size", "strategy", "output", "seed")
+KNOWN = {"model": None, "bits": "4-8-4", "steps": 1500, "group_size": None}
+KNOWN |= {"strategy": "hybrid", "output": None, "seed": 0}
 PAPER = sorted((Path(__file__).resolve().parents[2] / "examples/paper").glob("*.yaml"))
 
 
@@ -99,11 +104,43 @@ def test_names_tell_cells_apart_and_corpora_are_those_of_the_data() -> None:
         assert Cell("a", {**one.options, name: value}).corpus != one.corpus
 
 
+def test_a_default_that_is_spelled_out_makes_no_other_cell() -> None:
+    defaults = {"bits": "4-8-4", "method": "qat", "steps": 1500, "strategy": "hybrid"}
+    plain = Cell("a", {"model": "m", "seed": 0}, defaults)
+    spelled = Cell("b", {"model": "m", "seed": 0, **defaults}, defaults)
+    assert spelled.name == plain.name and spelled.corpus == plain.corpus
+    assert plain.name.startswith("m-4-8-4-qat-seed0-")
+    assert "strategy" in spelled.setting  # for the table, which has a column of it
+    for name, value in {"bits": "8-8-8", "method": "rtn", "steps": 3, "strategy": "greedy"}.items():
+        assert Cell("a", {**plain.options, name: value}, defaults).name != plain.name
+
+
+def quantize_options_of_the_command() -> dict[str, Any]:
+    group = typer.main.get_command(app)
+    with typer.Context(group) as parent:
+        return quantize_options(typer.Context(group.commands["compare"], parent))  # type: ignore[attr-defined]
+
+
+def test_the_defaults_are_those_of_quantize() -> None:
+    options = quantize_options_of_the_command()
+    wanted = {
+        "bits": "4-8-4",
+        "preset": "paper",
+        "method": "qat",
+        "loss": "logits",
+        "target": "qatc",
+    }
+    assert wanted.items() <= options.items()
+    config = QuantizeConfig("m", Path("o"), recipe=build_recipe(None, None))
+    assert config.recipe == build_recipe(
+        **{n: options[n] for n in ("bits", "preset", "target")}, recipe=None
+    )
+    assert config.method == options["method"] and config.training.loss == options["loss"]
+
+
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_the_grids_of_the_paper_name_options_that_there_are(path: Path) -> None:
-    command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
-    known = {p.name for p in command.params} | {"method", "loss"}
-    cells = read_grid(path, known)
+    cells = read_grid(path, quantize_options_of_the_command())
     assert len({cell.name for cell in cells}) > 1
     for cell in cells:
         assert not cell.options.keys() & set(SET_BY_THE_GRID)
@@ -114,8 +151,7 @@ def test_the_small_grid_has_what_it_is_for() -> None:
     assert {"bits", "KV cache alone", "quantizer", "data", "loss", "groups"} == {
         grid["name"] for grid in yaml.safe_load(path.read_text())["grids"]
     }
-    known = {"model", "bits", "method", "preset", "loss", "strategy", "group_size", "steps"}
-    cells = read_grid(path, known | {"samples", "max_length", "verify"})
+    cells = read_grid(path, quantize_options_of_the_command())
     assert {cell.seed for cell in cells} == {0, 1, 2}
     of_bits = [cell for cell in cells if cell.table in ("bits", "KV cache alone")]
     assert len({cell.options["bits"] for cell in of_bits}) == 10

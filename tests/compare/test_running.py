@@ -17,7 +17,7 @@ from qatc.compare import running
 from qatc.compare.grid import Cell
 from qatc.compare.results import write_results
 from qatc.compare.running import CURVE_POINTS, Places, failures, run_cells, unique
-from qatc.errors import QatcError
+from qatc.errors import BUSY, QatcError
 from qatc.storage.files import read_json
 from qatc.storage.locks import locked
 from tests.compare.conftest import Quantizer, operations
@@ -133,7 +133,7 @@ def test_shards_share_the_cells_and_the_last_one_writes(
 def test_what_another_process_writes_is_waited_for(
     cells: list[Cell], quantizer: Quantizer, tmp_path: Path
 ) -> None:
-    busy = iter([2, 2, 0])
+    busy = iter([BUSY, BUSY, 0])
 
     def at_first_busy(arguments: Sequence[str], log: Path) -> int:
         if status := next(busy):
