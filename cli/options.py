@@ -39,6 +39,16 @@ GroupSize = Annotated[
         show_default=False,
     ),
 ]
+KVRange = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-range",
+        help="Range of K and V: restricted, full, signed or asymmetric (from the least to the"
+        " greatest value; its offsets take 4 bytes per token and head). Default: what preset and"
+        " target have.",
+        show_default=False,
+    ),
+]
 KVSite = Annotated[
     str | None,
     typer.Option(
@@ -146,13 +156,14 @@ def build_recipe(
     head_bits: int | None = None,
     embedding_bits: int | None = None,
     preset: str | None = None,
+    kv_range: str | None = None,
     spelled_out: Recipe | None = None,
 ) -> Recipe:
     """The recipe that the options describe, or the one that a run's file spells out."""
     if recipe is not None or spelled_out is not None:
         values = {"bits": bits, "group_size": group_size, "kv_site": kv_site, "skip": skip}
         values |= {"target": target, "head_bits": head_bits, "embedding_bits": embedding_bits}
-        values["preset"] = preset
+        values |= {"preset": preset, "kv_range": kv_range}
         if clashing := spelled(values):
             source = "the recipe in --config" if recipe is None else "--recipe"
             raise ConfigError(
@@ -165,6 +176,7 @@ def build_recipe(
     changes: dict[str, Any] = {} if kv_site is None else {"kv_site": kv_site}
     changes |= {} if target is None else {"target": target}
     changes |= {} if preset is None else {"preset": preset}
+    changes |= {} if kv_range is None else {"kv_range": kv_range}
     own = {"head_bits": head_bits, "embedding_bits": embedding_bits}
     changes |= {name: value for name, value in own.items() if value is not None}
     patterns = DEFAULT_SKIP + tuple(skip or ())

@@ -31,6 +31,7 @@ def quantize(
     head_bits: options.HeadBits = None,
     embedding_bits: options.EmbeddingBits = None,
     preset: options.Preset = None,
+    kv_range: options.KVRange = None,
     method: Annotated[
         str,
         typer.Option(
@@ -123,7 +124,8 @@ def quantize(
 
     with readable_errors("interrupted; the same command goes on from the last checkpoint"):
         chosen = options.build_recipe(
-            *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits, preset),
+            *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits),
+            *(preset, kv_range),
             spelled_out=options.recipe_of_run_file(context),
         )
         greedy = options.parse_range(greedy_tokens)

@@ -70,6 +70,7 @@ typedef struct {
     const float *key_scale, *value_scale;
     float *found; /* for every head: the largest score, the sum of weights, that of values [E] */
     int64_t kv_heads, group, capacity, begin, end;
+    int64_t numbers; /* of a slot: its scale and, if there are two, its offset */
     float factor;
 } seen;
 
@@ -78,8 +79,10 @@ typedef struct {
  * Query heads [H, D] are G groups of H / G, which share a key head: scaled [group, D], sums [group, E],
  * scores [group, BLOCK], and largest and total [group] are of one group at a time; floats holds the
  * key or the value of one slot. A scale is one number for a slot of a head: that of the key goes onto
- * its score, that of the value onto its weight. Sums are relative to the largest score so far, and
- * shrink when a larger one is met.
+ * its score, that of the value onto its weight. An offset is the same in every value of a slot: that
+ * of the key meets the sum of the query, total_of [group], and those of the values, weighted, are one
+ * number for a head, shift [group]. Sums are relative to the largest score so far, and shrink when a
+ * larger one is met.
  */
 static inline __attribute__((always_inline)) void look(const seen *s, int64_t width,
                                                        int64_t value_width, int bits) {
@@ -87,34 +90,44 @@ static inline __attribute__((always_inline)) void look(const seen *s, int64_t wi
     int64_t group = s->group, record = value_width + 2;
     float scaled[group * width], sums[group * value_width], scores[group * BLOCK];
     float floats[width > value_width ? width : value_width], largest[group], total[group];
+    float total_of[group], shift[group];
+    int64_t numbers = s->numbers;
     for (int64_t h = 0; h < s->kv_heads; h++) {
-        const float *key_scale = s->key_scale + h * s->capacity;
-        const float *value_scale = s->value_scale + h * s->capacity;
+        const float *key_scale = s->key_scale + h * s->capacity * numbers;
+        const float *value_scale = s->value_scale + h * s->capacity * numbers;
         for (int64_t j = 0; j < group * width; j++)
             scaled[j] = s->query[h * group * width + j] * s->factor;
         memset(sums, 0, sizeof sums);
-        for (int64_t g = 0; g < group; g++) largest[g] = -INFINITY, total[g] = 0;
+        for (int64_t g = 0; g < group; g++) {
+            largest[g] = -INFINITY, total[g] = shift[g] = 0;
+            total_of[g] = numbers == 2 ? sum_of(scaled + g * width, width) : 0;
+        }
         for (int64_t block = s->begin; block < s->end; block += BLOCK) {
             int64_t count = s->end - block < BLOCK ? s->end - block : BLOCK;
             const uint8_t *codes = s->key_codes + (h * s->capacity + block) * key_bytes;
             for (int64_t i = 0; i < count; i++) {
                 unpack_floats(codes + i * key_bytes, floats, width, bits);
                 for (int64_t g = 0; g < group; g++)
-                    scores[g * BLOCK + i] =
-                        dot_floats(scaled + g * width, floats, width) * key_scale[block + i];
+                    scores[g * BLOCK + i] = dot_floats(scaled + g * width, floats, width) *
+                                            key_scale[(block + i) * numbers];
             }
+            for (int64_t i = 0; numbers == 2 && i < count; i++)
+                for (int64_t g = 0; g < group; g++)
+                    scores[g * BLOCK + i] += total_of[g] * key_scale[(block + i) * 2 + 1];
             for (int64_t g = 0; g < group; g++) {
                 float *score = scores + g * BLOCK, most = largest[g];
                 for (int64_t i = 0; i < count; i++) most = score[i] > most ? score[i] : most;
                 if (most > largest[g]) {
                     float shrink = exp_(largest[g] - most);
                     for (int64_t j = 0; j < value_width; j++) sums[g * value_width + j] *= shrink;
-                    total[g] *= shrink;
+                    total[g] *= shrink, shift[g] *= shrink;
                     largest[g] = most;
                 }
                 for (int64_t i = 0; i < count; i++) score[i] = exp_(score[i] - most);
                 total[g] += sum_of(score, count);
-                for (int64_t i = 0; i < count; i++) score[i] *= value_scale[block + i];
+                for (int64_t i = 0; numbers == 2 && i < count; i++)
+                    shift[g] += score[i] * value_scale[(block + i) * 2 + 1];
+                for (int64_t i = 0; i < count; i++) score[i] *= value_scale[(block + i) * numbers];
             }
             codes = s->value_codes + (h * s->capacity + block) * value_bytes;
             for (int64_t i = 0; i < count; i++) {
@@ -130,9 +143,20 @@ static inline __attribute__((always_inline)) void look(const seen *s, int64_t wi
             float *found = s->found + (h * group + g) * record;
             found[0] = largest[g];
             found[1] = total[g];
-            memcpy(found + 2, sums + g * value_width, (size_t)value_width * 4);
+            for (int64_t j = 0; j < value_width; j++)
+                found[2 + j] = sums[g * value_width + j] + shift[g];
         }
     }
+}
+
+/* One key or value: its codes and its scale, or its scale and offset. */
+static void quantize_slot(const float *x, int8_t *codes, float *parameters, int64_t count,
+                          float steps, float low, float high, int range, float factor) {
+    if (range == 2)
+        quantize_row_asymmetric(x, codes, parameters, count, steps, low, high, factor);
+    else
+        quantize_row(x, codes, parameters, count, steps, low, high, range ? SIGNED : BY_DIVISION,
+                     factor);
 }
 
 /* Attention of one query over codes: each thread sees some of the slots, and leaves for every head
@@ -142,7 +166,7 @@ static inline __attribute__((always_inline)) void look(const seen *s, int64_t wi
  * call: from i0 on, pointers to key codes [G, S, bytes of D codes], key scales [G, S], value codes and
  * value scales; G is i1, E is i2, f0 the factor on scores
  * kind, f1, b_row, b_col: bits, steps, least and greatest code of keys and values
- * i3: 1 where their scales are signed; a_row, a_col: addresses of factors [G] on those of keys and
+ * i3: 1 where their scales are signed, 2 where they are asymmetric, with scales [G, S, 2]; a_row, a_col: addresses of factors [G] on those of keys and
  * of values, or none
  * ints: slots held before, the first one that is seen, and S, at d
  */
@@ -153,6 +177,7 @@ static void attend(const step *s, const place_of *here) {
     int64_t held = ints[0], first = ints[1], capacity = ints[2];
     int64_t group = heads / kv_heads;
     int bits = (int)s->kind;
+    int64_t numbers = s->i3 == 2 ? 2 : 1;
     int64_t key_bytes = packed_bytes(width, bits), value_bytes = packed_bytes(value_width, bits);
     uint8_t *key_codes = (uint8_t *)here->call[s->i0];
     float *key_scale = (float *)here->call[s->i0 + 1];
@@ -162,15 +187,16 @@ static void attend(const step *s, const place_of *here) {
         const float *key = at(here, s->b), *value = at(here, s->c);
         float steps = (float)s->f1, low = (float)s->b_row, high = (float)s->b_col;
         const float *key_factor = at(here, s->a_row), *value_factor = at(here, s->a_col);
-        enum rule rule = s->i3 ? SIGNED : BY_DIVISION;
         int8_t codes[width > value_width ? width : value_width];
         for (int64_t h = 0; h < kv_heads; h++) {
             int64_t slot = h * capacity + held;
-            quantize_row(key + h * width, codes, key_scale + slot, width, steps, low, high, rule,
-                         key_factor ? key_factor[h] : 1);
+            float of_key = key_factor ? key_factor[h] : 1;
+            float of_value = value_factor ? value_factor[h] : 1;
+            quantize_slot(key + h * width, codes, key_scale + slot * numbers, width, steps, low,
+                          high, (int)s->i3, of_key);
             pack_row(codes, key_codes + slot * key_bytes, width, bits);
-            quantize_row(value + h * value_width, codes, value_scale + slot, value_width, steps,
-                         low, high, rule, value_factor ? value_factor[h] : 1);
+            quantize_slot(value + h * value_width, codes, value_scale + slot * numbers, value_width,
+                          steps, low, high, (int)s->i3, of_value);
             pack_row(codes, value_codes + slot * value_bytes, value_width, bits);
         }
     }
@@ -179,7 +205,7 @@ static void attend(const step *s, const place_of *here) {
         query, key_codes, value_codes, key_scale, value_scale,
         (float *)at(here, s->out) + here->number * heads * (value_width + 2),
         kv_heads, group, capacity, first + share(slots, here->number, here->team),
-        first + share(slots, here->number + 1, here->team), (float)s->f0
+        first + share(slots, here->number + 1, here->team), numbers, (float)s->f0
     };
     /* The usual sizes as constants: loops over a head are then unrolled, which halves the time. */
     if (bits == 4 && width == 64 && value_width == 64)

@@ -172,6 +172,31 @@ static void quantize_row(const float *restrict x, int8_t *restrict codes, float 
     }
 }
 
+/* The contract of qatc/numerics/asymmetric.py; what it finds is a scale and, behind it, an offset. */
+static void quantize_row_asymmetric(const float *restrict x, int8_t *restrict codes,
+                                    float *parameters, int64_t count, float steps, float low,
+                                    float high, float factor) {
+    float least = x[0], greatest = x[0];
+    for (int64_t j = 0; j < count; j++) {
+        /* What is no number compares with nothing, and goes on into the scale. */
+        least = x[j] < least || x[j] != x[j] ? x[j] : least;
+        greatest = x[j] > greatest || x[j] != x[j] ? x[j] : greatest;
+    }
+    double exact = ((double)greatest - (double)least) / (double)steps;
+    int equal = exact < 0x1p-124;
+    float scale = (equal ? 1 : (float)exact) * factor;
+    float middle = (float)(((double)least + (double)greatest) / 2);
+    float offset = equal ? middle : middle + scale * 0.5f;
+    parameters[0] = scale;
+    parameters[1] = offset;
+    for (int64_t j = 0; j < count; j++) {
+        float code = rintf((x[j] - offset) / scale);
+        code = code < low ? low : code;
+        code = code > high ? high : code;
+        codes[j] = (int8_t)(int32_t)code;
+    }
+}
+
 static void quantize(const step *s, const place_of *here) {
     quantized *out = at(here, s->out);
     quantize_row(at(here, s->a), out->codes, &out->scale, s->cols, (float)s->f0, (float)s->i0,

@@ -31,8 +31,9 @@ from qatc.evaluation.traces import (
     sites_by_node,
 )
 from qatc.kernels import packed_linear
-from qatc.numerics import packing
+from qatc.numerics import asymmetric, minmax, packing
 from qatc.recipe.recipe import Recipe
+from qatc.recipe.spec import QuantSpec
 from qatc.runtime.forward import runtime_of
 
 STALE = 99
@@ -223,12 +224,12 @@ class _Cache:
     Attributes:
         tensors: ``[B, Hkv, S, ...]`` each, the very memory.
         start: the slot that the first new token gets.
-        bits, width: of the codes; 16 bits where the cache holds floats.
+        spec, widths: of the codes; 16 bits where the cache holds floats.
     """
 
     tensors: list[Tensor]
     start: int
-    bits: int
+    spec: QuantSpec
     widths: tuple[int, int]
 
     def spoil(self) -> None:
@@ -239,10 +240,11 @@ class _Cache:
     def values(self, slots: int) -> list[Tensor]:
         """Keys and values in the first slots, ``[B, Hkv, slots, D]`` each."""
         held = [tensor[:, :, :slots] for tensor in self.tensors]
-        if self.bits == 16:
+        if not self.spec.quantizes:
             return held
+        dequantize = asymmetric.dequantize if self.spec.asymmetric else minmax.dequantize
         return [
-            packing.unpack(codes, self.bits, width).float() * scale
+            dequantize(packing.unpack(codes, self.spec.bits, width), scale)
             for codes, scale, width in zip(held[::2], held[1::2], self.widths, strict=True)
         ]
 
@@ -257,4 +259,4 @@ def _cache_of(graph: Graph, tensors: tuple[Any, ...], recipe: Recipe) -> _Cache 
     caches = [tensor for tensor in inputs if tensor.dim() == 4 and tensor.dtype is not torch.bool]
     (positions,) = (tensor for tensor in inputs if tensor.dim() == 2)
     key, value = (int(node.meta["val"].shape[3]) for node in attention.args[1:3])
-    return _Cache(caches, int(positions[0, 0]), recipe.kv.bits, (key, value))
+    return _Cache(caches, int(positions[0, 0]), recipe.kv, (key, value))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatc.kernels import row_attention
-from qatc.numerics import learned, minmax, packing
+from qatc.numerics import asymmetric, learned, minmax, packing
 from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 
@@ -77,13 +77,15 @@ def quantized_attention(
     New keys and values are quantized once, when they are written. A single query reads the codes
     as they are: the scales of the keys are folded into the scores, those of the values into the
     probabilities, and no dequantized copy of the cache is made. Several queries at once, a
-    prefill, share a dequantized copy of the slots in use.
+    prefill, share a dequantized copy of the slots in use. Where codes are asymmetric, an offset
+    stands behind each scale.
 
     Args:
         query, key, value, positions, mask, scale: as for :func:`cached_attention`.
         key_codes, value_codes: ``[B, Hkv, S, packed_width(D, bits)]``, uint8, or int8 for 8 bits;
             changed in place.
-        key_scale, value_scale: fp32 ``[B, Hkv, S, 1]``, changed in place.
+        key_scale, value_scale: fp32 ``[B, Hkv, S, 1]``, changed in place; asymmetric
+            ``[B, Hkv, S, 2]``.
         spec: of the codes, as :func:`qatc.recipe.spec.spec_arg` writes it: 2 to 8 bits.
         key_gain, value_gain: fp32 ``[Hkv, 1, 1]``, of learned scales.
 
@@ -97,7 +99,8 @@ def quantized_attention(
         (key, key_gain, key_codes, key_scale),
         (value, value_gain, value_codes, value_scale),
     ):
-        new_codes, new_scale = learned.quantize(new, own, gain)
+        quantize = asymmetric.quantize if own.asymmetric else learned.quantize
+        new_codes, new_scale = quantize(new, own, gain)
         codes[rows, :, positions] = packing.pack(new_codes, bits).transpose(1, 2)
         scales[rows, :, positions] = new_scale.transpose(1, 2)
     visible = row_attention.visible(positions, key_codes.shape[2], mask)
@@ -109,8 +112,9 @@ def quantized_attention(
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
         )
     dtype = query.dtype
+    dequantize = asymmetric.dequantize if own.asymmetric else minmax.dequantize
     keys, values = (
-        minmax.dequantize(packing.unpack(codes, bits, width), scales, dtype)
+        dequantize(packing.unpack(codes, bits, width), scales, dtype)
         for codes, scales, width in (
             (key_codes, key_scale, key.shape[-1]),
             (value_codes, value_scale, value.shape[-1]),
@@ -147,14 +151,20 @@ def _attend_to_codes(
         (piece.unsqueeze(2) * part).sum(-1)
         for piece, part in zip(keys, grouped.chunk(len(keys), -1), strict=True)
     )
-    # Scales are [B, Hkv, S, 1], here [B, Hkv, 1, S]; visible is bool [B, 1, 1, S].
-    scores = scores * key_scale.squeeze(-1).unsqueeze(2)
+    # Scales are [B, Hkv, S, 1 or 2], here [B, Hkv, 1, S]; visible is bool [B, 1, 1, S].
+    scores = scores * key_scale[..., 0].unsqueeze(2)
+    if offsets := key_scale.shape[-1] == 2:  # the same number in every value of a key
+        scores = scores + grouped.sum(-1) * key_scale[..., 1].unsqueeze(2)
     scores = scores.masked_fill(~visible, -torch.inf)
-    weights = torch.ops.qatc.materialize(scores.softmax(-1) * value_scale.squeeze(-1).unsqueeze(2))
+    probabilities = scores.softmax(-1)
+    weights = torch.ops.qatc.materialize(probabilities * value_scale[..., 0].unsqueeze(2))
     # [B, Hkv, G, S, 1] times [B, Hkv, 1, S, E/n], summed over the slots: [B, Hkv, G, E/n].
     values = _signed_parts(value_codes, bits, value_width)
     parts = [(weights.unsqueeze(-1) * piece.unsqueeze(2)).sum(-2) for piece in values]
-    return torch.cat(parts, -1).view(batch, heads, 1, -1).to(dtype)
+    out = torch.cat(parts, -1)
+    if offsets:
+        out = out + (probabilities * value_scale[..., 1].unsqueeze(2)).sum(-1, keepdim=True)
+    return out.view(batch, heads, 1, -1).to(dtype)
 
 
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
@@ -195,4 +205,5 @@ def cache_shapes(spec: QuantSpec, width: int) -> tuple[tuple[int, torch.dtype], 
         width: head dimension.
     """
     codes = torch.int8 if spec.bits == 8 else torch.uint8
-    return (packing.packed_width(width, spec.bits), codes), (1, torch.float32)
+    numbers = 2 if spec.asymmetric else 1
+    return (packing.packed_width(width, spec.bits), codes), (numbers, torch.float32)

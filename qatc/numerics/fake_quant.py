@@ -20,7 +20,7 @@ import torch
 import torch.compiler.config
 from torch import Tensor
 
-from qatc.numerics import learned, minmax
+from qatc.numerics import asymmetric, learned, minmax
 from qatc.recipe.spec import QuantSpec, read_spec_arg, spec_arg
 
 
@@ -57,6 +57,8 @@ def _fake_quantize(
     read = read_spec_arg(spec)
     if not read.quantizes:
         return x.clone()
+    if read.asymmetric:
+        return asymmetric.fake_quantize(x, read, gain)
     values = x.detach()
     scale = minmax.compute_scale(values, read, snap=snap_scale) if start is None else start
     if gain is not None:

@@ -102,10 +102,22 @@ class Recipe:
                 "activations.range is 'signed', which no product of activations has; take"
                 " 'restricted' or 'full'"
             )
-        if self.kv_site != "cache" and (self.kv.learned or self.center_keys):
+        for site in ("weights", "activations", "head", "embedding"):
+            if getattr(self, site).asymmetric:
+                raise ConfigError(
+                    f"{site}.range is 'asymmetric', and only keys and values have an offset beside"
+                    " their scale; take 'restricted', 'full' or, for weights, 'signed'"
+                )
+        if self.kv.asymmetric and self.kv.group_size:
             raise ConfigError(
-                "centered keys and learned scales of K and V are of the cache site; take"
-                " kv_site: cache"
+                "kv.range is 'asymmetric', which has one scale and offset per token and head; leave"
+                " kv.group_size out"
+            )
+        own = self.kv.learned or self.kv.asymmetric or self.center_keys
+        if self.kv_site != "cache" and own:
+            raise ConfigError(
+                "centered keys, and learned scales or offsets of K and V, are of the cache site;"
+                " take kv_site: cache"
             )
         if self.center_keys and not self.kv.quantizes:
             raise ConfigError("center_keys without quantized keys; give kv fewer bits than 16")
@@ -128,6 +140,7 @@ class Recipe:
         embedding_bits: int = FLOAT_BITS,
         target: str = "qatc",
         preset: str = "paper",
+        kv_range: str | None = None,
         **changes: Any,
     ) -> Recipe:
         """A recipe from ``"W-A-KV"`` bits, such as ``"4-8-4"``.
@@ -142,6 +155,7 @@ class Recipe:
                 equal bits: all levels, signed, of weights, keys and values, learned scales, and
                 centered keys. Of K and V it leaves to another target than ``qatc`` what that
                 computes.
+            kv_range: of keys and values, in the place of what preset and target have.
             changes: any other field of the recipe.
         """
         match = re.fullmatch(r"(\d+)-(\d+)-(\d+)", bits.strip())
@@ -165,6 +179,13 @@ class Recipe:
             if target == "qatc" and kv.quantizes and changes.get("kv_site", "cache") == "cache":
                 kv = dataclasses.replace(kv, **own)
                 changes.setdefault("center_keys", True)
+        if kv_range is not None:
+            if not kv.quantizes:
+                raise ConfigError(
+                    f"kv_range (--kv-range) is {kv_range!r}, and {bits} leaves K and V at 16 bits;"
+                    " leave it out"
+                )
+            kv = dataclasses.replace(kv, range=kv_range)  # type: ignore[arg-type]  # checked there
         if group_size is not None:
             weights = dataclasses.replace(weights, group_size=group_size)
         for name, own_bits in (("head", head_bits), ("embedding", embedding_bits)):

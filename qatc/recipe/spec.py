@@ -9,10 +9,13 @@ range          scale                       codes
 restricted     ``max|x| / (2**(b-1) - 1)``  ``-(2**(b-1)-1) .. 2**(b-1)-1``
 full           ``max|x| / ((2**b - 1)/2)``  ``-2**(b-1) .. 2**(b-1)-1``
 signed         ``x* / -2**(b-1)``          ``-2**(b-1) .. 2**(b-1)-1``
+asymmetric     ``(max - min)/(2**b - 1)``  ``-2**(b-1) .. 2**(b-1)-1``
 =============  ==========================  ===============================
 
 ``x*`` is the value of the largest magnitude with its sign, so that it gets the code ``-2**(b-1)``
 and no code is left unused: the rule of GGUF's Q4_0. The scale is negative where ``x*`` is positive.
+The asymmetric range is one of keys and values, whose codes have an offset besides their scale, so
+that they reach from the least to the greatest value: see :mod:`qatc.numerics.asymmetric`.
 
 ``code = round_half_to_even(x / scale)`` and the quantized value is ``code * scale``. The restricted
 range is the one of LLM-QAT (arXiv 2305.17888, equation 1); the full range is that of torchao and of
@@ -33,7 +36,7 @@ from typing import Any, Literal, get_args
 
 from qatc.errors import ConfigError
 
-Range = Literal["restricted", "full", "signed"]
+Range = Literal["restricted", "full", "signed", "asymmetric"]
 
 ScaleDType = Literal["bfloat16", "float16"]
 
@@ -56,7 +59,8 @@ class QuantSpec:
         group_size: number of neighbouring values of the last dimension that share a scale, or
             ``None`` for one scale per row. A row is a token for activations, an output channel for
             weights, and a token of one head for keys and values.
-        range: ``"restricted"``, ``"full"`` or ``"signed"``, see the module's table.
+        range: ``"restricted"``, ``"full"``, ``"signed"`` or, of keys and values,
+            ``"asymmetric"``: see the module's table.
         scale_dtype: of weights: what else than fp32 must hold their scales exactly. ``"bfloat16"``
             has fp32's range. ``"float16"``, in which GGUF stores scales, ends at 65504 and has
             steps of 2^-24 below 2^-14.
@@ -121,10 +125,20 @@ class QuantSpec:
 
     @property
     def steps(self) -> float:
-        """The number of steps from zero to ``max|x|``: 7, 7.5 or 8 for 4 bits."""
+        """The number of steps from zero to ``max|x|``: 7, 7.5 or 8 for 4 bits.
+
+        Of the asymmetric range, from the least to the greatest value: 15 for 4 bits.
+        """
+        if self.asymmetric:
+            return float((1 << self.bits) - 1)
         if self.range == "full":
             return ((1 << self.bits) - 1) / 2
         return float(self.code_max if self.range == "restricted" else -self.code_min)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether its codes have an offset besides their scale."""
+        return self.quantizes and self.range == "asymmetric"
 
     @property
     def learned(self) -> bool:

@@ -20,6 +20,7 @@ from qatc.graph.nodes import (
     shape_of,
     spec_of,
 )
+from qatc.kernels.cached_attention import cache_shapes
 from qatc.machine.device import pick_device
 from qatc.models.load import load_skeleton
 from qatc.models.pipelines import why_no_integer_forward
@@ -83,7 +84,7 @@ class Plan:
         size_gb: 10^9 bytes of the checkpoint: before, after.
         ends_gb: 10^9 bytes that head and embedding take of it: before, after.
         kv_bytes_per_token: bytes of KV cache per token over all layers: before, after (codes and
-            bf16 scales).
+            fp32 scales, as the cache of :mod:`qatc.kernels.cached_attention` holds them).
         training: how the quantized linears would be computed in training on this machine.
         operations: MACs x weight bits x activation bits of one forward pass over
             ``PAPER_LENGTH`` tokens (LLM-QAT, arXiv 2305.17888, table 1): before, after. Attention
@@ -288,9 +289,11 @@ def _kv_bytes(
             for node in (attention.key, attention.value):
                 heads, size = int(shape_of(node)[1]), int(shape_of(node)[3])
                 before += len(layers) * heads * size * width
-                if recipe.kv.quantizes:
-                    scales = heads if recipe.kv_site == "cache" else 1
-                    after += len(layers) * (heads * size * recipe.kv.bits / 8 + 2 * scales)
+                if recipe.kv.quantizes and recipe.kv_site == "cache":
+                    held = cache_shapes(recipe.kv, size)
+                    after += len(layers) * heads * sum(n * dtype.itemsize for n, dtype in held)
+                elif recipe.kv.quantizes:
+                    after += len(layers) * (heads * size * recipe.kv.bits / 8 + 4)
                 else:
                     after += len(layers) * heads * size * width
     return before, after

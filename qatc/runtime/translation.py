@@ -280,7 +280,7 @@ class Translator:
             Op.ATTEND, partial, a=query.start, b=key.start, c=value.start,
             d=per_call(first + 4), kind=spec.bits, rows=heads, cols=width, i0=first, i1=kv_heads,
             i2=value_width, f0=width**-0.5 if scale is None else scale, f1=spec.steps,
-            b_row=spec.code_min, b_col=spec.code_max, i3=spec.range == "signed",
+            b_row=spec.code_min, b_col=spec.code_max, i3=_KV_RANGES.get(spec.range, 0),
             a_row=key_factor, a_col=value_factor,
         )  # fmt: skip
         out = self.new((1, heads, 1, value_width), query.view.dtype)
@@ -316,5 +316,8 @@ CALL_HEAD, CALL_LAYER = 3, 5
 """Pointers of a call: token, position, result; then for each layer its cache's four tensors, and
 three int64: slots held, the first one seen, and slots that there is room for."""
 
+
+_KV_RANGES = {"signed": 1, "asymmetric": 2}
+"""Ranges of keys and values that csrc/attention_steps.h tells from the symmetric ones."""
 
 _ON_SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatc.kernels.cached_attention import cache_shapes, cached_attention, quantized_attention
+from qatc.numerics.asymmetric import dequantize
 from qatc.numerics.packing import unpack
-from qatc.recipe.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec, spec_arg
 
 
 def reference(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> np.ndarray:
@@ -70,17 +71,18 @@ def test_a_position_beyond_the_cache_is_an_error() -> None:
     ratio=st.sampled_from([1, 2, 4]), kv_heads=st.integers(1, 2), width=st.integers(1, 17),
     chunks=st.lists(st.integers(1, 3), min_size=1, max_size=4), bits=st.integers(2, 8),
     rows=st.integers(1, 3), masked=st.booleans(), seed=st.integers(0, 99),
+    asymmetric=st.booleans(),
 )  # fmt: skip
 def test_chunks_of_any_size_over_packed_codes(
     ratio: int, kv_heads: int, width: int, chunks: list[int], bits: int, rows: int, masked: bool,
-    seed: int,
+    seed: int, asymmetric: bool,
 ) -> None:  # fmt: skip
     """Prefill, chunked prefill and decode, against attention in fp64 over rounded K and V."""
     generator = torch.Generator().manual_seed(seed)
     total, slots, heads = sum(chunks), 16, kv_heads * ratio
     query = torch.randn(rows, heads, total, width, generator=generator)
     key, value = torch.randn(2, rows, kv_heads, total, width, generator=generator).unbind()
-    spec = QuantSpec(bits)
+    spec = QuantSpec(bits, range="asymmetric" if asymmetric else "restricted")
     caches = [
         torch.full((rows, kv_heads, slots, last), 99, dtype=dtype)
         for _ in "kv"
@@ -96,7 +98,7 @@ def test_chunks_of_any_size_over_packed_codes(
                 *(caches[0], caches[1], caches[2], caches[3]),
                 torch.arange(start, start + new).expand(rows, new),
                 None if mask is None else mask[:, :, now],
-                spec=f"int{bits}",
+                spec=spec_arg(spec),
             )
         )
         start += new
@@ -105,11 +107,17 @@ def test_chunks_of_any_size_over_packed_codes(
     top = 2 ** (bits - 1) - 1
     rounded = []
     for number, exact in enumerate((key, value)):
+        held = unpack(caches[2 * number][:, :, :total], bits, width).numpy()
+        numbers = caches[2 * number + 1][:, :, :total]
+        if asymmetric:  # which codes these are is tested where they are made
+            values = dequantize(torch.from_numpy(held), numbers).double().numpy()
+            assert np.abs(values - exact.numpy()).max() <= numbers[..., 0].max() * 0.51
+            rounded.append(values)
+            continue
         scale = np.abs(exact.numpy()).max(-1, keepdims=True) / np.float32(top)
         codes = np.round(exact.numpy() / scale)
-        held = unpack(caches[2 * number][:, :, :total], bits, width).numpy()
         assert np.array_equal(held, codes)
-        assert np.array_equal(caches[2 * number + 1][:, :, :total].numpy(), scale)
+        assert np.array_equal(numbers.numpy(), scale)
         rounded.append(codes * scale.astype(np.float64))
     for row in range(rows):
         for head in range(heads):

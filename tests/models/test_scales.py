@@ -29,6 +29,7 @@ from tests.conftest import make_llama, make_small, save
 from tests.quantize.conftest import make
 
 BEST = Recipe.from_bits("4-8-4", preset="best")
+ASYMMETRIC = QuantSpec(4, range="asymmetric")
 CENTERED = Recipe(weights=QuantSpec(16), activations=QuantSpec(16), center_keys=True)
 
 
@@ -222,6 +223,11 @@ def test_the_trained_scale_is_start_and_gain() -> None:
         ({"head": QuantSpec(8, clip="learned")}, "head.clip is 'learned'"),
         ({"center_keys": True, "kv_site": "projection"}, "kv_site: cache"),
         ({"center_keys": True, "kv": QuantSpec()}, "without quantized keys"),
+        ({"kv": ASYMMETRIC, "kv_site": "projection"}, "offsets of K and V, are of the cache site"),
+        ({"kv": replace(ASYMMETRIC, group_size=8)}, "leave kv.group_size out"),
+        ({"weights": ASYMMETRIC}, "weights.range is 'asymmetric'"),
+        ({"activations": ASYMMETRIC}, "activations.range is 'asymmetric'"),
+        ({"head": ASYMMETRIC}, "head.range is 'asymmetric'"),
     ],
 )
 def test_a_recipe_says_what_cannot_be(changes: Any, message: str) -> None:
@@ -239,6 +245,16 @@ def test_presets() -> None:
     assert Recipe.from_dict(BEST.to_dict()) == BEST
     with pytest.raises(ConfigError, match="preset must be one of paper, best; got 'worst'"):
         Recipe.from_bits("4-8-4", preset="worst")
+
+
+def test_the_range_of_keys_and_values_can_be_chosen() -> None:
+    recipe = Recipe.from_bits("4-8-4", preset="best", kv_range="asymmetric")
+    assert recipe == replace(BEST, kv=replace(BEST.kv, range="asymmetric"))
+    assert Recipe.from_bits("4-8-4", kv_range="asymmetric").kv == ASYMMETRIC
+    with pytest.raises(ConfigError, match="range must be one of"):
+        Recipe.from_bits("4-8-4", kv_range="odd")
+    with pytest.raises(ConfigError, match="kv_range .* leaves K and V at 16 bits"):
+        Recipe.from_bits("4-8-16", kv_range="asymmetric")
 
 
 def test_frozen_weights_pass_gradients_on() -> None:

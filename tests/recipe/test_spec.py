@@ -86,7 +86,8 @@ def test_any_positive_group_size(group_size: int) -> None:
 def test_bad_ranges_are_quoted_and_the_valid_ones_listed(range_: Any) -> None:
     with pytest.raises(ConfigError) as raised:
         QuantSpec(4, range=range_)
-    assert str(raised.value) == f"range must be one of restricted, full, signed; got {range_!r}"
+    valid = "restricted, full, signed, asymmetric"
+    assert str(raised.value) == f"range must be one of {valid}; got {range_!r}"
 
 
 @pytest.mark.parametrize("clip", ["learn", "", None, True])
@@ -113,7 +114,7 @@ def test_a_config_error_is_a_user_error_and_a_value_error() -> None:
         QuantSpec,
         bits=st.sampled_from(VALID_BITS),
         group_size=st.none() | st.integers(1, 4096),
-        range=st.sampled_from(["restricted", "full", "signed"]),
+        range=st.sampled_from(["restricted", "full", "signed", "asymmetric"]),
         clip=st.sampled_from(["none", "learned"]),
         scale_dtype=st.sampled_from(["bfloat16", "float16"]),
         rounding=st.sampled_from(["division", "reciprocal"]),

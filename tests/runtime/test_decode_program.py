@@ -72,9 +72,11 @@ def agrees(differences: Tensor, other: float, limit: float) -> bool:
 RECIPES = ["4-8-4", "8-8-8", "3-6-2", "2-7-4", "5-5-8"]
 
 
-@pytest.mark.parametrize("bits", RECIPES)
-def test_it_decodes_what_the_graphs_do(bits: str, tmp_path: Path) -> None:
-    output = make_output(tmp_path / "o", Recipe.from_bits(bits))
+@pytest.mark.parametrize(
+    ("bits", "kv_range"), [*((bits, None) for bits in RECIPES), ("4-8-4", "asymmetric")]
+)
+def test_it_decodes_what_the_graphs_do(bits: str, kv_range: str | None, tmp_path: Path) -> None:
+    output = make_output(tmp_path / "o", Recipe.from_bits(bits, kv_range=kv_range))
     assert agrees(*compare(output, IDS, 5, torch.float32), 1e-4)
     assert agrees(*compare(output, IDS, 5, torch.bfloat16), 2e-2)
 
