@@ -130,8 +130,10 @@ def test_the_gate_finds_a_program_that_is_wrong(
     assert failed == ["the KL divergence of the decoding program from the graphs, step by step"]
 
 
-def test_the_gate_passes_a_program_that_is_right(tmp_path: Path) -> None:
-    report = verify(make_output(tmp_path / "o", Recipe.from_bits("4-8-4")), reload=False)
+@pytest.mark.parametrize("kv_range", [None, "asymmetric"])
+def test_the_gate_passes_a_program_that_is_right(kv_range: str | None, tmp_path: Path) -> None:
+    recipe = Recipe.from_bits("4-8-4", kv_range=kv_range)
+    report = verify(make_output(tmp_path / "o", recipe), reload=False)
     assert report.passed and any("the decoding program" in c.what for c in report.checks)
 
 
