@@ -24,7 +24,7 @@ DATA_OPTIONS = (
 SET_BY_THE_GRID = ("config", "config-file", "json", "output", "overwrite", "resume")
 """Options of ``qatc quantize`` that a grid file cannot set: the grid itself does."""
 
-_IN_NAMES = ("bits", "method", "preset", "loss", "strategy", "group-size")
+_IN_NAMES = ("bits", "method", "preset", "kv-range", "loss", "strategy", "group-size")
 _ALWAYS = ("bits", "method")
 
 
