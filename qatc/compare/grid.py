@@ -24,8 +24,13 @@ DATA_OPTIONS = (
 SET_BY_THE_GRID = ("config", "config-file", "json", "output", "overwrite", "resume")
 """Options of ``qatc quantize`` that a grid file cannot set: the grid itself does."""
 
+OF_THE_CELL = ("model", "teacher", "device", "compile", "trust-remote-code", "output", "json")
+"""Options of ``qatc evaluate`` that a cell decides, not its grid file."""
+
 _IN_NAMES = ("bits", "method", "preset", "kv-range", "loss", "strategy", "group-size")
 _ALWAYS = ("bits", "method")
+_KEYS = ("base", "seeds", "evaluate", "grids")
+_KEYS_OF_A_TABLE = ("name", "base", "axes", "seeds", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,13 @@ class Cell:
         options: of the command, by name as in a run file; ``seed`` is among them.
         defaults: of the command, by the same names. A cell that spells one out is the same as one
             that leaves it away.
+        evaluations: what it is measured on besides its own corpus: options of ``qatc evaluate``.
     """
 
     table: str
     options: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def seed(self) -> int:
@@ -60,7 +67,8 @@ class Cell:
         named = {**{n: self.defaults[n] for n in _ALWAYS if n in self.defaults}, **self._own}
         shown += [str(named[name]) for name in _IN_NAMES if name in named]
         readable = re.sub(r"[^\w.+-]+", "_", "-".join([*shown, f"seed{self.seed}"]))
-        return f"{readable[:100]}-{fingerprint(self._own)}"
+        measured = {"evaluate": self.evaluations} if self.evaluations else {}
+        return f"{readable[:100]}-{fingerprint({**self._own, **measured})}"
 
     @property
     def corpus(self) -> str:
@@ -81,20 +89,24 @@ def fingerprint(options: Mapping[str, Any]) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()[:10]
 
 
-def read_grid(path: Path, known: Mapping[str, Any]) -> list[Cell]:
+def read_grid(
+    path: Path, known: Mapping[str, Any], of_evaluate: Collection[str] = ()
+) -> list[Cell]:
     """The cells of a grid file, in its order.
 
     Args:
-        path: YAML with ``base`` (options of all cells), ``seeds``, and ``grids``: a list of tables
-            with ``name``, ``base``, ``seeds`` and ``axes`` (option -> list of values, of which
-            every combination is a cell).
+        path: YAML with ``base`` (options of all cells), ``seeds``, ``evaluate`` (a list of options
+            of ``qatc evaluate``), and ``grids``: a list of tables with ``name``, ``base``,
+            ``seeds``, ``evaluate`` and ``axes`` (option -> list of values, of which every
+            combination is a cell).
         known: names of the options of ``qatc quantize``, with their defaults; None is none.
+        of_evaluate: names of the options of ``qatc evaluate``.
 
     Raises:
         ConfigError: the file cannot be read, or says something that is no grid.
     """
-    plain = read_yaml(path, "the grid file", "holds no grid; it takes the keys base, seeds, grids")
-    _refuse_unknown(plain, ("base", "seeds", "grids"), f"{path}")
+    plain = read_yaml(path, "the grid file", f"holds no grid; it takes the keys {', '.join(_KEYS)}")
+    _refuse_unknown(plain, _KEYS, f"{path}")
     tables = plain.get("grids")
     if not isinstance(tables, list) or not tables:
         raise ConfigError(f"{path}: grids takes a list of tables, such as '- axes: {{bits: [..]}}'")
@@ -103,16 +115,43 @@ def read_grid(path: Path, known: Mapping[str, Any]) -> list[Cell]:
     for number, table in enumerate(tables, start=1):
         where = f"{path}, table {number}"
         if not isinstance(table, Mapping):
-            raise ConfigError(f"{where} is not a mapping; it takes name, base, axes, seeds")
-        _refuse_unknown(table, ("name", "base", "axes", "seeds"), where)
+            raise ConfigError(f"{where} is not a mapping; it takes {', '.join(_KEYS_OF_A_TABLE)}")
+        _refuse_unknown(table, _KEYS_OF_A_TABLE, where)
         name = str(table.get("name", f"table {number}"))
         if any(cell.table == name for cell in cells):
             raise ConfigError(f"{where}: there is a table {name!r} already; give it another name")
         base = {**_options(plain, "base", known, path), **_options(table, "base", known, where)}
         seeds = _seeds(table.get("seeds", plain.get("seeds", [0])), where)
         axes = _options(table, "axes", known, where)
-        cells += [Cell(name, own, defaults) for own in _combinations(base, axes, seeds, where)]
+        asked = _evaluations(table.get("evaluate", plain.get("evaluate")), of_evaluate, where)
+        cells += [
+            Cell(name, own, defaults, asked) for own in _combinations(base, axes, seeds, where)
+        ]
     return cells
+
+
+def _evaluations(plain: Any, known: Collection[str], where: str) -> tuple[Mapping[str, Any], ...]:
+    """Options of ``qatc evaluate``, by names with dashes."""
+    entries = [] if plain is None else plain
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ConfigError(
+            f"{where}: evaluate takes a list of options of qatc evaluate, such as"
+            f" '- text: wiki.txt' or '- tasks: paper'; got {plain!r}"
+        )
+    found = []
+    for entry in entries:
+        options = {str(name).replace("_", "-"): value for name, value in entry.items()}
+        for name in options:
+            if name in OF_THE_CELL:
+                raise ConfigError(
+                    f"{where}: qatc compare sets {name} itself; leave it out of evaluate"
+                )
+        names = {name.replace("_", "-") for name in known} - {*OF_THE_CELL}
+        _refuse_unknown(options, names, f"{where}, evaluate")
+        if ("text" in options) == ("tasks" in options):
+            raise ConfigError(f"{where}: an entry of evaluate takes text or tasks; got {entry!r}")
+        found.append(options)
+    return tuple(found)
 
 
 def _combinations(

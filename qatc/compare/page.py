@@ -124,13 +124,11 @@ def _charts(rows: Sequence[Row], model: str) -> list[str]:
     number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
     points = [(row, label, number[label]) for row, label in zip(rows, labels, strict=True)]
     drawn = [
-        (_scatter(points, "bytes", 1e-6, "MB of weights"), "KL against size"),
-        (
-            _scatter(points, "operations_per_token", 1e-9, "10^9 bit operations per token"),
-            "KL against bit operations",
-        ),
-        (_curves(points), "KL on the training rows, first seed"),
+        (_scatter(points, across, up), f"{up.caption} against {across.caption}")
+        for up in _UP
+        for across in _ACROSS
     ]
+    drawn.append((_curves(points), "KL on the training rows, first seed"))
     figures = "".join(
         f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
         for svg, caption in drawn
@@ -153,27 +151,66 @@ def _series(row: Row, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {shown(row.setting.get(name))}" for name in names) or row.method
 
 
-def _scatter(series: Sequence[Labelled], name: str, scale: float, title: str) -> str:
+@dataclass(frozen=True)
+class _Figure:
+    """A figure of a row as a chart shows it.
+
+    Attributes:
+        name: in ``FIGURES``.
+        scale: from there to the chart.
+        title: of the axis.
+        caption: in words.
+        logarithmic: whether the axis is.
+    """
+
+    name: str
+    scale: float
+    title: str
+    caption: str
+    logarithmic: bool = False
+
+    def __call__(self, row: Row) -> float | None:
+        found = row.figures[self.name]
+        if found is None:
+            return None
+        return (
+            max(found.mean * self.scale, LEAST_KL) if self.logarithmic else found.mean * self.scale
+        )
+
+
+_UP = (
+    _Figure("kl", 1, "KL", "KL", logarithmic=True),
+    _Figure("perplexity", 1, "perplexity", "Perplexity", logarithmic=True),
+    _Figure("accuracy", 100, "accuracy %", "Accuracy"),
+)
+_ACROSS = (
+    _Figure("bytes", 1e-6, "MB of weights", "size"),
+    _Figure("operations_per_token", 1e-9, "10^9 bit operations per token", "bit operations"),
+)
+
+
+def _scatter(series: Sequence[Labelled], of_x: _Figure, of_y: _Figure) -> str:
     points = [
-        (label, number, found.mean * scale, max(divergence.mean, LEAST_KL), _bits(row))
+        (label, number, value, height, _bits(row))
         for row, label, number in series
-        if (found := row.figures[name]) is not None
-        and (divergence := row.figures["kl"]) is not None
+        if (value := of_x(row)) is not None and (height := of_y(row)) is not None
     ]
     if not points:
         return ""
-    x, y = _axes([p[2] for p in points], [p[3] for p in points])
+    x = axis_over([p[2] for p in points], LEFT, WIDTH - RIGHT)
+    y = axis_over([p[3] for p in points], HEIGHT - BOTTOM, TOP, of_y.logarithmic)
     marks: list[str] = []
     taken: list[tuple[float, float]] = []
-    for label, number, value, kl, bits in points:
-        across, down = x(value), y(kl)
-        tip = f"{bits}, {label}: {value:.4g} {title}, KL {kl:.4f}"
+    for label, number, value, height, bits in points:
+        across, down = x(value), y(height)
+        tip = f"{bits}, {label}: {value:.4g} {of_x.title}, {of_y.title} {height:.4g}"
         marks.append(f"<g>{_mark(number, across, down)}<title>{escape(tip)}</title></g>")
         if all(abs(across - a) > 46 or abs(down - d) > 12 for a, d in taken):
             taken.append((across, down))
             side, anchor = (7, "start") if across < WIDTH / 2 else (-7, "end")
             marks.append(_label(across + side, down + 4, bits, "label", anchor))
-    return _svg(x, y, title, "".join(marks), f"KL against {title}")
+    what = f"{of_y.caption} against {of_x.title}"
+    return _svg(x, y, of_x.title, of_y.title, "".join(marks), what)
 
 
 def _curves(series: Sequence[Labelled]) -> str:
@@ -184,7 +221,8 @@ def _curves(series: Sequence[Labelled]) -> str:
     points = [point for _, _, line in lines for point in line]
     if not points:
         return ""
-    x, y = _axes([p[0] for p in points], [p[1] for p in points])
+    x = axis_over([p[0] for p in points], LEFT, WIDTH - RIGHT)
+    y = axis_over([p[1] for p in points], HEIGHT - BOTTOM, TOP, logarithmic=True)
     drawn = []
     for tip, number, line in lines:
         if line:
@@ -193,21 +231,14 @@ def _curves(series: Sequence[Labelled]) -> str:
                 f'<polyline class="curve" style="stroke:var(--c{number % COLORS})"'
                 f' points="{path}"><title>{escape(tip)}</title></polyline>'
             )
-    return _svg(x, y, "step", "".join(drawn), "KL in training")
+    return _svg(x, y, "step", "KL", "".join(drawn), "KL in training")
 
 
-def _axes(across: Sequence[float], up: Sequence[float]) -> tuple[Axis, Axis]:
-    return (
-        axis_over(across, LEFT, WIDTH - RIGHT),
-        axis_over(up, HEIGHT - BOTTOM, TOP, logarithmic=True),
-    )
-
-
-def _svg(x: Axis, y: Axis, title: str, marks: str, what: str) -> str:
+def _svg(x: Axis, y: Axis, title: str, up: str, marks: str, what: str) -> str:
     base = HEIGHT - BOTTOM
     parts = [*_grid(x, y, base), marks]
     parts.append(_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, title, anchor="middle"))
-    parts.append(_label(LEFT, TOP - 3, "KL", anchor="end"))
+    parts.append(_label(LEFT, TOP - 3, up, anchor="end"))
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(what)}">'
         f"{''.join(parts)}</svg>"

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +16,10 @@ from typing import Any
 
 import yaml
 
+from qatc.compare.evaluating import accuracies, evaluate, figures
 from qatc.compare.grid import Cell
-from qatc.errors import BUSY, BusyError, ConfigError, QatcError
+from qatc.compare.processes import Command, in_a_process, run
+from qatc.errors import BusyError, ConfigError, QatcError
 from qatc.progress import Observer
 from qatc.storage import markers
 from qatc.storage.files import read_json, write_atomically, write_json, writing_to
@@ -30,48 +29,6 @@ KEPT = ("qatc.json", "report.md", "loss.png", "metrics.jsonl", "run.yaml", "cell
 """What stays of a finished cell, whose weights are removed."""
 
 CURVE_POINTS = 200
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
-
-Quantize = Callable[[Sequence[str], Path], int]
-"""Runs ``qatc quantize`` with these arguments and its stderr in a file; returns its exit status."""
-
-
-def quantize_in_a_process(arguments: Sequence[str], log: Path) -> int:
-    """Run ``qatc quantize`` as a process.
-
-    When this process is asked to end, the child is too, and comes to its checkpoint first.
-    """
-    command = [sys.executable, "-m", "qatc.cli", "quantize", *arguments]
-    with (
-        log.open("w", encoding="utf-8") as stderr,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            env=_environment(os.environ),
-            start_new_session=True,  # Ctrl-C reaches it once, from here
-        ) as child,
-    ):
-        try:
-            return child.wait()
-        except BaseException:
-            child.send_signal(signal.SIGTERM)
-            try:
-                child.wait()
-            except BaseException:
-                child.kill()
-            raise
-
-
-def _environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """For a child that is no rank of ours, with the GPU of our local rank alone."""
-    found = {name: value for name, value in ours.items() if name not in _LAUNCHER}
-    if "LOCAL_RANK" in ours:
-        rank = int(ours["LOCAL_RANK"])
-        visible = [gpu for gpu in ours.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-        found["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)] if visible else str(rank)
-    return found
 
 
 class Places:
@@ -84,6 +41,7 @@ class Places:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.cells = out / "cells"
+        self.models = out / "full-precision"
 
     def output(self, cell: Cell) -> Path:
         """Directory of a cell."""
@@ -112,7 +70,7 @@ def run_cells(
     *,
     shard: tuple[int, int] = (0, 1),
     keep_models: bool = False,
-    quantize: Quantize = quantize_in_a_process,
+    command: Command = in_a_process,
     operations: Callable[[Mapping[str, Any], bool], float] | None = None,
     observer: Observer | None = None,
     pause: float = 5.0,
@@ -124,7 +82,7 @@ def run_cells(
         out: directory of the grid.
         shard: (i, n): the cells whose number modulo n is i.
         keep_models: keep the weights of finished cells.
-        quantize: runs one.
+        command: runs ``qatc``.
         operations: counts the bit operations per token of an output, given its ``qatc.json`` and
             whether to trust remote code; ``None`` for :func:`operations_per_token`.
         observer: is told of every cell.
@@ -147,7 +105,7 @@ def run_cells(
             continue
         observer.stage(title)
         error = _compute(
-            cell, places, quantize, operations or operations_per_token, keep_models, pause
+            cell, places, command, operations or operations_per_token, keep_models, pause
         )
         if error is None:
             places.failure(cell).unlink(missing_ok=True)
@@ -161,7 +119,7 @@ def run_cells(
 def _compute(
     cell: Cell,
     places: Places,
-    quantize: Quantize,
+    command: Command,
     operations: Callable[[Mapping[str, Any], bool], float],
     keep_models: bool,
     pause: float,
@@ -174,7 +132,9 @@ def _compute(
                 if places.record(cell).exists():
                     return None
                 started = time.time()
-                error = None if (output / "qatc.json").exists() else _run(cell, places, quantize)
+                error = None if (output / "qatc.json").exists() else _run(cell, places, command)
+                if error is None:
+                    error = evaluate(cell, output, places.models, command)
                 if error is None:
                     _finish(cell, places, operations, keep_models, time.time() - started)
                 return error
@@ -184,7 +144,7 @@ def _compute(
             return str(refused)
 
 
-def _run(cell: Cell, places: Places, quantize: Quantize) -> str | None:
+def _run(cell: Cell, places: Places, command: Command) -> str | None:
     """Run ``qatc quantize`` for a cell; its error if it failed.
 
     Raises:
@@ -193,23 +153,11 @@ def _run(cell: Cell, places: Places, quantize: Quantize) -> str | None:
     log, run_file = (places.cells / f"{cell.name}.{ending}" for ending in ("log", "yaml"))
     options = {"data": str(places.out / "data" / cell.corpus), **cell.options}
     write_atomically(run_file, yaml.safe_dump(options, sort_keys=False).encode())
-    status = quantize(
-        ["--config", str(run_file), "--output", str(places.output(cell)), "--json"], log
-    )
-    if status == BUSY:
-        raise BusyError(_last_error(log, status))
-    if status:
-        return _last_error(log, status)
-    run_file.unlink()
-    return None
-
-
-def _last_error(log: Path, status: int) -> str:
-    """The line that a command ended with."""
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
-    errors = [line for line in lines if line.startswith("error:")]
-    last = (errors or [line for line in lines if line.strip("│╭╮╰╯─ ")] or [""])[-1]
-    return last.removeprefix("error:").strip("│ ") or f"ended with status {status}"
+    arguments = ["quantize", "--config", str(run_file), "--output", str(places.output(cell))]
+    error = run(command, arguments, Path(os.devnull), log)
+    if error is None:
+        run_file.unlink()
+    return error
 
 
 def _finish(
@@ -222,10 +170,13 @@ def _finish(
     """Record what an output says of itself, then remove its weights."""
     output = places.output(cell)
     metadata = read_json(output / "qatc.json")
+    (*_, result) = next(iter(metadata["figures"].values()))
+    evaluated = figures(cell, output, places.models, result)
     record = {
         "name": cell.name,
         "options": dict(cell.options),
-        "figures": metadata["figures"],
+        "figures": metadata["figures"] | evaluated,
+        "accuracy": accuracies(cell, output, places.models),
         "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
         "operations_per_token": operations(metadata, bool(cell.options.get("trust-remote-code"))),
         "training_seconds": metadata.get("training_seconds"),

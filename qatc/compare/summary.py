@@ -23,6 +23,8 @@ FIGURES = {
     "kl": "KL",
     "top1_agreement": "top-1",
     "recovery": "recovery %",
+    "full_precision_accuracy": "full precision acc %",
+    "accuracy": "acc %",
     "bytes": "MB",
     "operations_per_token": "GBOPs/token",
     "training_seconds": "training s",
@@ -32,8 +34,10 @@ FIGURES = {
 BRIEF = ("full_precision_perplexity", "rtn_perplexity", "perplexity", "kl", "recovery", "bytes")
 """Those that a terminal shows."""
 
-_SCALES = {"bytes": 1e-6, "operations_per_token": 1e-9, "top1_agreement": 100.0}
+_SCALES = {"bytes": 1e-6, "operations_per_token": 1e-9}
+_SCALES |= dict.fromkeys(("top1_agreement", "accuracy", "full_precision_accuracy"), 100.0)
 _DIGITS = {"kl": 4, "rtn_kl": 4, "top1_agreement": 1, "recovery": 1, "training_seconds": 1}
+_DIGITS |= {"accuracy": 2, "full_precision_accuracy": 2}
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Row:
         seeds: of its cells.
         figures: those of ``FIGURES``; None where a cell lacks it. Perplexities are of full
             precision, RTN and the result; KL in nats per token; agreement a share; recovery in
-            percent of perplexity; sizes in bytes; operations as
+            percent of perplexity; accuracies, of full precision and of the result, shares, a mean
+            over the tasks of lm-eval whose items are right or wrong; sizes in bytes; operations as
             :func:`qatc.compare.running.operations_per_token` counts them.
         curve: steps and KL of the first seed's training.
     """
@@ -122,8 +127,17 @@ def _figures(record: Mapping[str, Any], text: str) -> dict[str, float | None]:
         "kl": result["kl"],
         "top1_agreement": result["top1_agreement"],
         "recovery": None if None in perplexities else recovery(*perplexities),
+        "full_precision_accuracy": _accuracy(record, "full precision"),
+        "accuracy": _accuracy(record, "result"),
         **{name: record[name] for name in ("bytes", "operations_per_token", "training_seconds")},
     }
+
+
+def _accuracy(record: Mapping[str, Any], of: str) -> float | None:
+    """The mean over all tasks whose items are right or wrong."""
+    found = [entry[of]["average"]["value"] for entry in record.get("accuracy", [])]
+    known = [value for value in found if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def statistic(values: Sequence[float | None]) -> Statistic | None:
@@ -160,7 +174,11 @@ def cells_of(rows: Sequence[Row], brief: bool = False) -> list[list[str]]:
         rows: of one grid.
         brief: only what fits a terminal: the means of ``BRIEF``.
     """
-    options, figures = varying(rows), BRIEF if brief else tuple(FIGURES)
+    options = varying(rows)
+    of_tasks = ("full_precision_accuracy", "accuracy")
+    asked = any(row.figures[name] for row in rows for name in of_tasks)
+    figures = [*BRIEF, *of_tasks] if brief else [*FIGURES]
+    figures = [name for name in figures if asked or name not in of_tasks]
     texts = len({row.text for row in rows}) > 1
     titles = [FIGURES[name] for name in figures]
     lines = [[*options, *(["text"] if texts else []), "result", "seeds", *titles]]
@@ -195,10 +213,11 @@ def to_markdown(rows: Sequence[Row], failed: Mapping[str, str]) -> str:
 
 FOOTNOTE = (
     "Perplexity, KL (to full precision, nats per token), top-1 agreement (%) and recovery, (RTN -"
-    " result) / (RTN - full precision) of perplexity, are of text that was held out. MB (10^6"
-    " bytes) are of the weight files. BOPs are bit operations: multiply-accumulates times weight"
-    " bits times activation bits, of linears, attention products and head, per token of 2,048, as"
-    " qatc inspect counts them; what is not quantized counts 16 bits."
+    " result) / (RTN - full precision) of perplexity, are of text that was held out. Accuracy is"
+    " the mean over the tasks of lm-eval that were asked for. MB (10^6 bytes) are of the weight"
+    " files. BOPs are bit operations: multiply-accumulates times weight bits times activation bits,"
+    " of linears, attention products and head, per token of 2,048, as qatc inspect counts them;"
+    " what is not quantized counts 16 bits."
 )
 
 

@@ -26,17 +26,25 @@ def models(kl: float) -> dict[str, Any]:
 
 
 class Quantizer:
-    """Stands for ``qatc quantize``; remembers the options that it was run with."""
+    """Stands for ``qatc``; remembers what it was run with.
+
+    Attributes:
+        runs: options of ``qatc quantize``.
+        evaluated: the model, and the options, of each ``qatc evaluate``.
+    """
 
     def __init__(self) -> None:
         self.runs: list[dict[str, Any]] = []
+        self.evaluated: list[tuple[str, list[str]]] = []
 
-    def __call__(self, arguments: Sequence[str], log: Path) -> int:
-        assert arguments[0] == "--config" and arguments[2] == "--output"
-        options = yaml.safe_load(Path(arguments[1]).read_text())
-        self.runs.append(options)
+    def __call__(self, arguments: Sequence[str], out: Path, log: Path) -> int:
         log.write_text("0:00 Loading\n")
-        output = Path(arguments[3])
+        if arguments[0] == "evaluate":
+            return self.evaluate(arguments[1], list(arguments[2:]), out)
+        assert arguments[:2] == ["quantize", "--config"] and arguments[3] == "--output"
+        options = yaml.safe_load(Path(arguments[2]).read_text())
+        self.runs.append(options)
+        output = Path(arguments[4])
         output.mkdir()
         (output / "model.safetensors").write_bytes(bytes(1000))
         (output / "report.md").write_text("# Report\n")
@@ -44,6 +52,15 @@ class Quantizer:
         (output / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
         metadata = {"model": "m", "figures": {"generated": models(0.25)}, "training_seconds": 2.0}
         (output / "qatc.json").write_text(json.dumps(metadata))
+        return 0
+
+    def evaluate(self, model: str, options: list[str], out: Path) -> int:
+        self.evaluated.append((model, options))
+        worse = 0 if model == "m" else 1
+        found: dict[str, Any] = {"average": {"value": 0.5 - 0.1 * worse, "stderr": 0.01}}
+        if "--text" in options:
+            found = metrics(10.0 + worse, 0.2, 0.8) if worse else {"perplexity": 10.0, "kl": None}
+        out.write_text(json.dumps(found))
         return 0
 
 

@@ -24,7 +24,7 @@ PAPER = sorted((Path(__file__).resolve().parents[2] / "examples/paper").glob("*.
 def read(tmp_path: Path, text: str) -> list[Cell]:
     path = tmp_path / "grid.yaml"
     path.write_text(text)
-    return read_grid(path, KNOWN)
+    return read_grid(path, KNOWN, ("text", "tasks", "length", "include_path", "teacher"))
 
 
 def test_every_combination_is_a_cell_and_the_table_wins(tmp_path: Path) -> None:
@@ -78,6 +78,12 @@ def test_every_combination_is_a_cell_and_the_table_wins(tmp_path: Path) -> None:
         ("base: {model: m}\nseeds: 3\ngrids: [{}]", "seeds takes a list"),
         ("base: {model: m}\nseeds: [1, 1]\ngrids: [{}]", "different whole numbers"),
         ("base: {model: m}\ngrids: [{name: a}, {name: a}]", "a table 'a' already"),
+        ("base: {model: m}\nevaluate: wiki.txt\ngrids: [{}]", "evaluate takes a list"),
+        ("base: {model: m}\nevaluate: [wiki.txt]\ngrids: [{}]", "evaluate takes a list"),
+        ("base: {model: m}\nevaluate: [{length: 3}]\ngrids: [{}]", "takes text or tasks"),
+        ("base: {model: m}\nevaluate: [{text: a, tasks: b}]\ngrids: [{}]", "takes text or tasks"),
+        ("base: {model: m}\nevaluate: [{txt: a}]\ngrids: [{}]", "no 'txt'; there is text"),
+        ("base: {model: m}\ngrids: [{evaluate: [{teacher: a}]}]", "sets teacher itself"),
     ],
 )
 def test_mistakes(text: str, says: str, tmp_path: Path) -> None:
@@ -102,6 +108,15 @@ def test_names_tell_cells_apart_and_corpora_are_those_of_the_data() -> None:
         assert (Cell("a", {**one.options, **change}).corpus == one.corpus) is shared
     for name, value in (("samples", 9), ("strategy", "greedy"), ("max-length", 8)):
         assert Cell("a", {**one.options, name: value}).corpus != one.corpus
+
+
+def test_what_cells_are_measured_on(tmp_path: Path) -> None:
+    text = "base: {model: m}\nevaluate: [{text: a}]\ngrids: [{}, {evaluate: []}, {evaluate: [%s]}]"
+    first, none, tasks = read(tmp_path, text % "{tasks: [x, y], include_path: d}")
+    assert first.evaluations == ({"text": "a"},) and none.evaluations == ()
+    assert tasks.evaluations == ({"tasks": ["x", "y"], "include-path": "d"},)
+    assert len({cell.name for cell in (first, none, tasks)}) == 3
+    assert len({cell.corpus for cell in (first, none, tasks)}) == 1
 
 
 def test_a_default_that_is_spelled_out_makes_no_other_cell() -> None:

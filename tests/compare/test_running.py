@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qatc.compare import running
+from qatc.compare import processes, running
 from qatc.compare.grid import Cell
 from qatc.compare.results import write_results
 from qatc.compare.running import CURVE_POINTS, Places, failures, run_cells, unique
@@ -25,7 +25,7 @@ from tests.conftest import run_until_killed
 
 
 def run(cells: list[Cell], out: Path, quantize: Any, **settings: Any) -> None:
-    run_cells(cells, out, quantize=quantize, operations=operations, pause=0.01, **settings)
+    run_cells(cells, out, command=quantize, operations=operations, pause=0.01, **settings)
 
 
 def test_a_second_run_computes_nothing(
@@ -74,10 +74,10 @@ def test_tables_may_have_a_cell_in_common(
 
 
 def test_a_killed_grid_goes_on(cells: list[Cell], quantizer: Quantizer, tmp_path: Path) -> None:
-    def killed_in_the_second(arguments: Sequence[str], log: Path) -> int:
+    def killed_in_the_second(arguments: Sequence[str], out: Path, log: Path) -> int:
         if len(quantizer.runs) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return quantizer(arguments, log)
+        return quantizer(arguments, out, log)
 
     run_until_killed(lambda: run(cells, tmp_path, killed_in_the_second))
     assert write_results(cells, tmp_path) is None and not (tmp_path / "compare.md").exists()
@@ -103,9 +103,9 @@ def test_an_output_without_a_record_is_not_made_again(
 def test_a_failed_cell_is_recorded_and_tried_again(
     cells: list[Cell], quantizer: Quantizer, tmp_path: Path
 ) -> None:
-    def fails(arguments: Sequence[str], log: Path) -> int:
-        if cells[0].name not in arguments[1]:
-            return quantizer(arguments, log)
+    def fails(arguments: Sequence[str], out: Path, log: Path) -> int:
+        if cells[0].name not in arguments[2]:
+            return quantizer(arguments, out, log)
         log.write_text("0:00 Loading\nerror: the loss is NaN; lower --lr\n")
         return 1
 
@@ -135,11 +135,11 @@ def test_what_another_process_writes_is_waited_for(
 ) -> None:
     busy = iter([BUSY, BUSY, 0])
 
-    def at_first_busy(arguments: Sequence[str], log: Path) -> int:
+    def at_first_busy(arguments: Sequence[str], out: Path, log: Path) -> int:
         if status := next(busy):
             log.write_text("error: out/data/x is being written by process 7 on here; wait\n")
             return status
-        return quantizer(arguments, log)
+        return quantizer(arguments, out, log)
 
     run(cells[:1], tmp_path, at_first_busy)
     assert next(busy, None) is None and failures(cells, tmp_path) == {}
@@ -168,10 +168,10 @@ def test_a_cell_that_another_grid_runs_is_waited_for(
 
 def test_a_child_is_no_rank_and_has_the_gpu_of_ours() -> None:
     rank = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "HOME": "/home"}
-    assert running._environment({"HOME": "/home"}) == {"HOME": "/home"}
-    assert running._environment(rank) == {"HOME": "/home", "CUDA_VISIBLE_DEVICES": "1"}
+    assert processes._environment({"HOME": "/home"}) == {"HOME": "/home"}
+    assert processes._environment(rank) == {"HOME": "/home", "CUDA_VISIBLE_DEVICES": "1"}
     some = rank | {"CUDA_VISIBLE_DEVICES": "4,6"}
-    assert running._environment(some)["CUDA_VISIBLE_DEVICES"] == "6"
+    assert processes._environment(some)["CUDA_VISIBLE_DEVICES"] == "6"
 
 
 def test_ctrl_c_ends_the_child_with_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +195,6 @@ def test_ctrl_c_ends_the_child_with_us(tmp_path: Path, monkeypatch: pytest.Monke
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        running.quantize_in_a_process([], tmp_path / "log")
+        processes.in_a_process([], tmp_path / "out", tmp_path / "log")
     assert (tmp_path / "saved").exists()
     assert int((tmp_path / "began").read_text()) != os.getpgid(0), "a terminal would signal it too"
