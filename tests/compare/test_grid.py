@@ -155,7 +155,7 @@ def test_the_defaults_are_those_of_quantize() -> None:
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_the_grids_of_the_paper_name_options_that_there_are(path: Path) -> None:
-    cells = read_grid(path, quantize_options_of_the_command())
+    cells = read_grid(path, quantize_options_of_the_command(), ["tasks", "text"])
     assert len({cell.name for cell in cells}) > 1
     for cell in cells:
         assert not cell.options.keys() & set(SET_BY_THE_GRID)
