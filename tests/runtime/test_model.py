@@ -110,7 +110,7 @@ def test_one_model_for_several_threads(outputs: dict[str, Path], compile: bool) 
         return found
 
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(write, range(4 if compile else 6)))
+        together = list(pool.map(write, range(2 if compile else 6)))  # graphs take seconds
     assert all(torch.equal(found, write(number)) for number, found in enumerate(together))
 
 
