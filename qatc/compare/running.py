@@ -21,6 +21,7 @@ from qatc.compare.grid import Cell
 from qatc.compare.processes import Command, in_a_process, run
 from qatc.errors import BusyError, ConfigError, QatcError
 from qatc.progress import Observer
+from qatc.quantize.provenance import package_version
 from qatc.storage import markers
 from qatc.storage.files import read_json, write_atomically, write_json, writing_to
 from qatc.storage.locks import locked
@@ -101,7 +102,7 @@ def run_cells(
     for number, cell in enumerate(mine, start=1):
         title = f"cell {number}/{len(mine)}: {cell.name}"
         if places.record(cell).exists():
-            observer.note(f"{title}: finished before")
+            observer.note(f"{title}: finished before{_by_others(read_json(places.record(cell)))}")
             continue
         observer.stage(title)
         error = _compute(
@@ -114,6 +115,15 @@ def run_cells(
             options = dict(cell.options)
             write_json(places.failure(cell), {"options": options, "error": error})
             observer.note(f"failed: {error}")
+
+
+def _by_others(record: Mapping[str, Any]) -> str:
+    """Which other versions of what computes a cell has been computed by, in words."""
+    then = record.get("versions") or {}
+    other = [f"{name} {v}" for name, v in then.items() if package_version(name) != v]
+    if not other:
+        return ""
+    return f" by {', '.join(other)}; remove {record['name']} from cells/ to run it anew"
 
 
 def _compute(
@@ -182,6 +192,7 @@ def _finish(
         "training_seconds": metadata.get("training_seconds"),
         "seconds": round(seconds, 1),
         "curve": _curve(output / "metrics.jsonl"),
+        **{name: metadata.get(name) for name in ("inputs", "versions", "device")},
     }
     write_json(places.record(cell), record)
     markers.remove(output.with_name(output.name + ".partial"))

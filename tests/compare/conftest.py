@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from qatc.compare.grid import Cell
+from qatc.quantize.provenance import package_version
 
 
 def metrics(perplexity: float, kl: float, agreement: float) -> dict[str, Any]:
@@ -50,7 +51,12 @@ class Quantizer:
         (output / "report.md").write_text("# Report\n")
         steps = [{"step": n, "kl": 1 / n} for n in range(1, 501)]
         (output / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
-        metadata = {"model": "m", "figures": {"generated": models(0.25)}, "training_seconds": 2.0}
+        metadata: dict[str, Any] = {
+            "model": "m",
+            "versions": {"torch": package_version("torch")},
+            "inputs": {"the model": "abc"},
+        }
+        metadata |= {"figures": {"generated": models(0.25)}, "training_seconds": 2.0}
         (output / "qatc.json").write_text(json.dumps(metadata))
         return 0
 

@@ -18,7 +18,8 @@ from qatc.compare.grid import Cell
 from qatc.compare.results import write_results
 from qatc.compare.running import CURVE_POINTS, Places, failures, run_cells, unique
 from qatc.errors import BUSY, QatcError
-from qatc.storage.files import read_json
+from qatc.progress import Observer
+from qatc.storage.files import read_json, write_json
 from qatc.storage.locks import locked
 from tests.compare.conftest import Quantizer, operations
 from tests.conftest import run_until_killed
@@ -40,6 +41,27 @@ def test_a_second_run_computes_nothing(
     assert record["bytes"] == 1000 and record["operations_per_token"] == 5e6
     curve = record["curve"]
     assert len(curve) <= CURVE_POINTS + 1 and curve[0] == [1, 1.0] and curve[-1] == [500, 0.002]
+
+
+def test_cells_of_other_versions_are_named(
+    cells: list[Cell], quantizer: Quantizer, tmp_path: Path
+) -> None:
+    run(cells, tmp_path, quantizer)
+    place = Places(tmp_path).record(cells[0])
+    record = read_json(place)
+    assert record["inputs"] == {"the model": "abc"}
+    write_json(place, record | {"versions": record["versions"] | {"torch": "1.0"}})
+    notes: list[str] = []
+
+    class Notes(Observer):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    run(cells, tmp_path, quantizer, observer=Notes())
+    name = cells[0].name
+    wanted = f"finished before by torch 1.0; remove {name} from cells/ to run it anew"
+    assert notes == [f"cell 1/2: {name}: {wanted}", f"cell 2/2: {cells[1].name}: finished before"]
+    assert len(quantizer.runs) == 2
 
 
 def test_a_file_in_the_place_of_the_results(
