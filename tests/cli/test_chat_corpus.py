@@ -59,6 +59,9 @@ def test_trained_on(chat_model: Path, corpus: Path, tmp_path: Path, loss_on: str
     figures = json.loads(result.stdout)["figures"]["generated"]
     held_out = Corpus.open(corpus).rows(24, slice(-8, None))
     assert figures["QAT"]["tokens"] == held_out.counted.sum(), "figures are of answers"
+    trained = Corpus.open(corpus).rows(24, slice(None, -8), answers_only=not loss_on)
+    made = json.loads((tmp_path / "out" / "qatc.json").read_text())
+    assert made["row_utilization"] == round(trained.utilization, 4)
     report = (tmp_path / "out" / "report.md").read_text()
     assert "those of the answers in held-out conversations" in report
     assert f"loss `logits` on {'all tokens' if loss_on else 'answers'}," in report

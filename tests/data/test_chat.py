@@ -57,7 +57,7 @@ def make_chatter(end: float) -> LoadedModel:
     """
     model = make_llama(116, tie_word_embeddings=False)
     liking = torch.zeros(116, dtype=torch.float64)
-    liking[[0, USER, BOT]], liking[[1, END]], liking[OTHER] = -torch.inf, end, end - 1
+    liking[[0, USER, BOT]], liking[[1, END, OTHER]] = -torch.inf, end
     model.lm_head.register_forward_hook(lambda head, args, logits: logits + liking)
     model.generation_config.eos_token_id = [1, OTHER]
     return LoadedModel(model.double(), "chatty", torch.float64)
@@ -129,7 +129,12 @@ def marks_of(corpus: Corpus) -> list[list[bool]]:
 
 class TestConversations:
     @pytest.mark.parametrize(
-        "change", [{}, {"turns": 1, "greedy_tokens": (0, 0)}, {"turns": 2, "batch_size": 1}]
+        "change",
+        [
+            {},
+            {"turns": 1, "greedy_tokens": (0, 0)},
+            {"turns": 2, "batch_size": 1, "max_length": 33},
+        ],
     )
     def test_as_a_plain_loop_writes_them(
         self,
@@ -148,6 +153,9 @@ class TestConversations:
         assert sum(s["answer_tokens"] for s in corpus.manifest["shards"]) == answers
         turns = [tokens.count(BOT) for tokens, _ in wanted]
         assert {0, 1} <= set(turns) and (max(turns) > 1) == (config.turns != 1), turns
+        assert any(tokens[-1] in (1, OTHER) for tokens, _ in wanted), "over by itself"
+        full = [len(tokens) < config.max_length and tokens[-1] == END for tokens, _ in wanted]
+        assert any(full), "no room for what follows"
 
     def test_text_is_what_the_template_makes_of_it(
         self, talked: Corpus, chat_tokenizer: Any
@@ -259,6 +267,7 @@ THINKS = (
     "{% if m.role == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|bot|>and' }}{% endif %}"
 )
+NO_PROMPT = THINKS.partition("{% if add_generation_prompt")[0]
 
 
 class TestFormat:
@@ -274,8 +283,9 @@ class TestFormat:
             (INST, "<s><|user|>", "<|bot|>", "</s><|user|>"),
             (LEADS, "<s><|user|>", "<|bot|>", "</s><|user|>"),
             (THINKS, "<|user|>", "<|bot|>and", "<|end|><|user|>"),
+            (NO_PROMPT, "<|user|>", "<|bot|>", "<|end|><|user|>"),
         ],
-        ids=["like ChatML", "no generation prompt", "text before the end", "begins to think"],
+        ids=["like ChatML", "no role", "text before the end", "begins to think", "no prompt"],
     )
     def test_found(self, template: str, opening: str, message: str, answer: str) -> None:
         tokenizer = make_chat_tokenizer(template)
