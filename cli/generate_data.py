@@ -9,14 +9,14 @@ import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
-from qatc.data.config import CorpusConfig
+from qatc.data.config import CHAT, CorpusConfig
 from qatc.errors import ConfigError
 
 if TYPE_CHECKING:  # it loads NumPy
     from qatc.data.corpus import Corpus
 
 
-WRITING = ("strategy", "greedy_tokens", "batch_size", "seed", "dtype", "device", "compile")
+WRITING = ("strategy", "greedy_tokens", "turns", "batch_size", "seed", "dtype", "device", "compile")
 """Parameters of the command that say how a model writes."""
 
 
@@ -38,6 +38,7 @@ def generate_data(
     ),
     strategy: options.Strategy = CorpusConfig.strategy,
     greedy_tokens: options.GreedyTokens = options.GREEDY_TOKENS,
+    turns: options.Turns = None,
     batch_size: options.Slots = "auto",
     shard_size: Annotated[int, typer.Option(help="Sequences per file.")] = (
         CorpusConfig.shard_size
@@ -60,6 +61,8 @@ def generate_data(
 
       qatc generate-data --model ./my-model --output my.data --preview 3
 
+      qatc generate-data --model ./my-chat-model --output chat.data --strategy chat
+
       qatc generate-data --model ./my-model --output c4.data --from-text c4.jsonl
     """
     from qatc.cli import terminal
@@ -67,6 +70,7 @@ def generate_data(
     with readable_errors("interrupted; the same command goes on from the last complete shard"):
         greedy = options.parse_range(greedy_tokens)
         terminal.quiet_libraries()
+        from qatc.data.chat import ChatFormat
         from qatc.data.generate import corpus_place, generate_corpus
         from qatc.data.text import corpus_from_text
         from qatc.models import load_config, load_tokenizer
@@ -94,10 +98,13 @@ def generate_data(
             seed=seed,
             batch_size=options.parse_slots(batch_size),
             shard_size=shard_size,
+            turns=turns,
         )
         with corpus_place(output, model), terminal.RunDisplay().live() as display:
             display.stage(f"Loading {model}")
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+            if config.strategy == CHAT:
+                ChatFormat.of(tokenizer, model)
             teacher = load_teacher(
                 model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
             )
@@ -128,6 +135,7 @@ def _show(corpus: Corpus, tokenizer: Any, preview: int, json: bool) -> None:
 
     manifest = corpus.manifest
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
+    answers = sum(shard.get("answer_tokens", 0) for shard in manifest["shards"])
     if json:
         terminal.print_json({"output": str(corpus.path), "tokens": tokens, **manifest})
         return
@@ -135,7 +143,9 @@ def _show(corpus: Corpus, tokenizer: Any, preview: int, json: bool) -> None:
         terminal.out.rule(f"sample {number}, {len(sequence)} tokens", align="left")
         terminal.out.print(tokenizer.decode(sequence), markup=False, highlight=False)
     shards = len(manifest["shards"])
+    counted = f" ({answers:,} in answers)" if corpus.is_chat else ""
     terminal.out.print(
-        f"{corpus.path}: {manifest['sequences']} sequences, {tokens:,} tokens in {shards} shards",
+        f"{corpus.path}: {manifest['sequences']} sequences, {tokens:,} tokens{counted} in {shards}"
+        " shards",
         highlight=False,
     )

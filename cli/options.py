@@ -102,8 +102,27 @@ Preset = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option("--samples", help="Sequences to generate.")]
-Strategy = Annotated[str, typer.Option("--strategy", help="hybrid, sample or greedy.")]
-GreedyTokens = Annotated[str, typer.Option("--greedy-tokens", help="Greedy tokens of hybrid.")]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        help="hybrid, sample or greedy; or chat: conversations by the chat template.",
+    ),
+]
+GreedyTokens = Annotated[
+    str,
+    typer.Option(
+        "--greedy-tokens", help="Greedy tokens of hybrid, and at the start of chat's answers."
+    ),
+]
+Turns = Annotated[
+    int | None,
+    typer.Option(
+        "--turns",
+        help="Answers in a conversation of chat, at most. Default: as many as fit.",
+        show_default=False,
+    ),
+]
 Slots = Annotated[
     str, typer.Option(help="Sequences side by side; auto: as many as are fast and fit into memory.")
 ]

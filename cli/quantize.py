@@ -54,6 +54,7 @@ def quantize(
     ),
     strategy: options.Strategy = CorpusConfig.strategy,
     greedy_tokens: options.GreedyTokens = options.GREEDY_TOKENS,
+    turns: options.Turns = None,
     generation_batch_size: options.Slots = "auto",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1500,
     batch_size: options.Rows = 8,
@@ -71,6 +72,14 @@ def quantize(
             " logits+0.5*hidden:decay."
         ),
     ] = "logits",
+    loss_on: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens that the loss counts: answers (of a corpus of conversations) or all."
+            " Default: answers, if there are any.",
+            show_default=False,
+        ),
+    ] = None,
     train_embeddings: Annotated[
         bool,
         typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
@@ -152,6 +161,7 @@ def quantize(
                 greedy_tokens=greedy,
                 seed=seed,
                 batch_size=options.parse_slots(generation_batch_size),
+                turns=turns,
             ),
             training=TrainingConfig(
                 steps=steps,
@@ -167,6 +177,7 @@ def quantize(
             ),
             method=method,
             calibration_rows=calibration_rows,
+            loss_on=loss_on,  # type: ignore[arg-type]  # checked by the config
             data=data,
             eval_text=eval_text,
             eval_sequences=eval_samples,

@@ -16,7 +16,7 @@ from qatc.errors import ConfigError
 from qatc.storage.files import read_yaml
 
 DATA_OPTIONS = (
-    *("model", "samples", "max-length", "strategy", "greedy-tokens", "seed"),
+    *("model", "samples", "max-length", "strategy", "turns", "greedy-tokens", "seed"),
     *("generation-batch-size", "dtype", "device", "compile"),
 )
 """Options that decide the bytes of a corpus; cells in which all of them agree share one."""

@@ -8,7 +8,10 @@ from typing import Literal, get_args
 
 from qatc.errors import ConfigError
 
-Strategy = Literal["hybrid", "sample", "greedy"]
+Strategy = Literal["hybrid", "sample", "greedy", "chat"]
+
+CHAT: Strategy = "chat"
+"""The strategy of a corpus of conversations."""
 
 
 OnProgress = Callable[[int, int], None]
@@ -22,13 +25,15 @@ class CorpusConfig:
     Args:
         sequences: how many sequences.
         max_length: tokens per sequence at most, the beginning-of-sequence token included.
-        strategy: ``hybrid`` (greedy start, then sampling), ``sample`` or ``greedy``.
+        strategy: ``hybrid`` (greedy start, then sampling), ``sample``, ``greedy``, or ``chat``:
+            conversations by the chat template, see :mod:`qatc.data.chat`.
         greedy_tokens: least and greatest number of greedy tokens of ``hybrid``, drawn for each
-            sequence.
+            sequence; of ``chat``, at the start of its answers.
         seed: of everything that is drawn, any number from 0.
         batch_size: sequences decoded side by side; ``"auto"`` for as many as are fast here and fit
             into half of the free memory. The manifest says how many they were (``slots``).
         shard_size: sequences per shard, the unit of resuming.
+        turns: answers in a conversation at most; ``None``: as many as fit into ``max_length``.
 
     Raises:
         ConfigError: a value is out of range.
@@ -41,6 +46,7 @@ class CorpusConfig:
     seed: int = 0
     batch_size: int | Literal["auto"] = "auto"
     shard_size: int = 1024
+    turns: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequences", "shard_size"):
@@ -59,6 +65,13 @@ class CorpusConfig:
         low, high = self.greedy_tokens
         if not 0 <= low <= high:
             raise ConfigError(f"greedy_tokens must be a range such as 3 to 5; got {low} to {high}")
+        if self.turns is not None and self.turns < 1:
+            raise ConfigError(f"turns must be at least 1; got {self.turns}")
+        if self.turns is not None and self.strategy != CHAT:
+            raise ConfigError(
+                f"turns are those of conversations, and the strategy is {self.strategy}; leave"
+                " --turns out, or add --strategy chat"
+            )
 
     @property
     def shards(self) -> int:

@@ -6,8 +6,10 @@ is sampled from its distribution, until the end-of-sequence token or the maximum
 start keeps a random first token from leading into nonsense; sampling keeps the corpus from
 collapsing onto the few sentences that a greedy teacher repeats.
 
-A corpus is a directory: ``shard-00000.parquet`` ... with one column ``input_ids`` (token ids, not
-text), and ``manifest.json``, which says how it was made and holds the shards' hashes.
+Conversations (:mod:`qatc.data.chat`) are written with themselves by chat models.
+
+A corpus is a directory: ``shard-00000.parquet`` ... with token ids (:mod:`qatc.data.shards`), and
+``manifest.json``, which says how it was made and holds the shards' hashes.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qatc.data.config import CHAT
+from qatc.data.shards import Marks, Tokens, read_answers, read_shard, shard_is_whole
 from qatc.errors import ConfigError, DataError
-from qatc.storage.files import read_json, sha256, write_atomically
+from qatc.storage.files import read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 TEXT = "text"
 """The strategy, in its manifest, of a corpus that no model wrote."""
-
-Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -97,37 +99,75 @@ class Corpus:
         """All sequences, in order."""
         return [s for shard in self.manifest["shards"] for s in read_shard(self.path, shard)]
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether it holds conversations, and knows which of their tokens are part of answers."""
+        return self.manifest.get("strategy") == CHAT
+
+    def rows(self, length: int, part: slice = slice(None), *, answers_only: bool = True) -> Rows:
+        """Some of its sequences, in order, packed by :func:`pack_rows`.
+
+        Args:
+            length: tokens per row.
+            part: which sequences.
+            answers_only: of conversations, whether the answers alone count.
+
+        Raises:
+            DataError: answers alone count, and there is none.
+        """
+        answers = None
+        if answers_only and self.is_chat:
+            shards = self.manifest["shards"]
+            answers = [a for shard in shards for a in read_answers(self.path, shard)][part]
+        rows = pack_rows(self.sequences()[part], length, self.prompt_tokens, answers)
+        if answers is not None and not len(rows):
+            raise DataError(
+                f"none of {len(answers)} conversations of the corpus {self.path} comes to an answer"
+                f" in {self.manifest['max_length']} tokens; write longer ones (--max-length), or"
+                " more"
+            )
+        return rows
+
 
 @dataclass(frozen=True)
 class Rows:
     """Sequences packed whole into rows of one length, for causal models without a mask.
 
     Whole sequences are put one behind the other while they fit; the rest of a row is padding at
-    its end, which no real token can attend to. Every real token is trained on: its target is the
-    teacher's distribution in the very same row.
+    its end, which no real token can attend to. The target of a token is the teacher's distribution
+    in the very same row; every real token is trained on, but for conversations.
 
     Attributes:
         tokens: int32 ``[R, L]``; padding is 0.
         sequence: int32 ``[R, L]``: number of the sequence within its row, from 1; 0 for padding.
         labelled: bool ``[R, L]``: whether the next token belongs to the same sequence and was
-            chosen by the model that wrote the text, so that predicting it can be scored.
+            chosen by the model that wrote the text, so that predicting it can be scored; of
+            conversations, whether it is part of an answer.
+        answers_only: whether nothing counts but what is labelled.
     """
 
     tokens: Tokens
     sequence: Tokens
-    labelled: npt.NDArray[np.bool_]
+    labelled: Marks
+    answers_only: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: Any) -> Rows:
-        return Rows(self.tokens[rows], self.sequence[rows], self.labelled[rows])
+        parts = (self.tokens[rows], self.sequence[rows], self.labelled[rows])
+        return Rows(*parts, self.answers_only)
 
     @property
-    def real(self) -> npt.NDArray[np.bool_]:
+    def real(self) -> Marks:
         """Which tokens are not padding."""
-        real: npt.NDArray[np.bool_] = self.sequence > 0
+        real: Marks = self.sequence > 0
         return real
+
+    @property
+    def counted(self) -> Marks:
+        """At which tokens student and teacher are compared."""
+        return self.labelled if self.answers_only else self.real
 
     @property
     def utilization(self) -> float:
@@ -135,35 +175,50 @@ class Rows:
         return float(self.real.mean()) if len(self) else 0.0
 
 
-def pack_rows(sequences: list[Tokens], length: int, prompt_tokens: int = 1) -> Rows:
+def pack_rows(
+    sequences: list[Tokens],
+    length: int,
+    prompt_tokens: int = 1,
+    answers: list[Marks] | None = None,
+) -> Rows:
     """Pack whole sequences into rows; those longer than a row are split.
 
     Args:
         sequences: token ids.
         length: tokens per row.
         prompt_tokens: leading tokens of a sequence that are not scored as labels.
+        answers: which tokens of each sequence are part of an answer. They alone count then, and
+            what no answer follows is left out.
     """
-    pieces = [s[i : i + length] for s in sequences for i in range(0, len(s), length) if len(s)]
-    filled: list[list[Tokens]] = []
+    filled: list[list[tuple[Tokens, Marks]]] = []
     room = 0
-    for piece in pieces:
-        if len(piece) > room:
-            filled.append([])
-            room = length
-        filled[-1].append(piece)
-        room -= len(piece)
+    for number, whole in enumerate(sequences):
+        for i in range(0, len(whole), length):
+            piece = whole[i : i + length]
+            chosen = np.arange(len(piece)) >= prompt_tokens
+            if answers is not None:
+                chosen = answers[number][i : i + length]
+                end = int(chosen.nonzero()[0].max(initial=-1)) + 1
+                if end < 2:  # there is nothing to predict
+                    continue
+                piece, chosen = piece[:end], chosen[:end]
+            if len(piece) > room:
+                filled.append([])
+                room = length
+            filled[-1].append((piece, chosen))
+            room -= len(piece)
     tokens = np.zeros((len(filled), length), np.int32)
     sequence = np.zeros_like(tokens)
     labelled = np.zeros(tokens.shape, np.bool_)
     for row, members in enumerate(filled):
         start = 0
-        for number, piece in enumerate(members, 1):
+        for number, (piece, chosen) in enumerate(members, 1):
             end = start + len(piece)
             tokens[row, start:end] = piece
             sequence[row, start:end] = number
-            labelled[row, start + prompt_tokens - 1 : max(end - 1, start)] = True
+            labelled[row, start : end - 1] = chosen[1:]
             start = end
-    return Rows(tokens, sequence, labelled)
+    return Rows(tokens, sequence, labelled, answers is not None)
 
 
 def text_rows(text: str, tokenizer: Any, length: int, max_tokens: int) -> Rows:
@@ -282,43 +337,3 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def is_complete(path: Path) -> bool:
     """Whether there is a corpus that was generated to its end; raises as :func:`read_manifest`."""
     return (path / MANIFEST).exists() and bool(read_manifest(path)["complete"])
-
-
-def shard_is_whole(path: Path, shard: dict[str, Any]) -> bool:
-    """Whether the shard of this manifest entry is there and has the recorded hash."""
-    file = path / shard["file"]
-    return file.is_file() and sha256(file) == str(shard["sha256"])
-
-
-def read_shard(path: Path, shard: dict[str, Any]) -> Iterator[Tokens]:
-    """The sequences of one shard."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with (path / shard["file"]).open("rb") as file:  # pyarrow takes no path that is not UTF-8
-            column = pq.read_table(file, columns=["input_ids"]).column(0)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path / shard['file']}: {error}") from error
-    for chunk in column.chunks:
-        values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
-            yield values[start:end]
-
-
-def write_shard(path: Path, number: int, sequences: list[Tokens]) -> dict[str, Any]:
-    """Write a shard, atomically, and return its manifest entry."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    column = pa.array([s.tolist() for s in sequences], type=pa.list_(pa.int32()))
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"input_ids": column}), sink, compression="zstd")
-    file = f"shard-{number:05d}.parquet"
-    write_atomically(path / file, sink.getvalue().to_pybytes())
-    return {
-        "file": file,
-        "sequences": len(sequences),
-        "tokens": int(sum(len(s) for s in sequences)),
-        "sha256": sha256(path / file),
-    }

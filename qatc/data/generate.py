@@ -14,29 +14,30 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 import qatc
-from qatc.data.config import CorpusConfig, OnProgress
+from qatc.data.chat import ChatFormat, Conversation
+from qatc.data.config import CHAT, CorpusConfig, OnProgress
 from qatc.data.corpus import (
     FORMAT_VERSION,
     MANIFEST,
     Corpus,
-    Tokens,
     prefix_tokens,
     read_manifest,
-    shard_is_whole,
+    require_known,
     tokenizer_fingerprint,
-    write_shard,
 )
 from qatc.data.decode import Decoder, decoding
-from qatc.data.sampling import sequence_random
+from qatc.data.plans import plan_chat, plan_text
+from qatc.data.shards import Marks, Tokens, shard_is_whole, write_shard
 from qatc.data.slots import Plan, Slots, Vocabulary, choose_slots, measure_rate
 from qatc.errors import ConfigError, DataError
 from qatc.models.load import LoadedModel, check_length
@@ -70,7 +71,9 @@ def generate_corpus(
 
     Raises:
         ConfigError: ``output`` holds something else or is being written by another run, or the
-            model cannot take ``max_length``.
+            model cannot take ``max_length``, or its tokenizer has no chat template to write
+            conversations by.
+        DataError: the model has no embedding for a token of the chat template.
         CheckpointError: the disk cannot be written.
     """
     check_length(teacher.name, teacher.model.config, config.max_length)
@@ -92,7 +95,14 @@ def _generate(
 ) -> Corpus:
     kept = {s["file"]: s for s in manifest["shards"] if shard_is_whole(output, s)}
     shards: list[dict[str, Any]] = []
-    vocabulary = Vocabulary.of(tokenizer, teacher.model)
+    vocabulary, format = Vocabulary.of(tokenizer, teacher.model), None
+    if config.strategy == CHAT:
+        # As it was when the corpus was begun: a template may give the date.
+        format = ChatFormat.from_dict(manifest["chat_format"])
+        tokens = np.array(format.tokens)
+        what = "the chat template"
+        require_known(tokens, tokenizer, teacher.model, what=what, name=teacher.name)
+        vocabulary = replace(vocabulary, ends=vocabulary.ends | format.ends)
     slots: Slots | None = None
     with decoding(teacher.model, 1, config.max_length, compile=compile) as decoder:
         for number in range(config.shards):
@@ -106,8 +116,8 @@ def _generate(
                         write_json(output / MANIFEST, manifest)
                     count, length = manifest["slots"], config.max_length
                     slots = Slots(decoder, vocabulary, count, length, teacher.model.device)
-                shard, before = _Shard(config, vocabulary, number), slots.steps
-                entry = write_shard(output, number, shard.run(slots, on_progress, *done))
+                shard, before = _Shard(config, vocabulary, format, number), slots.steps
+                entry = write_shard(output, number, *shard.run(slots, on_progress, *done))
                 entry["steps"] = slots.steps - before
             shards.append(entry)
             manifest["shards"] = shards
@@ -161,15 +171,27 @@ def measure_speed(
 def describe(
     teacher: LoadedModel, tokenizer: Any, config: CorpusConfig, compile: bool
 ) -> dict[str, Any]:
-    """What decides a corpus, as its manifest says it; :func:`check_corpus` compares it."""
+    """What decides a corpus, as its manifest says it; :func:`check_corpus` compares it.
+
+    Raises:
+        ConfigError: conversations cannot be written by this tokenizer, or not in ``max_length``.
+    """
     settings = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they come back
+    prompt, of_chat = len(prefix_tokens(tokenizer)) + 1, {}
+    if config.strategy == CHAT:
+        format = ChatFormat.of(tokenizer, teacher.name)
+        format.require_length(config.max_length, teacher.name)
+        template = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
+        of_chat = {"chat_template_fingerprint": template, "chat_format": asdict(format)}
+        prompt = len(format.opening)
     return {
         "format_version": FORMAT_VERSION,
         "strategy": config.strategy,
         "model": teacher.name,
         "model_fingerprint": model_fingerprint(teacher.model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "prompt_tokens": len(prefix_tokens(tokenizer)) + 1,
+        **of_chat,
+        "prompt_tokens": prompt,
         **settings,
         "dtype": str(teacher.model.dtype).removeprefix("torch."),
         "compile": compile,
@@ -179,7 +201,7 @@ def describe(
     }
 
 
-_INFORMATIVE = ("model",)
+_INFORMATIVE = ("model", "chat_format")
 _HOW_COMPUTED = ("dtype", "compile", "qatc_version", "torch_version", "transformers_version")
 """They decide the last bits, and so the bytes of an unfinished corpus; of a whole one no more."""
 
@@ -238,7 +260,8 @@ def check_corpus(output: Path, description: dict[str, Any]) -> dict[str, Any] | 
             continue
         difference = f"with {key} {found.get(key)!r}, not {value!r}"
         if key.endswith("_fingerprint"):
-            difference = f"by another {key.removesuffix('_fingerprint')}, that of {found['model']}"
+            what = key.removesuffix("_fingerprint").replace("_", " ")
+            difference = f"by another {what}, that of {found['model']}"
         raise ConfigError(
             f"the corpus {output} was made {difference}; choose another place, or remove that one"
             " first"
@@ -289,13 +312,21 @@ class _Shard:
     and beside whatever others it stands, as far as the model's logits are.
     """
 
-    def __init__(self, config: CorpusConfig, vocabulary: Vocabulary, number: int) -> None:
-        self.config, self.vocabulary = config, vocabulary
+    def __init__(
+        self, config: CorpusConfig, vocabulary: Vocabulary, format: ChatFormat | None, number: int
+    ) -> None:
+        self.config, self.vocabulary, self.format = config, vocabulary, format
         self.first, self.count = number * config.shard_size, config.shard_sequences(number)
         self.finished: dict[int, Tokens] = {}
+        self.conversations: list[Conversation] = []
 
-    def run(self, slots: Slots, on_progress: OnProgress | None, *done: int) -> list[Tokens]:
-        """All sequences of the shard; ``done``, what is before it, is for ``on_progress``."""
+    def run(
+        self, slots: Slots, on_progress: OnProgress | None, *done: int
+    ) -> tuple[list[Tokens], list[Marks] | None]:
+        """All sequences of the shard, and of conversations which tokens are part of an answer.
+
+        ``done``, what is before it, is for ``on_progress``.
+        """
 
         def report() -> None:
             if on_progress is not None and slots.steps % 16 == 0:
@@ -304,17 +335,14 @@ class _Shard:
 
         plans = (self._plan(self.first + i) for i in range(self.count))
         slots.run(plans, self.finished.__setitem__, report)
-        return [self.finished[i] for i in range(self.count)]
+        sequences = [self.finished[i] for i in range(self.count)]
+        pairs = zip(self.conversations, sequences, strict=False)
+        return sequences, [talk.answers(len(s)) for talk, s in pairs] or None
 
     def _plan(self, number: int) -> Plan:
-        config, ordinary = self.config, self.vocabulary.ordinary
-        random = sequence_random(config.seed, number)
-        first = ordinary[int(random.random() * len(ordinary))]
-        prompt = [*self.vocabulary.prefix, first]
-        low, high = config.greedy_tokens
-        greedy = low + int(random.random() * (high - low + 1))
-        sample_from = (
-            len(prompt)
-            + {"hybrid": greedy, "sample": 0, "greedy": config.max_length}[config.strategy]
-        )
-        return Plan(prompt, sample_from, random.random(config.max_length))
+        if self.format is None:
+            return plan_text(self.config, self.vocabulary, number)
+        plan = plan_chat(self.config, self.format, number)
+        assert plan.conversation is not None
+        self.conversations.append(plan.conversation)
+        return plan

@@ -8,7 +8,7 @@ step never computes a row that nobody needs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qatc.data.corpus import Tokens, prefix_tokens
+from qatc.data.chat import Conversation
+from qatc.data.corpus import prefix_tokens
 from qatc.data.decode import Decoder
 from qatc.data.sampling import sample
+from qatc.data.shards import Tokens
 from qatc.errors import DataError
 from qatc.machine.device import available_memory
 
@@ -83,11 +85,14 @@ class Plan:
         prompt: the tokens that the model does not choose.
         sample_from: position from which on tokens are sampled; those before are the most likely.
         uniform: fp64 ``[L]``, in [0, 1): what decides the token of each position.
+        conversation: says how it goes on behind the end of a turn; None where that is the end of
+            the sequence.
     """
 
-    prompt: list[int]
+    prompt: Sequence[int]
     sample_from: int
     uniform: np.ndarray[Any, np.dtype[np.float64]]
+    conversation: Conversation | None = None
 
 
 class Slots:
@@ -105,7 +110,6 @@ class Slots:
         self, decoder: Decoder, vocabulary: Vocabulary, count: int, length: int, device: Any
     ) -> None:
         self._decoder, self._length, self._device = decoder, length, device
-        self._prompt = len(vocabulary.prefix) + 1
         self._ends = np.array(sorted(vocabulary.ends), np.int64)
         self._closed = torch.tensor(vocabulary.closed, dtype=torch.long, device=device)
         rows = max(count, _LEAST_ROWS)
@@ -113,8 +117,10 @@ class Slots:
         self._tokens = np.zeros((rows, length), np.int64)
         self._uniform = np.zeros((rows, length))
         self._position = np.zeros(rows, np.int64)
+        self._given = np.zeros(rows, np.int64)
         self._sample_from = np.zeros(rows, np.int64)
         self._owner = np.zeros(rows, np.int64)
+        self._conversations: list[Conversation | None] = [None] * rows
         self._count, self.live, self.steps = count, 0, 0
 
     @property
@@ -147,8 +153,26 @@ class Slots:
 
     def _begin(self, slot: int, number: int, plan: Plan) -> None:
         self._owner[slot], self._position[slot] = number, 0
-        self._tokens[slot, : self._prompt] = plan.prompt
+        self._give(slot, 0, plan.prompt)
         self._sample_from[slot], self._uniform[slot] = plan.sample_from, plan.uniform
+        self._conversations[slot] = plan.conversation
+
+    def _give(self, slot: int, first: int, tokens: Sequence[int]) -> None:
+        """Put tokens that the model does not choose into a sequence, from ``first`` on."""
+        self._given[slot] = first + len(tokens)
+        self._tokens[slot, first : first + len(tokens)] = tokens
+
+    def _goes_on(self, slot: int) -> bool:
+        """Whether another turn follows the one that the last token ended; if so, it begins."""
+        position, conversation = int(self._position[slot]), self._conversations[slot]
+        if conversation is None:
+            return False
+        behind = conversation.behind(position, int(self._tokens[slot, position]))
+        if behind is None or position + len(behind[0]) >= self._length:
+            return False
+        self._give(slot, position, behind[0])
+        self._sample_from[slot] = self._given[slot] + behind[1]
+        return True
 
     def _remove(self, slot: int) -> None:
         """The last sequence moves into this slot."""
@@ -157,9 +181,10 @@ class Slots:
         if slot != last:
             for held in (
                 *(self._tokens, self._uniform, self._position),
-                *(self._sample_from, self._owner),
+                *(self._given, self._sample_from, self._owner),
             ):
                 held[slot] = held[last]
+            self._conversations[slot] = self._conversations[last]
             self._decoder.move(last, slot, int(self._position[slot]))
         self._position[last] = 0
 
@@ -174,7 +199,7 @@ class Slots:
             torch.from_numpy(position).to(self._device),
             int(position.max()),
         )
-        given = following < self._prompt
+        given = following < self._given[:rows]
         greedy = (following < self._sample_from[:rows]) & ~given
         chosen = choose(logits, self._uniform[row, following], greedy, self._closed)
         chosen = np.where(given, self._tokens[row, following], chosen)[:live]
@@ -182,6 +207,8 @@ class Slots:
         self._position[:live] += 1
         self.steps += 1
         ended = np.isin(chosen, self._ends) & ~given[:live]
+        for slot in ended.nonzero()[0]:
+            ended[slot] = not self._goes_on(int(slot))
         ended |= following[:live] == self._length - 1
         return [int(slot) for slot in ended.nonzero()[0]]
 

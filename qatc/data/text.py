@@ -23,14 +23,13 @@ from qatc.data.corpus import (
     MANIFEST,
     TEXT,
     Corpus,
-    Tokens,
     prefix_tokens,
     read_text,
     readable_text,
     tokenizer_fingerprint,
-    write_shard,
 )
 from qatc.data.generate import begin_corpus, corpus_place
+from qatc.data.shards import Tokens, write_shard
 from qatc.errors import ConfigError, DataError
 from qatc.storage.directories import refuse_overlap
 from qatc.storage.files import write_json

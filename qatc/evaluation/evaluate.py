@@ -11,7 +11,6 @@ import torch
 from qatc.data.corpus import (
     Corpus,
     Rows,
-    pack_rows,
     read_text,
     require_known,
     text_rows,
@@ -270,7 +269,7 @@ def _rows(config: AssessConfig, tokenizer: Any) -> Rows:
     if config.data is not None:
         corpus = Corpus.open(config.data)
         corpus.require_tokenizer(tokenizer)
-        rows = pack_rows(corpus.sequences(), config.length, corpus.prompt_tokens)
+        rows = corpus.rows(config.length)
         return rows[: max(1, config.max_tokens // config.length)]
     assert config.text is not None
     return text_rows(read_text(config.text), tokenizer, config.length, config.max_tokens)

@@ -22,8 +22,9 @@ class Metrics:
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the scored tokens.
-        kl: KL(teacher || model), nats per token, over all real tokens; None without a teacher.
-        top1_agreement: share of real tokens where teacher and model rank the same token first.
+        kl: KL(teacher || model), nats per token, over all tokens that count: the real ones, and of
+            conversations what predicts an answer; None without a teacher.
+        top1_agreement: share of these tokens where teacher and model rank the same token first.
         tokens: scored tokens.
     """
 
@@ -73,7 +74,7 @@ def evaluate(
     divergence: Any = compiled(soft_cross_entropy, compile)
     agreeing_in: Any = compiled(agreements, compile)
     nll = kl = 0.0
-    agreeing = scored = real_tokens = 0
+    agreeing = scored = compared = 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         ids = torch.from_numpy(batch.tokens).to(device, torch.long)
@@ -86,23 +87,23 @@ def evaluate(
         nll += loss
         scored += int(labelled.sum())
         if teacher is not None:
-            real = torch.from_numpy(batch.real).to(device).flatten()
+            counted = torch.from_numpy(batch.counted).to(device).flatten()
             reference = logits
             if teacher is not model:
                 reference = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-            distance = float(divergence(logits, reference, real)[1])
+            distance = float(divergence(logits, reference, counted)[1])
             if math.isnan(distance):
-                unclear = bool(reference[real].isfinite().all())
+                unclear = bool(reference[counted].isfinite().all())
                 raise _not_a_number("the model" if unclear else "the teacher", start, len(batch))
             kl += distance
-            agreeing += int(agreeing_in(logits, reference, real))
-            real_tokens += int(real.sum())
+            agreeing += int(agreeing_in(logits, reference, counted))
+            compared += int(counted.sum())
         if on_progress is not None:
             on_progress(min(start + batch_size, len(rows)), len(rows))
     perplexity = math.exp(min(nll / scored, 700.0))
     if teacher is None:
         return Metrics(perplexity, None, None, scored)
-    return Metrics(perplexity, kl / real_tokens, agreeing / real_tokens, scored)
+    return Metrics(perplexity, kl / compared, agreeing / compared, scored)
 
 
 def _not_a_number(who: str, start: int, rows: int) -> EvaluationError:

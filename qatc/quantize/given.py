@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from qatc.data.chat import ChatFormat
+from qatc.data.config import CHAT
 from qatc.data.corpus import Corpus, Rows, is_complete, read_text, require_known, text_rows
 from qatc.errors import ConfigError
 from qatc.machine.device import pick_device, pick_dtype
@@ -89,6 +91,14 @@ def read_given(setting: Setting) -> Given:
         inputs[f"the corpus {config.data}"] = corpus.fingerprint
         sequences = int(corpus.manifest["sequences"])
         setting.observer.note(f"training on the corpus {config.data}, {sequences:,} sequences")
+    chat = config.generation.strategy == CHAT if corpus is None else corpus.is_chat
+    if corpus is None and chat:
+        ChatFormat.of(tokenizer, config.model)
+    if config.loss_on == "answers" and not chat:
+        raise ConfigError(
+            "the corpus holds no conversations, so that the loss cannot count their answers alone;"
+            " leave out --loss-on answers, or let them be written: --strategy chat"
+        )
     if sequences < 2 * config.eval_sequences:
         raise ConfigError(
             f"{sequences} sequences are too few to hold out {config.eval_sequences} for"

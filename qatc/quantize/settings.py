@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from qatc.data.config import CorpusConfig
 from qatc.data.corpus import is_complete
@@ -18,6 +18,8 @@ from qatc.recipe.recipe import Recipe
 from qatc.storage.directories import refuse_overlap
 from qatc.training.distill import TrainingConfig
 from qatc.training.objective import parse_loss
+
+LossOn = Literal["answers", "all"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class QuantizeConfig:
         training: how the student is trained.
         method: how the model gets to its codes, see :func:`qatc.ptq.method.parse_method`.
         calibration_rows: rows of the corpus that post-training methods look at, at most.
+        loss_on: which tokens of the corpus the loss counts: ``all``, or those of ``answers``, which
+            a corpus of conversations knows; ``None``: of conversations the answers, else all.
         data: directory of the corpus; ``None`` for ``OUTPUT.data``.
         eval_text: a text file for a second evaluation.
         eval_sequences: generated sequences held out of training.
@@ -59,6 +63,7 @@ class QuantizeConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     method: str = "qat"
     calibration_rows: int = 128
+    loss_on: LossOn | None = None
     data: Path | None = None
     eval_text: Path | None = None
     eval_sequences: int = 256
@@ -80,6 +85,8 @@ class QuantizeConfig:
             raise ConfigError(f"eval_sequences must be at least 1; got {self.eval_sequences}")
         if self.calibration_rows < 1:
             raise ConfigError(f"calibration_rows must be at least 1; got {self.calibration_rows}")
+        if self.loss_on not in (None, *get_args(LossOn)):
+            raise ConfigError(f"loss_on must be answers or all; got {self.loss_on!r}")
         method = parse_method(self.method)
         terms = [term.name for term in parse_loss(self.training.loss)]
         if "rotate" in method.steps and method.trains and "hidden" in terms:
@@ -136,6 +143,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "samples": generation.sequences,
         "max-length": generation.max_length,
         "strategy": generation.strategy,
+        "turns": generation.turns,
         "greedy-tokens": f"{low}-{high}",
         "generation-batch-size": str(generation.batch_size),
         "steps": training.steps,
@@ -145,6 +153,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "warmup": training.warmup_steps,
         "gradient-clip": training.gradient_clip,
         "loss": training.loss,
+        "loss-on": config.loss_on,
         "train-embeddings": config.train_embeddings,
         "seed": training.seed,
         "checkpoint-every": training.checkpoint_every,

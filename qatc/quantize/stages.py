@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qatc.data.corpus import Corpus, Rows, pack_rows
+from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import generate_corpus
 from qatc.evaluation.metrics import Metrics
 from qatc.models.centers import center_keys
@@ -75,11 +75,13 @@ def center(setting: Setting, pair: Pair, rows: Rows) -> None:
 
 
 def split(corpus: Corpus, config: QuantizeConfig) -> tuple[Rows, Rows]:
-    """Rows to train on, and rows of the corpus' last sequences, which are held out."""
-    sequences, held = corpus.sequences(), config.eval_sequences
-    length, prompt = config.generation.max_length, corpus.prompt_tokens
-    train, held_out = sequences[:-held], sequences[-held:]
-    return pack_rows(train, length, prompt), pack_rows(held_out, length, prompt)
+    """Rows to train on, and rows of the corpus' last sequences, which are held out.
+
+    Of conversations, the figures are those of answers, whatever the loss counts.
+    """
+    length, held = config.generation.max_length, config.eval_sequences
+    train = corpus.rows(length, slice(None, -held), answers_only=config.loss_on != "all")
+    return train, corpus.rows(length, slice(-held, None))
 
 
 def measure_baselines(setting: Setting, pair: Pair, texts: Mapping[str, Rows]) -> Figures:

@@ -9,7 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qatc.data.corpus import Corpus, read_manifest, shard_is_whole
+from qatc.data.corpus import Corpus, read_manifest
+from qatc.data.shards import shard_is_whole
 from qatc.errors import CheckpointError
 from qatc.evaluation.metrics import Metrics
 from qatc.output import loads_elsewhere

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qatc.data.config import CHAT
 from qatc.data.corpus import TEXT
 from qatc.evaluation.checks import Check
 from qatc.evaluation.metrics import Metrics
@@ -40,10 +41,7 @@ def write_report(
         " evaluated with the weights that are stored. Recovery is (RTN - model) / (RTN - full"
         " precision).",
         _table(figure_rows(figures)),
-        "The text `held out` is the end of the corpus, which was not trained on."
-        if data["strategy"] == TEXT
-        else "Perplexity on `generated` is that of held-out sequences which the full-precision"
-        " model wrote itself.",
+        _held_out(data["strategy"]),
         *(_training_sections(metadata, history) if history else []),
         *_runtime_sections(metadata),
         "## Recipe and provenance",
@@ -62,6 +60,21 @@ def write_report(
         _plot(directory / LOSS_PLOT, history)
 
 
+def _held_out(strategy: str) -> str:
+    """What the figures of the end of the corpus are measured on."""
+    if strategy == TEXT:
+        return "The text `held out` is the end of the corpus, which was not trained on."
+    if strategy == CHAT:
+        return (
+            "Figures on `generated` are those of the answers in held-out conversations which the"
+            " full-precision model wrote itself."
+        )
+    return (
+        "Perplexity on `generated` is that of held-out sequences which the full-precision model"
+        " wrote itself."
+    )
+
+
 def _written(figures: Mapping[str, Mapping[str, Metrics]]) -> str:
     """What the figures call the model that was written."""
     return [*next(iter(figures.values()))][-1]
@@ -77,10 +90,17 @@ def _training_sections(metadata: Mapping[str, Any], history: Sequence[StepMetric
         f" ({tokens / seconds:,.0f} tokens/s) on {metadata['device']}, computing in"
         f" {metadata['compute_dtype']}, quantized linears"
         f" {'on int8 codes' if metadata['integer_forward'] else 'in float'}; loss"
-        f" `{metadata['run']['training']['loss']}`, peak learning rate"
+        f" `{metadata['run']['training']['loss']}`{_loss_on(metadata)}, peak learning rate"
         f" {metadata['learning_rate']:.3g};"
         f" {metadata['row_utilization']:.1%} of the training tokens were no padding.",
     ]
+
+
+def _loss_on(metadata: Mapping[str, Any]) -> str:
+    """Which tokens of conversations the loss counts."""
+    if metadata["data"]["strategy"] != CHAT:
+        return ""
+    return " on all tokens" if metadata["run"].get("loss_on") == "all" else " on answers"
 
 
 def _runtime_sections(metadata: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qatc.data.config import CHAT
 from qatc.data.corpus import TEXT
 from qatc.evaluation.checks import Check
 from qatc.evaluation.evaluate import TaskComparison
@@ -135,6 +136,11 @@ def corpus_rows(found: CorpusContents) -> Rows:
     elif not manifest["complete"]:
         state = "unfinished; the same qatc generate-data command completes it"
     side_by_side = f"{manifest['slots']} side by side" if "slots" in manifest else ""
+    answers = []
+    if manifest["strategy"] == CHAT:
+        total = sum(shard["answer_tokens"] for shard in manifest["shards"])
+        turns = "" if manifest["turns"] is None else f", at most {manifest['turns']} a conversation"
+        answers = [["of answers", f"{total:,}{turns}"]]
     if manifest["strategy"] == TEXT:
         origin = [["text", manifest["text"]], ["tokenizer of", manifest["model"]]]
     else:
@@ -148,6 +154,7 @@ def corpus_rows(found: CorpusContents) -> Rows:
         ["state", state],
         ["sequences", f"{found.sequences:,} of {manifest['sequences']:,}"],
         ["tokens", f"{found.tokens:,}, at most {manifest['max_length']:,} a sequence"],
+        *answers,
         *origin,
         ["files", f"{len(manifest['shards'])} of up to {manifest['shard_size']:,} sequences"],
         ["fingerprint", found.fingerprint or "none yet"],

@@ -6,9 +6,9 @@ equation 4),
     L = - (1/n) * sum over real tokens t, sum over vocabulary v, of p_T(v | t) log p_S(v | t)
 
 averaged over the n real tokens of the step, so that it depends neither on the batch size nor on
-the length. Its gradient is that of KL(teacher || student), which differs from it by the teacher's
-entropy and is what the logs show: it is 0 for a perfect student. Other losses, and sums of them,
-are in :mod:`qatc.training.objective`.
+the length; of conversations, over those that a token of an answer follows. Its gradient is that of
+KL(teacher || student), which differs from it by the teacher's entropy and is what the logs show: it
+is 0 for a perfect student. Other losses, and sums of them, are in :mod:`qatc.training.objective`.
 
 A run keeps everything that decides its future in its checkpoints (parameters, optimizer, random
 state, step), so that a resumed run is the uninterrupted one, bit for bit on a CPU.
@@ -195,10 +195,11 @@ class Distiller:
         started = time.perf_counter()
         batches = [self.rows[rows] for rows in self._batches(step)]
         tokens = sum(int(batch.real.sum()) for batch in batches)
+        counted = sum(int(batch.counted.sum()) for batch in batches)
         rate = self.rate * _schedule(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        counts = {term.name: tokens for term in self.terms}
+        counts = {term.name: counted for term in self.terms}
         counts["label"] = max(1, sum(int(batch.labelled.sum()) for batch in batches))
         weights = {t.name: t.weight_at(step, self.config.steps) for t in self.terms}
         loss = kl = 0.0
@@ -208,7 +209,7 @@ class Distiller:
             torch.stack(parts).sum().backward()
             for name, value in losses.items():
                 loss += weights[name] * float(value.detach()) / counts[name]
-            kl += float(divergence) / tokens
+            kl += float(divergence) / counted
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.config.gradient_clip))
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
@@ -218,11 +219,11 @@ class Distiller:
 
     def _losses(self, batch: Rows) -> tuple[Mapping[str, Tensor], Tensor]:
         ids = torch.from_numpy(batch.tokens).to(self.device, torch.long)
-        real, labelled = (
-            torch.from_numpy(mask).to(self.device) for mask in (batch.real, batch.labelled)
+        counted, labelled = (
+            torch.from_numpy(mask).to(self.device) for mask in (batch.counted, batch.labelled)
         )
         return distillation_losses(
-            *(self.student, self.teacher, ids, real, labelled),
+            *(self.student, self.teacher, ids, counted, labelled),
             [term.name for term in self.terms],
             autocast=self.autocast,
             compile=self.compile,

@@ -122,7 +122,7 @@ def distillation_losses(
         student: the prepared model.
         teacher: the full-precision model.
         ids: int64 ``[B, T]``.
-        real: bool ``[B, T]``: tokens that are no padding.
+        real: bool ``[B, T]``: tokens that count; no padding.
         labelled: bool ``[B, T]``: tokens whose next one is a label, for the term ``label``.
         terms: names of terms.
         autocast: makes a context for the student's forward pass.

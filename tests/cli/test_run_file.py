@@ -52,8 +52,8 @@ def config_of(tmp_path: Path) -> QuantizeConfig:
             Recipe(), weights=QuantSpec(3, 16), skip=("*a*", "*.b"), kv_site="projection"
         ),
         generation=dataclasses.replace(
-            generation, sequences=77, max_length=99, strategy="sample", greedy_tokens=(2, 9),
-            seed=8, batch_size=3,
+            generation, sequences=77, max_length=99, strategy="chat", greedy_tokens=(2, 9),
+            seed=8, batch_size=3, turns=2,
         ),
         training=TrainingConfig(
             **{
@@ -65,6 +65,7 @@ def config_of(tmp_path: Path) -> QuantizeConfig:
             learning_rate=0.25,
             loss="label+2*hidden:decay",
         ),
+        loss_on="all",
         data=tmp_path / "corpus",
         eval_text=tmp_path / "text.txt",
         eval_sequences=5,

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qatc.data import corpus as data
-from qatc.data.corpus import Corpus, Tokens, pack_rows, text_rows
+from qatc.data.corpus import Corpus, pack_rows, text_rows
+from qatc.data.shards import Tokens, write_shard
 from qatc.errors import ConfigError, DataError
 from qatc.storage.files import write_json
 from tests.conftest import make_llama, make_tokenizer
@@ -28,7 +29,7 @@ def sequences(*texts: str) -> list[Tokens]:
 
 def write_corpus(path: Path, tokenizer: Any, shards: int = 2) -> Path:
     path.mkdir()
-    entries = [data.write_shard(path, i, sequences("012", "0345")) for i in range(shards)]
+    entries = [write_shard(path, i, sequences("012", "0345")) for i in range(shards)]
     manifest = {
         "format_version": data.FORMAT_VERSION,
         "model": "somebody",
@@ -67,6 +68,32 @@ class TestPackRows:
     def test_a_sequence_longer_than_a_row_is_split(self) -> None:
         rows = pack_rows(sequences("1234567"), 3)
         assert rows.tokens.tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
+
+    def test_of_conversations_answers_alone_count(self) -> None:
+        """A token counts whose next one is part of an answer; behind the last one, nothing is."""
+        answers = [np.array([int(c) for c in text], bool) for text in ("0011010", "000", "01")]
+        rows = pack_rows(sequences("1234567", "123", "89"), 9, 3, answers)
+        assert rows.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 8, 9, 0]]
+        assert rows.counted.astype(int).tolist() == [[0, 1, 1, 0, 1, 0, 1, 0, 0]]
+        assert rows.real.astype(int).tolist() == [[1] * 8 + [0]]
+        assert rows[np.array([0])].answers_only
+        pieces = pack_rows(sequences("1234567"), 3, 1, answers[:1])
+        assert pieces.tokens.tolist() == [[1, 2, 3], [4, 5, 6]], "a label in another row is none"
+        assert pieces.counted.astype(int).tolist() == [[0, 1, 0], [0, 1, 0]]
+
+    @given(sequences_of_any_length, st.integers(2, 25), st.randoms(use_true_random=False))
+    def test_every_answer_counts_once(self, given: list[Tokens], length: int, random: Any) -> None:
+        answers = [np.array([random.random() < 0.4 for _ in s], bool) for s in given]
+        rows = pack_rows(given, length, 2, answers)
+        wanted = [
+            int(s[i])
+            for s, marks in zip(given, answers, strict=True)
+            for i in range(len(s))
+            if marks[i] and i % length
+        ]
+        following = np.roll(rows.tokens, -1, axis=1)
+        assert following[rows.counted].tolist() == wanted
+        assert rows.counted.any(axis=1).all(), "no row without anything to learn"
 
     def test_rows_can_be_taken_out(self) -> None:
         rows = pack_rows(sequences("12", "34", "56"), 2)[np.array([2, 0])]

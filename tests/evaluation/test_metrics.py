@@ -116,6 +116,25 @@ def test_against_the_reference(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_of_conversations_answers_alone_count(models: tuple[Any, Any]) -> None:
+    """One sequence in a row, so that none has another before it."""
+    random = np.random.default_rng(1)
+    sequences = [*random.integers(2, VOCABULARY, (6, 12), dtype=np.int32)]
+    answers = [random.random(len(s)) < 0.3 for s in sequences]
+    student, teacher = (fp64(model) for model in models)
+    nll, kl, agreeing = [], [], []
+    for tokens, marks in zip(sequences, answers, strict=True):
+        q, p = reference_log_p(student, tokens), reference_log_p(teacher, tokens)
+        for i in marks[1:].nonzero()[0]:
+            nll.append(-q[i, tokens[i + 1]])
+            kl.append((np.exp(p[i]) * (p[i] - q[i])).sum())
+            agreeing.append(p[i].argmax() == q[i].argmax())
+    rows = pack_rows(sequences, 12, 2, answers)
+    found = evaluate(models[0], rows, teacher=models[1])
+    expected = (math.exp(np.mean(nll)), np.mean(kl), np.mean(agreeing), len(nll))
+    assert tuple(found.to_dict().values()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_a_teacher(models: tuple[Any, Any], rows: Rows) -> None:
     alone = evaluate(models[0], rows)
     both = evaluate(models[0], rows, teacher=models[1])

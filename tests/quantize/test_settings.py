@@ -73,6 +73,8 @@ def test_values() -> None:
         QuantizeConfig("m", Path("o"), recipe=Recipe.from_bits("16-16-16"))
     with pytest.raises(ConfigError, match="eval_sequences must be at least 1"):
         QuantizeConfig("m", Path("o"), eval_sequences=0)
+    with pytest.raises(ConfigError, match="loss_on must be answers or all; got 'users'"):
+        QuantizeConfig("m", Path("o"), loss_on="users")  # type: ignore[arg-type]
     training = TrainingConfig(loss="logits+0.5*hidden")
     assert QuantizeConfig("m", Path("o"), method="rotate+gptq", training=training)
     with pytest.raises(ConfigError, match="turns those of the student; leave out hidden or rotate"):

@@ -16,7 +16,14 @@ from torch import Tensor
 from qatc.data.corpus import Rows, derived_seed, pack_rows
 from qatc.errors import CheckpointError, ConfigError, TrainingError
 from qatc.training.distill import Distiller, StepMetrics, TrainingConfig, default_learning_rate
-from tests.training.conftest import CONFIG, assert_equal, distiller, make_rows, weights
+from tests.training.conftest import (
+    CONFIG,
+    VOCABULARY,
+    assert_equal,
+    distiller,
+    make_rows,
+    weights,
+)
 
 
 def rows_read(run: Distiller) -> list[Any]:
@@ -51,6 +58,26 @@ class TestStep:
         assert record.tokens == narrow.tokens == int(rows.real[_first_batch(config)].sum())
         assert record.loss == pytest.approx(narrow.loss, rel=1e-5)
         assert record.gradient_norm == pytest.approx(narrow.gradient_norm, rel=1e-4)
+
+    def test_of_conversations_answers_alone_count(self, tmp_path: Path) -> None:
+        """The figures of a step, by a reference in fp64."""
+        answers = [np.isin(np.arange(12), where) for where in ([3, 4, 5], [9], [2, 11], [6, 7])]
+        plain = np.random.default_rng(0).integers(1, VOCABULARY, (4, 12), dtype=np.int32)
+        rows = pack_rows([*plain], 12, 1, answers)
+        before = [(n, marks.nonzero()[0] - 1) for n, marks in enumerate(answers)]
+        run = distiller(tmp_path, replace(CONFIG, steps=1), rows)
+        outputs = [
+            model.double()(torch.from_numpy(plain).long())
+            for model in (copy.deepcopy(run.student), copy.deepcopy(run.teacher))
+        ]
+        log_q, log_p = (out.logits.log_softmax(-1) for out in outputs)
+        at = [(n, int(i)) for n, places in before for i in places]
+        kl = [(log_p[i].exp() * (log_p[i] - log_q[i])).sum().item() for i in at]
+        cross_entropy = [-(log_p[i].exp() * log_q[i]).sum().item() for i in at]
+        record = run.run()[0]
+        assert record.kl == pytest.approx(np.mean(kl), rel=1e-5)
+        assert record.tokens == 6 + 10 + 12 + 8, "what an answer stands behind is context"
+        assert record.loss == pytest.approx(np.mean(cross_entropy), rel=1e-5)
 
     def test_padding_carries_no_gradient(self, tmp_path: Path) -> None:
         """Token 0 stands in padding only, so that nothing may move its embedding."""
