@@ -126,6 +126,10 @@ def quantize(
             *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits, preset),
             spelled_out=options.recipe_of_run_file(context),
         )
+        if recipe is None and options.recipe_of_run_file(context) is None:  # which say it all
+            from qatc.ptq.method import parse_method, with_rotated_inputs
+
+            chosen = with_rotated_inputs(chosen, parse_method(method))
         greedy = options.parse_range(greedy_tokens)
         if output is None:
             output = Path(f"{Path(model).resolve().name}-{chosen.bits}")

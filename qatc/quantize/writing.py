@@ -88,10 +88,9 @@ def write(setting: Setting, trained: Trained) -> None:
     with complete_directory(config.output, overwrite=config.overwrite) as staging:
         write_output(staging, trained.output, tokenizer=trained.tokenizer)
         if not loads_elsewhere(staging):
-            observer.note(
-                "head and embedding are stored as qatc alone loads them; for transformers:"
-                " qatc export"
-            )
+            rotated = "its inputs are rotated while it runs, so that qatc alone loads it"
+            ends = "head and embedding are stored as qatc alone loads them; for transformers:"
+            observer.note(rotated if config.recipe.rotate_inputs else f"{ends} qatc export")
         if trained.training.history:
             shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
         if (options := as_options(config)) is not None:

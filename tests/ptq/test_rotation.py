@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qatc.errors import ConfigError
+from qatc.numerics.hadamard import hadamard
 from qatc.ptq import rotate
-from qatc.ptq.hadamard import hadamard
 from tests.conftest import make_small
 from tests.ptq.conftest import assert_same_function, logits, make_model
 
