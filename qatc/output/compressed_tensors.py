@@ -30,8 +30,9 @@ OWN_LAYOUT = "not for this runtime; run: qatc export"
 and quote it, instead of reading codes as if they were weights."""
 
 
-ROTATED = "not for this runtime, which rotates no inputs; run it by qatc"
-"""The same where the weights are of a model whose inputs are rotated at run time."""
+ROTATED = "its inputs are rotated online: run it by qatc"
+"""The same where the weights are of a model whose inputs are rotated at run time. Of more than 50
+characters pydantic leaves out the middle."""
 
 
 def refuse_rotated(recipe: Recipe, runtime: str) -> None:

@@ -291,11 +291,10 @@ def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     ]
     differences = _differences(recipe, _reader(config))
     if not loads_as_it_is(config):
-        other = (
-            "" if "rotate_inputs" in recipe else ", and measure other numerics on an exported one"
-        )
         cannot = "lm-eval's own `hf` model and plain transformers cannot load this form"
-        sections.insert(0, f"{cannot}{other}. To measure what it was trained for:")
+        if "rotate_inputs" not in recipe:
+            cannot += ", and measure other numerics on an exported one"
+        sections.insert(0, f"{cannot}. To measure what it was trained for:")
     elif differences:
         sections.insert(
             0,

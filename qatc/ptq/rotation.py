@@ -29,6 +29,7 @@ from qatc.errors import ConfigError
 from qatc.graph.capture import capture
 from qatc.graph.nodes import Linear, aten, find_linears, find_quantizable, matches
 from qatc.models import chosen_names
+from qatc.models.support import refuse_idle_patterns
 from qatc.models.vocabulary import End, are_tied, find_ends, untie
 from qatc.numerics.hadamard import hadamard, random_hadamard, turn
 from qatc.passes import Canonicalize
@@ -93,6 +94,7 @@ def rotate_inputs(model: Any, recipe: Recipe) -> None:
         ConfigError: a layer has no linear whose weight that names; nothing was changed.
         CaptureError: a layer cannot be captured.
     """
+    refuse_idle_patterns(model, recipe)
     for layer, linear in _rotated(layer_graphs(model), recipe):
         weight = layer.module.get_parameter(linear.parameter)
         chunks = [turn(chunk.double()) for chunk in weight.split(_CHUNK)]
