@@ -54,7 +54,8 @@ def turn(x: Tensor, *, inverse: bool = False) -> Tensor:
     if inverse:
         left, right = left.t(), right.t()
     values = x.to(dtype).unflatten(-1, (len(left), len(right)))
-    return (left.t() @ (values @ right)).flatten(-2).to(x.dtype).contiguous()
+    turned: Tensor = (left.t() @ (values @ right)).flatten(-2)
+    return turned.to(x.dtype).contiguous()
 
 
 @functools.lru_cache(maxsize=64)

@@ -88,9 +88,12 @@ def write(setting: Setting, trained: Trained) -> None:
     with complete_directory(config.output, overwrite=config.overwrite) as staging:
         write_output(staging, trained.output, tokenizer=trained.tokenizer)
         if not loads_elsewhere(staging):
-            rotated = "its inputs are rotated while it runs, so that qatc alone loads it"
-            ends = "head and embedding are stored as qatc alone loads them; for transformers:"
-            observer.note(rotated if config.recipe.rotate_inputs else f"{ends} qatc export")
+            observer.note(
+                "its inputs are rotated while it runs, so that qatc alone loads it"
+                if config.recipe.rotate_inputs
+                else "head and embedding are stored as qatc alone loads them; for transformers:"
+                " qatc export"
+            )
         if trained.training.history:
             shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
         if (options := as_options(config)) is not None:

@@ -62,7 +62,6 @@ def test_rotated_inputs_of_4_bit_activations(shared_model_path: Path, tmp_path: 
     assert "rotate_inputs" not in yaml.safe_load((other / "run.yaml").read_text())["recipe"]
     recipe = {"activations": {"bits": 4}, "rotate_inputs": ["*.down_proj.weight"]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    refused(
-        *(2, "the method gptq turns no weights for them", *command, "--method", "gptq"),
-        *("--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "third"),
-    )
+    command += ["--method", "gptq", "--recipe", tmp_path / "recipe.yaml"]
+    says = "method gptq turns no weights for them"
+    refused(2, says, *command, "--output", tmp_path / "third")
