@@ -137,6 +137,10 @@ def quantize(
             *(preset, kv_range),
             spelled_out=options.recipe_of_run_file(context),
         )
+        if recipe is None and options.recipe_of_run_file(context) is None:  # which say it all
+            from qatc.ptq.method import parse_method, with_rotated_inputs
+
+            chosen = with_rotated_inputs(chosen, parse_method(method))
         greedy = options.parse_range(greedy_tokens)
         if output is None:
             output = Path(f"{Path(model).resolve().name}-{chosen.bits}")

@@ -4,6 +4,7 @@
 pass                    what it does
 ======================  ===========================================================================
 Canonicalize            one spelling for the matchers: asserts dropped, repeated heads folded
+RotateLinearInputs      Hadamard transforms before linears, which spread outliers over all channels
 QuantizeLinearInputs    fake-quant nodes on the inputs of linears, one scale per token
 QuantizeWeights         fake-quant nodes on weights, one scale per output channel or group
 QuantizeEmbeddings      fake-quant nodes behind lookups in a table, one scale per row
@@ -28,7 +29,7 @@ from qatc.passes.lower_linear import LowerLinear
 from qatc.passes.lower_to_torchao import LowerToTorchao
 from qatc.passes.quantize_embeddings import QuantizeEmbeddings
 from qatc.passes.quantize_kv import CenterKeys, QuantizeKV
-from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs
+from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs, RotateLinearInputs
 from qatc.passes.quantize_weights import QuantizeWeights
 from qatc.passes.use_integer_forward import UseIntegerForward
 
@@ -47,6 +48,7 @@ __all__ = [
     "QuantizeKV",
     "QuantizeLinearInputs",
     "QuantizeWeights",
+    "RotateLinearInputs",
     "UseIntegerForward",
     "pass_records",
 ]

@@ -1,4 +1,4 @@
-"""Fake-quantize the inputs of linear layers, one scale per token."""
+"""Fake-quantize the inputs of linear layers, one scale per token; turn some of them before."""
 
 from __future__ import annotations
 
@@ -7,11 +7,60 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from qatc.errors import PassError
-from qatc.graph.edits import insert_quantizer
-from qatc.graph.nodes import find_quantizable, is_fake_quantize, shape_of
+from qatc.graph.edits import insert_between, insert_quantizer
+from qatc.graph.nodes import (
+    as_node,
+    find_quantizable,
+    is_fake_quantize,
+    matches,
+    quantizer_of,
+    shape_of,
+)
+from qatc.numerics.hadamard import HADAMARD
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.recipe.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class RotateLinearInputs(GraphPass):
+    """Insert one Hadamard transform before the linears that share an input (QuaRot, 2404.00456).
+
+    It spreads the outliers of an input over all channels before they are quantized. Their weights
+    have to be turned alike, see :func:`qatc.ptq.rotate_inputs`: the two cancel out.
+
+    Args:
+        weights: patterns of the names of their weights.
+    """
+
+    weights: tuple[str, ...] = ()
+    requires = (Canonicalize,)
+
+    def edit(self, gm: GraphModule) -> Edits:
+        users: dict[Node, list[Node]] = {}
+        done = 0
+        for linear in find_quantizable(gm):
+            if not matches(linear.parameter, self.weights):
+                continue
+            if _is_rotated(linear.input):
+                done += 1
+            else:
+                users.setdefault(linear.input, []).append(linear.node)
+        for source, linears in users.items():
+            insert_between(source, linears, HADAMARD, (), {})
+        return Edits(matched=len(users) + done, edited=len(users))
+
+    def nothing_matched(self) -> str:
+        return (
+            "there is no aten.linear that may be quantized and whose weight matches"
+            f" rotate_inputs={list(self.weights)}"
+        )
+
+
+def _is_rotated(node: Node) -> bool:
+    quantizer = quantizer_of(node)
+    source = node if quantizer is None else as_node(quantizer.args[0])
+    return source.target is HADAMARD
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ static void run_step(const step *s, const place_of *here, barrier *all) {
     case ATTEND: attend(s, here); break;
     case MERGE: merge(s, here); break;
     case STORE: store(s, here); break;
+    case HADAMARD: hadamard(s, here); break;
     }
 }
 

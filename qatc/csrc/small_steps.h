@@ -140,6 +140,31 @@ static void embed_packed(const step *s, const place_of *here) {
     if (s->rounds) round_all(out, width);
 }
 
+/* Sums and differences of rows that are 1, 2, 4 .. P / 2 apart, over the root of P, after a product of
+ * every row with the matrix of the odd factor M. */
+static void hadamard(const step *s, const place_of *here) {
+    float *restrict out = at(here, s->out);
+    const float *restrict a = at(here, s->a), *restrict odd = at(here, s->b);
+    int64_t rows = s->rows, cols = s->cols;
+    float factor = 1.0f / sqrtf((float)rows);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < cols; j++) {
+            float x = a[r * cols + j] * factor;
+            for (int64_t k = 0; k < cols; k++)
+                out[r * cols + k] = (j ? out[r * cols + k] : 0) + x * odd[j * cols + k];
+        }
+    for (int64_t apart = cols; apart < rows * cols; apart *= 2)
+        for (int64_t block = 0; block < rows * cols; block += 2 * apart) {
+            float *restrict low = out + block, *restrict high = out + block + apart;
+            for (int64_t j = 0; j < apart; j++) {
+                float x = low[j], y = high[j];
+                low[j] = x + y;
+                high[j] = x - y;
+            }
+        }
+    if (s->rounds) round_all(out, rows * cols);
+}
+
 enum rule { BY_DIVISION, BY_RECIPROCAL, SIGNED };
 
 /* The contract of qatc/numerics/minmax.py: scale = max|x| / steps, 1 below 2^-124; code = round(x / scale).

@@ -7,7 +7,7 @@
 
 enum op {
     BARRIER, LOAD, UNARY, BINARY, MEAN, LAYER_NORM, EMBED, EMBED_PACKED, TO_FLOAT, QUANTIZE,
-    PRODUCT, LINEAR, ATTEND, MERGE, STORE
+    PRODUCT, LINEAR, ATTEND, MERGE, STORE, HADAMARD
 };
 enum unary { COPY, NEG, SILU, GELU, GELU_TANH, RSQRT, SQRT, TANH, RELU, EXP, SIGMOID, COS, SIN, SQUARE };
 enum binary { ADD, SUB, MUL, DIV };
@@ -36,6 +36,7 @@ enum place { ABSOLUTE, PRIVATE, SHARED, CALL };
  *                 [G, E]; see attention_steps.h
  *   MERGE         out[H = rows, E = cols] from a: the result of ATTEND
  *   STORE         out[cols] = a[cols], out being bf16 where kind is 1
+ *   HADAMARD      out[P = rows, M = cols] = Hadamard matrix of P . a[P, M] . b[M, M]; P a power of two
  */
 typedef struct {
     int64_t op, kind, rounds, out, a, b, c, d; /* kind: function, dtype or bits */

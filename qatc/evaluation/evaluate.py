@@ -27,6 +27,7 @@ from qatc.models.load import check_length
 from qatc.models.preparation import prepare
 from qatc.output import load_reference, open_output
 from qatc.progress import Observer
+from qatc.ptq import rotate_inputs
 from qatc.recipe.recipe import Recipe
 from qatc.runtime.model import load as load_packed
 from qatc.storage.directories import recover
@@ -74,7 +75,11 @@ class Evaluated:
             model = load_reference(output).to(pick_device(self.device))  # type: ignore[arg-type]
             return prepare_reference(model, output, compile=self.compile)
         model = self.load_float(self.model)
-        return model if self.recipe is None else prepare(model, self.recipe, compile=self.compile)
+        if self.recipe is None:
+            return model
+        if self.recipe.rotate_inputs:
+            rotate_inputs(model, self.recipe)
+        return prepare(model, self.recipe, compile=self.compile)
 
     def load_float(self, name: str) -> Any:
         """A full-precision model in fp32."""

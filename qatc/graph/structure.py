@@ -17,16 +17,17 @@ class Structure:
     Attributes:
         constants: what Python code may branch on, see :mod:`qatc.graph.constants`.
         tensors: names, shapes, dtypes and devices of parameters and buffers, and which are one.
-        skip: names of the parameters that stay in full precision.
+        chosen: names of the parameters that stay in full precision, and of others that the
+            passes treat apart.
     """
 
-    __slots__ = ("_hash", "constants", "skip", "tensors")
+    __slots__ = ("_hash", "chosen", "constants", "tensors")
 
     def __init__(
-        self, constants: tuple[Any, ...], tensors: tuple[Any, ...], skip: tuple[str, ...]
+        self, constants: tuple[Any, ...], tensors: tuple[Any, ...], *chosen: tuple[str, ...]
     ) -> None:
-        self.constants, self.tensors, self.skip = constants, tensors, skip
-        self._hash = hash((constants, tensors, skip))
+        self.constants, self.tensors, self.chosen = constants, tensors, chosen
+        self._hash = hash((constants, tensors, chosen))
 
     def __hash__(self) -> int:
         return self._hash
@@ -37,8 +38,8 @@ class Structure:
         return (
             isinstance(other, Structure)
             and self._hash == other._hash
-            and (self.constants, self.tensors, self.skip)
-            == (other.constants, other.tensors, other.skip)
+            and (self.constants, self.tensors, self.chosen)
+            == (other.constants, other.tensors, other.chosen)
         )
 
     def differences(self, other: Structure) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -34,15 +34,21 @@ class TemplateForward:
         name: its full name, for errors.
         store: where templates are kept and made.
         skip: names of its parameters that stay in full precision, relative to the module.
+        rotate: names of weights, relative as well, whose linears read a rotated input.
     """
 
     def __init__(
-        self, module: nn.Module, name: str, store: TemplateStore, skip: tuple[str, ...] = ()
+        self,
+        module: nn.Module,
+        name: str,
+        store: TemplateStore,
+        skip: tuple[str, ...] = (),
+        rotate: tuple[str, ...] = (),
     ) -> None:
         self.module = module
         self.name = name
         self.store = store
-        self.skip = skip
+        self.skip, self.rotate = skip, rotate
         self.original: Callable[..., Any] | None = module.__dict__.get("forward")
         self._names = frozenset(name for name, _ in every_parameter(module))
         self._paths = weakref.WeakKeyDictionary({m: p for p, m in module.named_modules()})
@@ -74,7 +80,8 @@ class TemplateForward:
                     zip(self._tensors, properties, strict=True)
                 )
             )
-            structure = Structure(self._constants.value, tensors, self.skipped())
+            chosen = self.skipped(), self.rotated()
+            structure = Structure(self._constants.value, tensors, *chosen)
             self._known = properties, structure
         return self._known[1]
 
@@ -84,14 +91,22 @@ class TemplateForward:
         Submodules may have moved since, as below a LoRA adapter; what they were called at first
         decides. What was added since then, such as the adapter, stays in full precision as well.
         """
-        found = []
+        return tuple(
+            name
+            for name, original in self._original_names()
+            if original in self.skip or original not in self._names
+        )
+
+    def rotated(self) -> tuple[str, ...]:
+        """Present names of the weights whose linears read a rotated input."""
+        return tuple(name for name, first in self._original_names() if first in self.rotate)
+
+    def _original_names(self) -> Iterator[tuple[str, str]]:
+        """The present name of every parameter, and the one that it had at first."""
         for path, child in self.module.named_modules():
             first = self._paths.get(child, path)
             for name in child._parameters:
-                original = f"{first}.{name}" if first else name
-                if original in self.skip or original not in self._names:
-                    found.append(f"{path}.{name}" if path else name)
-        return tuple(found)
+                yield f"{path}.{name}" if path else name, f"{first}.{name}" if first else name
 
     def check_call(self, kwargs: dict[str, Any]) -> None:
         """Refuse a call that asks for what the submodules' own forwards would do.

@@ -15,6 +15,7 @@ from qatc.passes import (
     QuantizeKV,
     QuantizeLinearInputs,
     QuantizeWeights,
+    RotateLinearInputs,
     UseIntegerForward,
 )
 from qatc.recipe.recipe import Recipe
@@ -25,6 +26,7 @@ def training_pipeline(
     skip: tuple[str, ...] = (),
     linears: bool = True,
     integer_forward: bool = False,
+    rotated: tuple[str, ...] = (),
 ) -> Pipeline:
     """The passes that make a training graph for ``recipe``.
 
@@ -35,8 +37,11 @@ def training_pipeline(
         linears: whether the module has linear layers that are not skipped.
         integer_forward: whether those are computed on integers; the recipe must allow it, see
             :func:`why_no_integer_forward`.
+        rotated: names of weights, relative as well, whose linears read a rotated input.
     """
     passes: list[GraphPass] = [Canonicalize()]
+    if linears and rotated:
+        passes.append(RotateLinearInputs(rotated))
     if linears and recipe.activations.quantizes:
         passes.append(QuantizeLinearInputs(recipe.activations, skip))
     if linears and recipe.weights.quantizes:

@@ -18,7 +18,7 @@ from qatc.graph.causality import why_not_causal
 from qatc.graph.nodes import weight_sites
 from qatc.graph.template_forward import TemplateForward
 from qatc.graph.templates import TemplateStore, dry_run, same_for_all
-from qatc.models import find_regions, is_transformers_model
+from qatc.models import chosen_names, find_regions, is_transformers_model
 from qatc.models.pipelines import (
     embedding_pipeline,
     head_pipeline,
@@ -149,9 +149,8 @@ def prepare(
     )
     forwards = []
     for name, region in find_regions(model):
-        prefix = f"{name}." if name else ""
-        skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
-        forwards.append(TemplateForward(region, name, store, skip))
+        chosen = chosen_names(region, name, recipe.skips, recipe.rotates)
+        forwards.append(TemplateForward(region, name, store, *chosen))
     at_ends = []
     for end in ends:
         if end.role == "head":
@@ -327,7 +326,7 @@ def _transform(
     weights = [n for n, p in owner.module.named_parameters() if p.dim() == 2]
     skip = owner.skipped()
     linears = any(name not in skip for name in weights)
-    training_pipeline(recipe, skip, linears, integer_forward)(gm)
+    training_pipeline(recipe, skip, linears, integer_forward, owner.rotated())(gm)
 
 
 def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:

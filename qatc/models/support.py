@@ -6,6 +6,7 @@ Told apart by what a config says and by the shapes of parameters, not by lists o
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,14 @@ def skip_options(names: list[str]) -> str:
 
 
 def refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ``ConfigError`` if a pattern of the recipe's ``skip`` matches nothing."""
+    """Raise ``ConfigError`` if a pattern of ``skip`` or ``rotate_inputs`` matches nothing."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for pattern in recipe.skip:
-        only = Recipe(skip=(pattern,))
-        if pattern not in DEFAULT_SKIP and not any(only.skips(name) for name in names):
+    patterns = [("skip", pattern) for pattern in recipe.skip if pattern not in DEFAULT_SKIP]
+    patterns += [("rotate_inputs", pattern) for pattern in recipe.rotate_inputs]
+    for field, pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
-                f"the skip pattern {pattern!r} matches no parameter; names look like"
+                f"the {field} pattern {pattern!r} matches no parameter; names look like"
                 f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
             )
 

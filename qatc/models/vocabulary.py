@@ -133,6 +133,7 @@ def head_recipe(recipe: Recipe) -> Recipe:
         weights=recipe.head,
         kv=_UNQUANTIZED,
         center_keys=False,
+        rotate_inputs=(),
         head=_UNQUANTIZED,
         embedding=_UNQUANTIZED,
     )

@@ -30,6 +30,25 @@ OWN_LAYOUT = "not for this runtime; run: qatc export"
 and quote it, instead of reading codes as if they were weights."""
 
 
+ROTATED = "its inputs are rotated online: run it by qatc"
+"""The same where the weights are of a model whose inputs are rotated at run time. Of more than 50
+characters pydantic leaves out the middle."""
+
+
+def refuse_rotated(recipe: Recipe, runtime: str) -> None:
+    """Raise ``ConfigError`` if a model of ``recipe`` needs a rotation, which no other runtime has.
+
+    Its weights read rotated inputs: without the rotation it would compute nothing of use.
+    """
+    if recipe.rotate_inputs:
+        raise ConfigError(
+            f"this model rotates inputs of its linear layers while it runs"
+            f" ({', '.join(recipe.rotate_inputs)}), which {runtime} does not; run it by qatc, or"
+            " quantize it again without: with --target transformers, say, or a recipe that leaves"
+            " out rotate_inputs"
+        )
+
+
 def loads_as_it_is(config: Mapping[str, Any]) -> bool:
     """Whether transformers finds all quantized weights where a ``config.json`` declares them."""
     groups = (config.get("quantization_config") or {}).get("config_groups", {})
@@ -59,6 +78,8 @@ def quantization_config(
         layout = layout_of(recipe.weights)
         targets["Linear"] = (recipe.weights, recipe.activations, layout)
     groups = {f"group_{i}": _group(target, *how) for i, (target, how) in enumerate(targets.items())}
+    if recipe.rotate_inputs:
+        groups = {name: group | {"format": ROTATED} for name, group in groups.items()}
     return {
         "quant_method": "compressed-tensors",
         "format": joined({group["format"] for group in groups.values()}),

@@ -86,7 +86,8 @@ def write_output(
 
     Raises:
         ConfigError: a quantized weight is tied to another than the head's or the embedding's, its
-            module is neither a linear nor an embedding, or torchao cannot hold the model.
+            module is neither a linear nor an embedding, or the runtime that it is written for
+            cannot hold the model.
         CheckpointError: the weights cannot be written.
     """
     config, recipe, weights = output.config, output.recipe, output.weights
@@ -96,6 +97,8 @@ def write_output(
     if for_torchao:
         torchao.refuse_unheld(recipe)
         portable = True
+    elif portable:
+        compressed_tensors.refuse_rotated(recipe, "transformers")
     # Without storage: tells the linear layers and the tied weights by their names.
     skeleton = build_model(config, torch.float32, device="meta", trust_remote_code=trust)
     ends, ties = find_ends(skeleton), dict(skeleton.all_tied_weights_keys)

@@ -111,14 +111,11 @@ def _what(metadata: Mapping[str, Any], stored: Stored) -> list[str]:
         " quantized."
     )
     local = "model" in metadata and not _is_hub_name(metadata)
-    return [text] + (
-        [
-            f"It was made from a directory called `{_base_name(metadata)}`: before you publish it,"
-            " put the hub name of that model into `base_model` above."
-        ]
-        if local
-        else []
+    note = (
+        f"It was made from a directory called `{_base_name(metadata)}`: before you publish it, put"
+        " the hub name of that model into `base_model` above."
     )
+    return [text, note] if local else [text]
 
 
 _ENDS = (("head", "output head"), ("embedding", "token embedding"))
@@ -147,6 +144,8 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
     ends = [title for key, title in _ENDS if recipe.get(key, {"bits": 16})["bits"] != 16]
     if ends:  # which go before the patterns
         skip += f", but for the {' and the '.join(ends)}"
+    if rotated := ", ".join(f"`{pattern}`" for pattern in recipe.get("rotate_inputs", ())):
+        rows.append(["read their inputs through a Hadamard transform", rotated])
     return [*rows, ["stay in full precision", skip]]
 
 
@@ -162,12 +161,9 @@ def stored_rows(stored: Stored) -> list[list[str]]:
     """What the weight files hold, header first."""
     rows = [["stored", "numbers", "bytes"]]
     if stored.weights:
+        codes = f"codes of {stored.weights} weights"
         rows += [
-            [
-                f"codes of {stored.weights} weights",
-                f"{stored.parameters:,}",
-                f"{stored.code_bytes:,}",
-            ],
+            [codes, f"{stored.parameters:,}", f"{stored.code_bytes:,}"],
             ["their scales", f"{stored.scales:,}", f"{stored.scale_bytes:,}"],
         ]
     dtypes = ", ".join(stored.float_dtypes)
@@ -225,6 +221,8 @@ def _runtimes(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
             "```",
             f'```\nqatc generate THIS_DIRECTORY --prompt "Once upon a time"{flag}\n```',
         ]
+    if "rotate_inputs" in recipe:
+        return [*sections, "Other runtimes do not rotate inputs, and cannot run it."]
     if not loads_as_it_is(config):
         return [
             *sections,
@@ -293,11 +291,10 @@ def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     ]
     differences = _differences(recipe, _reader(config))
     if not loads_as_it_is(config):
-        sections.insert(
-            0,
-            "lm-eval's own `hf` model and plain transformers cannot load this form, and measure"
-            " other numerics on an exported one. To measure what it was trained for:",
-        )
+        cannot = "lm-eval's own `hf` model and plain transformers cannot load this form"
+        if "rotate_inputs" not in recipe:
+            cannot += ", and measure other numerics on an exported one"
+        sections.insert(0, f"{cannot}. To measure what it was trained for:")
     elif differences:
         sections.insert(
             0,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qatc.errors import ConfigError
 from qatc.output.codes import QuantizedWeight
+from qatc.output.compressed_tensors import refuse_rotated
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 
@@ -30,6 +31,7 @@ _OTHERWISE = "export it as compressed-tensors"
 
 def refuse_unheld(recipe: Recipe) -> None:
     """Raise ``ConfigError`` if torchao cannot hold what was trained with ``recipe``."""
+    refuse_rotated(recipe, "torchao")
     inputs, groups = recipe.activations, _groups_at_linears(recipe)
     if not any(spec.quantizes for spec in (recipe.weights, recipe.head, recipe.embedding)):
         raise ConfigError(

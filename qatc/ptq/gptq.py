@@ -11,7 +11,7 @@ and finds the same ones, see :func:`reproducible`; learned scales are given to i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from qatc.errors import ConfigError, TrainingError
 from qatc.graph.nodes import Linear, find_quantizable
 from qatc.numerics import learned, minmax
 from qatc.ptq.calibrate import LayerByLayer
+from qatc.ptq.rotation import rotated_inputs
 from qatc.ptq.structure import Layer, layer_graphs, uncast
 from qatc.ptq.weights import assign, owner
 from qatc.recipe.recipe import Recipe
@@ -49,7 +50,8 @@ def gptq(
     Args:
         model: a transformers causal LM that is not prepared.
         rows: calibration text.
-        recipe: which weights are quantized and how.
+        recipe: which weights are quantized and how. Those of its ``rotate_inputs`` have been
+            turned by :func:`qatc.ptq.rotate_inputs`.
         act_order: round the columns with the largest inputs first.
         damping: added to the diagonal of the Hessian, as a share of its mean.
         block_size: columns whose errors are passed on to all columns behind at once.
@@ -74,7 +76,26 @@ def gptq(
             f" {block_size}"
         )
     layers = layer_graphs(model)
-    run = LayerByLayer(model, layers, rows, batch_size)
+    with rotated_inputs(layers, recipe):
+        return _round_layers(
+            layers,
+            LayerByLayer(model, layers, rows, batch_size),
+            recipe,
+            {"act_order": act_order, "damping": damping, "block_size": block_size},
+            dtype,
+            on_layer,
+        )
+
+
+def _round_layers(
+    layers: Sequence[Layer],
+    run: LayerByLayer,
+    recipe: Recipe,
+    options: Mapping[str, Any],
+    dtype: torch.dtype,
+    on_layer: Callable[[int, int], None] | None,
+) -> dict[str, Tensor]:
+    """Round the layers one after the other; options are those of :func:`round_columns`."""
     scales: dict[str, Tensor] = {}
     for number, layer in enumerate(layers):
         for group in _groups(layer, recipe):
@@ -82,14 +103,7 @@ def gptq(
             run.observe(number, [(owner(layer.module, group[0].parameter), hessian.add)])
             for linear in group:
                 weight = layer.module.get_parameter(linear.parameter).detach()
-                codes, scale = round_columns(
-                    weight,
-                    hessian.value,
-                    recipe.weights,
-                    act_order=act_order,
-                    damping=damping,
-                    block_size=block_size,
-                )
+                codes, scale = round_columns(weight, hessian.value, recipe.weights, **options)
                 values = reproducible(weight, codes, scale, recipe.weights)
                 assign(layer.module, linear.parameter, values)
                 scales[f"{layer.name}.{linear.parameter}"] = scale

@@ -8,13 +8,16 @@ matrix spreads the few huge channels of a stream over all of them, which leaves 
 quantizers an even range. R2 does the same within each head of V, between V's projection and the
 output projection.
 
-Nothing is left to do at run time. The rotations of Q and K behind the rotary embedding and of the
-down projection's input (R3 and R4), which cannot be folded, are not made.
+Nothing is left to do at run time for these two. What a down projection reads is the product of two
+projections, which no weight turns: it is turned at run time (R4), by the transform that
+``rotate_inputs`` of a recipe puts into the graph, and :func:`rotate_inputs` turns the weight alike.
+The rotation of Q and K behind the rotary embedding (R3) is not made.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +27,12 @@ from torch.fx import Node
 
 from qatc.errors import ConfigError
 from qatc.graph.capture import capture
-from qatc.graph.nodes import Linear, aten, find_linears
+from qatc.graph.nodes import Linear, aten, find_linears, find_quantizable, matches
+from qatc.models import chosen_names
+from qatc.models.support import refuse_idle_patterns
 from qatc.models.vocabulary import End, are_tied, find_ends, untie
+from qatc.numerics.hadamard import hadamard, random_hadamard, turn
 from qatc.passes import Canonicalize
-from qatc.ptq.hadamard import hadamard, random_hadamard
 from qatc.ptq.structure import (
     Chain,
     Gain,
@@ -39,7 +44,8 @@ from qatc.ptq.structure import (
     uncast,
     users_of,
 )
-from qatc.ptq.weights import assign, scale_inputs, value
+from qatc.ptq.weights import assign, owner, scale_inputs, value
+from qatc.recipe.recipe import Recipe
 
 _OTHERWISE = "choose the method gptq or smoothquant"
 _CHUNK = 4096
@@ -71,6 +77,55 @@ def rotate(model: Any, *, r1: bool = True, r2: bool = True, seed: int = 0) -> No
         _rotate_stream(model, streams, _outside(model, layers), seed)
     for layer, chain in values:
         _rotate_values(layer.module, chain)
+
+
+@torch.no_grad()
+def rotate_inputs(model: Any, recipe: Recipe) -> None:
+    """Turn the weights whose linears read a rotated input by ``recipe``, in place.
+
+    The model by itself then computes something else; prepared with the recipe, whose graph rotates
+    those inputs, it computes what it did. Other methods than GPTQ go before this one.
+
+    Args:
+        model: a transformers causal LM that is not prepared.
+        recipe: with ``rotate_inputs``.
+
+    Raises:
+        ConfigError: a layer has no linear whose weight that names; nothing was changed.
+        CaptureError: a layer cannot be captured.
+    """
+    refuse_idle_patterns(model, recipe)
+    for layer, linear in _rotated(layer_graphs(model), recipe):
+        weight = layer.module.get_parameter(linear.parameter)
+        chunks = [turn(chunk.double()) for chunk in weight.split(_CHUNK)]
+        assign(layer.module, linear.parameter, torch.cat(chunks))
+
+
+@contextmanager
+def rotated_inputs(layers: Sequence[Layer], recipe: Recipe) -> Iterator[None]:
+    """Let plain layers rotate the inputs that ``recipe`` names, as a graph would, in the block."""
+    with ExitStack() as hooks:
+        for layer, linear in _rotated(layers, recipe):
+            module = owner(layer.module, linear.parameter)
+            handle = module.register_forward_pre_hook(lambda _, args: (turn(args[0]), *args[1:]))
+            hooks.callback(handle.remove)
+        yield
+
+
+def _rotated(layers: Sequence[Layer], recipe: Recipe) -> list[tuple[Layer, Linear]]:
+    """The linears whose input ``recipe`` rotates, as :class:`qatc.passes.RotateLinearInputs`."""
+    found = []
+    for layer in layers:
+        (names,) = chosen_names(layer.module, layer.name, recipe.rotates)
+        own = [one for one in find_quantizable(layer.graph) if matches(one.parameter, names)]
+        if names and not own:
+            raise ConfigError(
+                f"{_title(layer)} has no linear whose input could be rotated by"
+                f" rotate_inputs={list(recipe.rotate_inputs)}; name the weights of its down"
+                " projections there, or leave it out"
+            )
+        found += [(layer, linear) for linear in own]
+    return found
 
 
 def untie_head(model: Any) -> None:

@@ -20,6 +20,7 @@ from qatc.models.preparation import prepare, prepared_state, quantized_specs, re
 from qatc.models.scales import of_attention, of_weight
 from qatc.models.vocabulary import tying_note
 from qatc.quantize.given import Setting
+from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 
 
@@ -100,7 +101,8 @@ def make_pair(setting: Setting, loaded: Loaded, compute: torch.dtype) -> Pair:
         QatcError: the model cannot be quantized so.
     """
     config, student = setting.config, loaded.student
-    _prepare(setting, student, compute)
+    # Weights that have still to be turned are rounded, for the baseline, without a rotation.
+    _prepare(setting, student, replace(config.recipe, rotate_inputs=()), compute)
     on_integers = prepared_state(student).integer_forward
     if not on_integers:
         obstacle = why_no_integer_forward(config.recipe, torch.device(setting.device))
@@ -124,20 +126,21 @@ def change_student(
         change: takes the student with layers of its own, and gives where learned scales start.
     """
     student = restore(pair.student)
-    _prepare(setting, student, pair.compute, change(student))
+    _prepare(setting, student, setting.config.recipe, pair.compute, change(student))
     return replace(pair, quantized=quantized_specs(student))
 
 
 def _prepare(
     setting: Setting,
     student: nn.Module,
+    recipe: Recipe,
     compute: torch.dtype,
     start_scales: Mapping[str, Tensor] | None = None,
 ) -> None:
     masters = next(student.parameters()).dtype
     prepare(
         student,
-        setting.config.recipe,
+        recipe,
         compile=setting.compile,
         compute_dtype=None if compute is masters else compute,
         integer_forward=setting.config.integer_forward,

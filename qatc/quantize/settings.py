@@ -94,6 +94,12 @@ class QuantizeConfig:
                 f"the loss {self.training.loss} compares hidden states with the teacher's, and"
                 f" {self.method} turns those of the student; leave out hidden or rotate"
             )
+        if self.recipe.rotate_inputs and "rotate" not in method.steps:
+            raise ConfigError(
+                f"the recipe rotates inputs ({', '.join(self.recipe.rotate_inputs)}), and the"
+                f" method {self.method} turns no weights for them; begin the method with rotate,"
+                " or leave rotate_inputs out of the recipe"
+            )
         if "gptq" in method.steps and not self.recipe.weights.quantizes:
             raise ConfigError(
                 f"the method {self.method} rounds weights, and {self.recipe.bits} leaves them at 16"

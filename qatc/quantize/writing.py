@@ -89,7 +89,9 @@ def write(setting: Setting, trained: Trained) -> None:
         write_output(staging, trained.output, tokenizer=trained.tokenizer)
         if not loads_elsewhere(staging):
             observer.note(
-                "head and embedding are stored as qatc alone loads them; for transformers:"
+                "its inputs are rotated while it runs, so that qatc alone loads it"
+                if config.recipe.rotate_inputs
+                else "head and embedding are stored as qatc alone loads them; for transformers:"
                 " qatc export"
             )
         if trained.training.history:

@@ -60,6 +60,10 @@ class Recipe:
         center_keys: take a constant vector per head off the keys before they are quantized, their
             mean over some rows of the corpus. It moves all scores of a query alike, which softmax
             does not see, and leaves smaller keys to quantize; K of most models is far from 0.
+        rotate_inputs: patterns of names of weights, such as ``*.down_proj.weight``, whose
+            linear layers read their input through a Hadamard transform, at run time as well: it
+            spreads outliers over all channels before they are quantized (QuaRot, arXiv
+            2404.00456). The weights have to be turned alike, see :func:`qatc.ptq.rotate_inputs`.
         target: the runtime whose rules were taken for what is left open, see
             :data:`qatc.recipe.targets.TARGETS`; :meth:`from_bits` and :meth:`from_dict` take them.
 
@@ -75,6 +79,7 @@ class Recipe:
     head: QuantSpec = field(default_factory=_unquantized)
     embedding: QuantSpec = field(default_factory=_unquantized)
     center_keys: bool = False
+    rotate_inputs: tuple[str, ...] = ()
     target: str = "qatc"
 
     def __post_init__(self) -> None:
@@ -125,9 +130,27 @@ class Recipe:
             raise ConfigError(
                 f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"
             )
-        if not isinstance(self.skip, tuple) or not all(isinstance(s, str) for s in self.skip):
+        for field_name in ("skip", "rotate_inputs"):
+            patterns = getattr(self, field_name)
+            if not isinstance(patterns, tuple) or not all(isinstance(p, str) for p in patterns):
+                raise ConfigError(
+                    f"{field_name} must be a tuple (in YAML a list) of name patterns;"
+                    f" got {patterns!r}"
+                )
+        if self.rotate_inputs:
+            self._check_rotation()
+
+    def _check_rotation(self) -> None:
+        if not (self.weights.quantizes and self.activations.quantizes):
             raise ConfigError(
-                f"skip must be a tuple (in YAML a list) of name patterns; got {self.skip!r}"
+                "rotate_inputs turns the inputs of quantized weights before they are quantized"
+                f" themselves, and {self.bits} leaves one of the two at 16 bits; leave"
+                " rotate_inputs out, or choose fewer bits"
+            )
+        if self.target != "qatc":
+            raise ConfigError(
+                f"the target {self.target} rotates no inputs of linear layers at run time; leave"
+                " rotate_inputs out, or train for the target qatc"
             )
 
     @classmethod
@@ -207,10 +230,21 @@ class Recipe:
         """Whether the parameter of this (full) name stays in full precision."""
         return any(fnmatchcase(parameter_name, pattern) for pattern in self.skip)
 
+    def rotates(self, parameter_name: str) -> bool:
+        """Whether the linear of this (full) weight name reads its input through a rotation."""
+        chosen = any(fnmatchcase(parameter_name, pattern) for pattern in self.rotate_inputs)
+        return chosen and not self.skips(parameter_name)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: strings, numbers, lists and dictionaries."""
+        """Plain data: strings, numbers, lists and dictionaries.
+
+        Rotated inputs are there if there are some, so that older versions read all others.
+        """
         plain = dataclasses.asdict(self)
         plain["skip"] = list(self.skip)
+        plain["rotate_inputs"] = list(self.rotate_inputs)
+        if not self.rotate_inputs:
+            del plain["rotate_inputs"]
         return plain
 
     @classmethod
@@ -224,8 +258,9 @@ class Recipe:
                 default = dataclasses.asdict(getattr(cls(), key))
                 plain_spec = values.get(key, {"bits": default["bits"]})
                 values[key] = _spec_from_dict(plain_spec, f"recipe.{key}", getattr(rules, rule))
-        if isinstance(values.get("skip"), list):
-            values["skip"] = tuple(values["skip"])
+        for key in ("skip", "rotate_inputs"):
+            if isinstance(values.get(key), list):
+                values[key] = tuple(values[key])
         return cls(**values)
 
     def to_yaml(self) -> str:

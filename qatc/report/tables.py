@@ -84,6 +84,7 @@ def recipe_rows(recipe: Mapping[str, Any], code: str = "") -> Rows:
         recipe: as :meth:`qatc.recipe.recipe.Recipe.to_dict` gives it.
         code: what to put around names, such as the backtick of Markdown.
     """
+    rotated = recipe.get("rotate_inputs", ())
     kv_row = {"cache": "token and head", "projection": "token"}[recipe["kv_site"]]
     return [
         ["setting", "value"],
@@ -94,8 +95,13 @@ def recipe_rows(recipe: Mapping[str, Any], code: str = "") -> Rows:
         ["token embedding", _spec_text(recipe["embedding"], "token of the vocabulary")],
         ["KV site", recipe["kv_site"]],
         *([["keys", "centered"]] if recipe.get("center_keys") else []),
-        ["in full precision", ", ".join(f"{code}{p}{code}" for p in recipe["skip"])],
+        *([["rotated inputs of", _names(rotated, code)]] if rotated else []),
+        ["in full precision", _names(recipe["skip"], code)],
     ]
+
+
+def _names(patterns: Iterable[str], code: str) -> str:
+    return ", ".join(f"{code}{pattern}{code}" for pattern in patterns)
 
 
 def _spec_text(spec: Mapping[str, Any], row: str) -> str:
@@ -115,7 +121,8 @@ def output_rows(found: OutputContents) -> Rows:
         None: f"not compared with what was trained{because}; see qatc verify",
     }
     loads = ["qatc"] if recipe["kv"]["bits"] == 16 or recipe["kv_site"] == "cache" else []
-    loads += ["transformers" if found.loads_elsewhere else "transformers after qatc export"]
+    if not recipe.get("rotate_inputs"):
+        loads += ["transformers" if found.loads_elsewhere else "transformers after qatc export"]
     return [
         *recipe_rows(recipe),
         ["made from", found.model or "unknown"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from qatc.numerics.hadamard import cosine_transform
 from qatc.runtime.program import BINARY, Op, Place
 from qatc.runtime.values import (
     Number,
@@ -181,6 +182,23 @@ def _packed_embedding(own: Translator, node: Node, args: Any, kwargs: Any) -> Va
     return own.embed_packed(ids, packed, scale, width, spec, kwargs["dtype"])
 
 
+def _hadamard(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
+    if len(args) > 1 and args[1]:
+        raise Untranslatable("a Hadamard transform backwards")
+    value = own.dense(args[0])
+    width = value.view.shape[-1]
+    if value.view.numel() != width:
+        raise Untranslatable("a Hadamard transform of several rows")
+    power = width & -width
+    odd = own.steps.tensor(cosine_transform(width // power).float())
+    out = own.new(value.view.shape, value.view.dtype)
+    own.steps.emit(
+        Op.HADAMARD, out.place, a=value.start, b=odd, rows=power, cols=width // power,
+        rounds=value.view.dtype is torch.bfloat16,
+    )  # fmt: skip
+    return out
+
+
 def _size(own: Translator, node: Node, args: Any, kwargs: Any) -> int:
     source = args[0]
     view = source.tensor if isinstance(source, Parameter) else source.view
@@ -216,6 +234,7 @@ STEPS: dict[str, Step] = {
     "aten.linear.default": _linear,
     "aten.embedding.default": _embedding,
     "qatc.packed_embedding.default": _packed_embedding,
+    "qatc.hadamard.default": _hadamard,
     "aten.dropout.default": _nothing,
     "aten.clone.default": _dense,
     "aten.contiguous.default": _dense,

@@ -51,6 +51,7 @@ class Op(IntEnum):
     ATTEND = 12
     MERGE = 13
     STORE = 14
+    HADAMARD = 15
 
 
 SHARED_OUT = (Op.PRODUCT, Op.LINEAR, Op.ATTEND)

@@ -47,6 +47,14 @@ def test_rounded(shared_model_path: Path, text_file: Path, tokenizer: Any) -> No
     assert found.to_dict() == pytest.approx(expected.to_dict())
 
 
+def test_inputs_that_the_recipe_rotates(shared_model_path: Path, text_file: Path) -> None:
+    """The weights are turned for them: nothing else than rounding makes a difference."""
+    given = {"text": text_file, "max_tokens": 500, "teacher": str(shared_model_path)}
+    recipes = (Recipe.from_bits("8-8-8", rotate_inputs=p) for p in ((), ("*.down_proj.weight",)))
+    plain, rotated = (assess(config(shared_model_path, recipe=r, **given)) for r in recipes)
+    assert plain.kl and rotated.kl and plain.kl != rotated.kl < 2 * plain.kl
+
+
 def test_needs_one_text(text_file: Path) -> None:
     both: dict[str, Any] = {"text": text_file, "data": text_file}
     for given in ({}, both):

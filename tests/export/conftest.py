@@ -34,6 +34,9 @@ UNHELD = {
     "leaves the weights of linear layers in float": Recipe.from_bits("16-8-16", head_bits=8),
     "trained with 6; export it as compressed-tensors": Recipe.from_bits("4-6-16"),
     "trained with groups of 32": Recipe.from_bits("4-8-16", target="llama.cpp"),
+    "which torchao does not; run it by qatc": Recipe.from_bits(
+        "4-4-16", rotate_inputs=("*.down_proj.weight",)
+    ),
     "has groups of 16; export it": Recipe.from_bits("4-8-16", group_size=16),
     "has groups of 8": dataclasses.replace(
         Recipe.from_bits("4-8-16"), head=QuantSpec(4, 8), embedding=QuantSpec(4)

@@ -177,6 +177,16 @@ def test_compiled_is_eager() -> None:
     torch.testing.assert_close(logits(model, ids), wanted, atol=2e-5, rtol=1e-5)
 
 
+def test_lora_beside_a_rotated_input() -> None:
+    """An adapter that adds nothing yet: the weight is another module's now, and read as before."""
+    recipe = dataclasses.replace(QUANTIZED, rotate_inputs=("*.down_proj.weight",))
+    model, ids = make_small().double(), tokens(2, 6)
+    prepare(model, recipe, compile=False, integer_forward=False)
+    alone = logits(model, ids)
+    lora: Any = get_peft_model(model, LoraConfig(r=3, target_modules=["down_proj"]))
+    torch.testing.assert_close(logits(lora, ids), alone, atol=1e-9, rtol=0)
+
+
 def test_lora_on_a_prepared_model() -> None:
     """Adapters in float, around weights that are quantized, or skipped, as they were before."""
     skip = (*QUANTIZED.skip, "model.layers.0.mlp.down_proj.weight", "*.v_proj.*")

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx import Node
 
 from qatc.errors import PassError
 from qatc.graph.nodes import find_linears, is_fake_quantize
 from qatc.numerics.fake_quant import fake_quantize
-from qatc.passes import QuantizeLinearInputs
+from qatc.numerics.hadamard import HADAMARD
+from qatc.passes import Canonicalize, Pipeline, QuantizeLinearInputs, RotateLinearInputs
 from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
 
@@ -61,3 +63,39 @@ def test_a_group_size_that_does_not_divide_names_the_linear(llama_layer: Any) ->
 def test_skipping_everything_is_an_error(plain: Any) -> None:
     with pytest.raises(PassError, match="as those of GPT-2 and Falcon, are not supported"):
         QuantizeLinearInputs(skip=("*",))(plain.graph)
+
+
+def test_rotated_inputs_are_turned_once_and_before_they_are_quantized(llama_layer: Any) -> None:
+    """Linears that share an input share the transform; others read it as it was."""
+    names = ("mlp.down_proj.weight", "self_attn.[qk]_proj.weight")
+    edited = check_pass(
+        RotateLinearInputs(names),
+        llama_layer.graph,
+        before={"qatc.hadamard": 0},
+        after={"qatc.hadamard": 2, "aten.linear": 7},
+    )
+    linears = {linear.parameter: linear for linear in find_linears(edited)}
+    q, k, v = (linears[f"self_attn.{name}_proj.weight"].input for name in "qkv")
+    assert q is k and q.args == (v,) and q.target is HADAMARD
+    QuantizeLinearInputs(QuantSpec(4))(edited)
+    turned = linears["mlp.down_proj.weight"].input.args[0]
+    assert isinstance(turned, Node) and turned.target is HADAMARD
+    counts = {"qatc.hadamard": 2, "qatc.fake_quantize": 5}
+    check_pass(RotateLinearInputs(names), edited, before=counts, after=counts)
+
+
+def test_rotated_inputs_in_numbers(plain: Any) -> None:
+    graph = plain.graph
+    Pipeline((Canonicalize(), RotateLinearInputs(("head.weight",))))(graph)
+    weight, bias, head, x = (tensor.double() for tensor in plain.args)
+    hidden = ((x @ weight.T + bias).relu() @ weight.T + bias).reshape(-1, 8)
+    signs = [[(-1) ** (i & j).bit_count() for j in range(8)] for i in range(8)]
+    turned = hidden @ torch.tensor(signs, dtype=torch.float64) / 8**0.5
+    torch.testing.assert_close(
+        graph(*plain.args)[0].double().reshape(-1, 6), turned @ head.T, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_rotated_inputs_of_nothing_are_an_error(llama_layer: Any) -> None:
+    with pytest.raises(PassError, match=r"whose weight matches rotate_inputs=\['\*.fc2.weight'\]"):
+        RotateLinearInputs(("*.fc2.weight",))(llama_layer.graph)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qatc.errors import ConfigError
-from qatc.ptq import Method, parse_method
+from qatc.ptq import Method, parse_method, with_rotated_inputs
+from qatc.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -36,3 +39,25 @@ def test_parsing(text: str, expected: Method) -> None:
 def test_refusals(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_method(text)
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "target", "rotates"),
+    [
+        ("rotate", "4-4-4", "qatc", True),
+        ("rotate+gptq+qat", "4-7-16", "qatc", True),
+        ("rotate", "4-8-4", "qatc", False),
+        ("rotate", "4-16-4", "qatc", False),
+        ("rotate", "16-4-4", "qatc", False),
+        ("rotate", "4-4-16", "vllm", False),
+        ("gptq", "4-4-4", "qatc", False),
+    ],
+)
+def test_inputs_are_rotated_where_that_is_of_use(
+    method: str, bits: str, target: str, rotates: bool
+) -> None:
+    recipe = Recipe.from_bits(bits, target=target)
+    chosen = with_rotated_inputs(recipe, parse_method(method))
+    assert chosen == replace(recipe, rotate_inputs=("*.down_proj.weight",) if rotates else ())
+    own = Recipe.from_bits("4-4-4", rotate_inputs=("*.o_proj.weight",))
+    assert with_rotated_inputs(own, parse_method(method)) == own

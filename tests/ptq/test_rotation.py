@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from qatc.errors import ConfigError
-from qatc.ptq import rotate
-from qatc.ptq.hadamard import hadamard
+from qatc.graph.template_forward import TemplateForward
+from qatc.graph.templates import TemplateStore
+from qatc.models.regions import chosen_names, find_regions
+from qatc.numerics.hadamard import hadamard
+from qatc.passes import Canonicalize, RotateLinearInputs
+from qatc.ptq import gptq, rotate, rotate_inputs
+from qatc.ptq.gptq import round_columns
+from qatc.ptq.rotation import rotated_inputs
+from qatc.ptq.structure import layer_graphs
+from qatc.recipe.recipe import Recipe
 from tests.conftest import make_small
-from tests.ptq.conftest import assert_same_function, logits, make_model
+from tests.ptq.conftest import assert_same_function, logits, make_model, make_rows
 
 
 @pytest.mark.parametrize("size", [1, 2, 9, 48, 64, 576])
@@ -95,3 +106,108 @@ def test_refused_and_nothing_changed(kind: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         rotate(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+DOWN = Recipe.from_bits("8-8-16", rotate_inputs=("*.down_proj.weight",))
+
+
+@torch.no_grad()
+def rotated_logits(model: Any, recipe: Recipe) -> Tensor:
+    """What a model computes in float on a graph that rotates inputs, and quantizes nothing."""
+
+    def transform(gm: Any, owner: TemplateForward) -> None:
+        Canonicalize()(gm)
+        if owner.rotated():
+            RotateLinearInputs(owner.rotated())(gm)
+
+    store, choices = TemplateStore(transform), (recipe.skips, recipe.rotates)
+    forwards = [
+        TemplateForward(region, name, store, *chosen_names(region, name, *choices))
+        for name, region in find_regions(model)
+    ]
+    for forward in forwards:
+        forward.install()
+    try:
+        return logits(model)
+    finally:
+        for forward in forwards:
+            forward.remove()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "names"),
+    [
+        ("llama", {"tie_word_embeddings": True}, ("*.down_proj.weight",)),
+        (
+            "llama",
+            {"mlp_bias": True, "intermediate_size": 43},
+            ("*.down_proj.*", "*.o_proj.*"),
+        ),
+        ("gemma", {}, ("*.layers.1.mlp.down_proj.weight",)),
+        ("phi3", {}, ("*.down_proj.weight", "*.gate_up_proj.weight")),
+    ],
+)
+def test_rotated_inputs_leave_the_function(
+    kind: str, changes: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    """In the graph, and by hooks, and behind the rotations that are folded."""
+    recipe = dataclasses.replace(DOWN, rotate_inputs=names)
+    model = make_model(kind, **changes)
+    before = logits(model)
+    rotate(model, r2=kind != "phi3")
+    rotate_inputs(model, recipe)
+    assert (logits(model) - before).abs().max() > 0.1 * before.abs().max()
+    found = rotated_logits(model, recipe)
+    assert (found - before).abs().max() < 1e-5 * before.abs().max()
+    with rotated_inputs(layer_graphs(model), recipe):
+        assert_same_function(model, before)
+
+
+def test_weights_in_full_precision_are_not_turned() -> None:
+    recipe = dataclasses.replace(DOWN, skip=("*.layers.0.mlp.*",))
+    model, original = make_model(), make_model()
+    rotate_inputs(model, recipe)
+    for number in (0, 1):
+        name = f"model.layers.{number}.mlp.down_proj.weight"
+        same = torch.equal(model.get_parameter(name), original.get_parameter(name))
+        assert same == (number == 0)
+    wanted = logits(original)
+    assert (rotated_logits(model, recipe) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("*.fc2.weight",), "rotate_inputs pattern '.*fc2.weight' matches no parameter"),
+        (("*norm.weight",), "has no linear whose input could be rotated by rotate_inputs="),
+    ],
+)
+def test_names_of_nothing(names: tuple[str, ...], says: str) -> None:
+    model, recipe = make_model(), dataclasses.replace(DOWN, rotate_inputs=names)
+    with pytest.raises(ConfigError, match=says):
+        rotate_inputs(model, recipe)
+
+
+def test_gptq_sees_rotated_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the first down projection the codes are the same: its Hessian is the turned one."""
+
+    module = sys.modules["qatc.ptq.gptq"]  # whose name in the package is the function's
+
+    def hessian(model: Any, recipe: Recipe) -> Tensor:
+        seen: list[Tensor] = []
+
+        def note(weight: Tensor, given: Tensor, spec: Any, **options: Any) -> Any:
+            if weight.shape == (32, 48):
+                seen.append(given)
+            return round_columns(weight, given, spec, **options)
+
+        monkeypatch.setattr(module, "round_columns", note)
+        gptq(model, make_rows(), recipe, dtype=torch.float64)
+        return seen[0]
+
+    model, turned = make_model(), make_model()
+    plain = hessian(model, dataclasses.replace(DOWN, rotate_inputs=()))
+    rotate_inputs(turned, DOWN)
+    matrix = hadamard(48)
+    wanted = matrix.T @ plain @ matrix
+    torch.testing.assert_close(hessian(turned, DOWN), wanted, rtol=1e-5, atol=1e-5)

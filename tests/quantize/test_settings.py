@@ -79,3 +79,7 @@ def test_values() -> None:
     assert QuantizeConfig("m", Path("o"), method="rotate+gptq", training=training)
     with pytest.raises(ConfigError, match="turns those of the student; leave out hidden or rotate"):
         QuantizeConfig("m", Path("o"), method="rotate+qat", training=training)
+    rotated = Recipe.from_bits("4-4-4", rotate_inputs=("*.down_proj.weight",))
+    assert QuantizeConfig("m", Path("o"), method="rotate", recipe=rotated)
+    with pytest.raises(ConfigError, match="gptq turns no weights for them; begin the method with"):
+        QuantizeConfig("m", Path("o"), method="gptq", recipe=rotated)

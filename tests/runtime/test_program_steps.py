@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from qatc.numerics.hadamard import cosine_transform, turn
 from qatc.numerics.minmax import quantize
 from qatc.recipe.spec import QuantSpec
 from qatc.runtime import program
@@ -42,3 +43,22 @@ def test_quantize(seed: int, size: float, range_: Any, rounding: Any) -> None:
     assert out[:4].view(torch.float32).item() == scale.item()
     assert out[4:8].view(torch.int32).item() == int(codes.int().sum())
     assert not out[HEAD + 40 :].any()
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 43, 64, 172, 1536])
+def test_hadamard(size: int, rounds: bool) -> None:
+    power = size & -size
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    out = torch.full((size,), torch.nan)
+    steps = Steps(threads=1)
+    steps.emit(
+        Op.HADAMARD, steps.tensor(out), a=steps.tensor(x),
+        b=steps.tensor(cosine_transform(size // power).float()), rows=power, cols=size // power,
+        rounds=rounds,
+    )  # fmt: skip
+    steps.finish()([])
+    if rounds:
+        assert torch.equal(out, out.bfloat16().float())
+    tolerance = 2**-8 if rounds else 1e-6
+    torch.testing.assert_close(out, turn(x.double()).float(), rtol=tolerance, atol=1e-5)
