@@ -189,6 +189,7 @@ def _render(plan: Plan) -> None:
     terminal.print_table(
         [
             ["estimate", "full precision", plan.bits, "ratio"],
+            _line("bits of a layer's quantized weight", 16, plan.weight_bits),
             _line("checkpoint, GB", *plan.size_gb),
             _line("of it head and embedding, GB", *plan.ends_gb),
             _line("KV cache, bytes per token", *plan.kv_bytes_per_token),

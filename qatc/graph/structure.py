@@ -18,15 +18,20 @@ class Structure:
         constants: what Python code may branch on, see :mod:`qatc.graph.constants`.
         tensors: names, shapes, dtypes and devices of parameters and buffers, and which are one.
         skip: names of the parameters that stay in full precision.
+        bits: names and bits of the weights that have others than most.
     """
 
-    __slots__ = ("_hash", "constants", "skip", "tensors")
+    __slots__ = ("_hash", "bits", "constants", "skip", "tensors")
 
     def __init__(
-        self, constants: tuple[Any, ...], tensors: tuple[Any, ...], skip: tuple[str, ...]
+        self,
+        constants: tuple[Any, ...],
+        tensors: tuple[Any, ...],
+        skip: tuple[str, ...],
+        bits: tuple[tuple[str, int], ...] = (),
     ) -> None:
-        self.constants, self.tensors, self.skip = constants, tensors, skip
-        self._hash = hash((constants, tensors, skip))
+        self.constants, self.tensors, self.skip, self.bits = constants, tensors, skip, bits
+        self._hash = hash((constants, tensors, skip, bits))
 
     def __hash__(self) -> int:
         return self._hash
@@ -37,8 +42,8 @@ class Structure:
         return (
             isinstance(other, Structure)
             and self._hash == other._hash
-            and (self.constants, self.tensors, self.skip)
-            == (other.constants, other.tensors, other.skip)
+            and (self.constants, self.tensors, self.skip, self.bits)
+            == (other.constants, other.tensors, other.skip, other.bits)
         )
 
     def differences(self, other: Structure) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -34,15 +34,21 @@ class TemplateForward:
         name: its full name, for errors.
         store: where templates are kept and made.
         skip: names of its parameters that stay in full precision, relative to the module.
+        bits: names and bits of the weights that have others than most.
     """
 
     def __init__(
-        self, module: nn.Module, name: str, store: TemplateStore, skip: tuple[str, ...] = ()
+        self,
+        module: nn.Module,
+        name: str,
+        store: TemplateStore,
+        skip: tuple[str, ...] = (),
+        bits: tuple[tuple[str, int], ...] = (),
     ) -> None:
         self.module = module
         self.name = name
         self.store = store
-        self.skip = skip
+        self.skip, self.bits = skip, bits
         self.original: Callable[..., Any] | None = module.__dict__.get("forward")
         self._names = frozenset(name for name, _ in every_parameter(module))
         self._paths = weakref.WeakKeyDictionary({m: p for p, m in module.named_modules()})
@@ -74,7 +80,8 @@ class TemplateForward:
                     zip(self._tensors, properties, strict=True)
                 )
             )
-            structure = Structure(self._constants.value, tensors, self.skipped())
+            value = self._constants.value
+            structure = Structure(value, tensors, self.skipped(), self.own_bits())
             self._known = properties, structure
         return self._known[1]
 
@@ -84,14 +91,23 @@ class TemplateForward:
         Submodules may have moved since, as below a LoRA adapter; what they were called at first
         decides. What was added since then, such as the adapter, stays in full precision as well.
         """
-        found = []
+        return tuple(
+            name
+            for name, first in self._first_names()
+            if first in self.skip or first not in self._names
+        )
+
+    def own_bits(self) -> tuple[tuple[str, int], ...]:
+        """Present names and bits of the weights that have others than most."""
+        bits = dict(self.bits)
+        return tuple((name, bits[first]) for name, first in self._first_names() if first in bits)
+
+    def _first_names(self) -> Iterator[tuple[str, str]]:
+        """What the parameters are called, and what they were called at first."""
         for path, child in self.module.named_modules():
             first = self._paths.get(child, path)
             for name in child._parameters:
-                original = f"{first}.{name}" if first else name
-                if original in self.skip or original not in self._names:
-                    found.append(f"{path}.{name}" if path else name)
-        return tuple(found)
+                yield (f"{path}.{name}" if path else name), (f"{first}.{name}" if first else name)
 
     def check_call(self, kwargs: dict[str, Any]) -> None:
         """Refuse a call that asks for what the submodules' own forwards would do.

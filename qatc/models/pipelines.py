@@ -25,6 +25,7 @@ def training_pipeline(
     skip: tuple[str, ...] = (),
     linears: bool = True,
     integer_forward: bool = False,
+    bits: tuple[tuple[str, int], ...] = (),
 ) -> Pipeline:
     """The passes that make a training graph for ``recipe``.
 
@@ -35,12 +36,14 @@ def training_pipeline(
         linears: whether the module has linear layers that are not skipped.
         integer_forward: whether those are computed on integers; the recipe must allow it, see
             :func:`why_no_integer_forward`.
+        bits: names and bits, relative to the captured module, of weights that have others than
+            ``recipe.weights``.
     """
     passes: list[GraphPass] = [Canonicalize()]
     if linears and recipe.activations.quantizes:
         passes.append(QuantizeLinearInputs(recipe.activations, skip))
     if linears and recipe.weights.quantizes:
-        passes.append(QuantizeWeights(recipe.weights, skip))
+        passes.append(QuantizeWeights(recipe.weights, skip, bits))
     if recipe.center_keys:
         passes.append(CenterKeys())
     if recipe.kv.quantizes:

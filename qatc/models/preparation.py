@@ -149,9 +149,8 @@ def prepare(
     )
     forwards = []
     for name, region in find_regions(model):
-        prefix = f"{name}." if name else ""
-        skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
-        forwards.append(TemplateForward(region, name, store, skip))
+        others = recipe.exceptions(name, dict(region.named_parameters()))
+        forwards.append(TemplateForward(region, name, store, *others))
     at_ends = []
     for end in ends:
         if end.role == "head":
@@ -221,8 +220,8 @@ def quantized_specs(model: nn.Module) -> dict[str, QuantSpec]:
     for forward in prepared.forwards:
         prefix = f"{forward.name}." if forward.name else ""
         for template in prepared.store.of(forward):
-            for name in weight_sites(template.graph_module):
-                found[prefix + name] = prepared.recipe.weights
+            for name, spec in weight_sites(template.graph_module).items():
+                found[prefix + name] = spec
     for end, _ in prepared.ends:
         found[end.weight] = getattr(prepared.recipe, end.role)
     return found
@@ -327,7 +326,7 @@ def _transform(
     weights = [n for n, p in owner.module.named_parameters() if p.dim() == 2]
     skip = owner.skipped()
     linears = any(name not in skip for name in weights)
-    training_pipeline(recipe, skip, linears, integer_forward)(gm)
+    training_pipeline(recipe, skip, linears, integer_forward, owner.own_bits())(gm)
 
 
 def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:

@@ -136,13 +136,14 @@ def skip_options(names: list[str]) -> str:
 
 
 def refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ``ConfigError`` if a pattern of the recipe's ``skip`` matches nothing."""
+    """Raise ``ConfigError`` if a pattern of ``skip`` or ``weight_bits`` matches nothing."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for pattern in recipe.skip:
+    patterns = [("skip", pattern) for pattern in recipe.skip if pattern not in DEFAULT_SKIP]
+    for kind, pattern in [*patterns, *(("weight_bits", own) for own, _ in recipe.weight_bits)]:
         only = Recipe(skip=(pattern,))
-        if pattern not in DEFAULT_SKIP and not any(only.skips(name) for name in names):
+        if not any(only.skips(name) for name in names):
             raise ConfigError(
-                f"the skip pattern {pattern!r} matches no parameter; names look like"
+                f"the {kind} pattern {pattern!r} matches no parameter; names look like"
                 f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
             )
 
@@ -154,7 +155,7 @@ def refuse_lost_scales(model: nn.Module, recipe: Recipe) -> None:
             full = f"{name}.{own}" if name else own
             if parameter.dim() != 2 or recipe.skips(full):
                 continue
-            lost = minmax.why_scales_are_lost(parameter, recipe.weights)
+            lost = minmax.why_scales_are_lost(parameter, recipe.weights_of(full))
             if lost is not None:
                 raise ConfigError(
                     f"{full} is not for the target {recipe.target}: {lost}; choose another target"

@@ -82,17 +82,19 @@ def gptq(
             run.observe(number, [(owner(layer.module, group[0].parameter), hessian.add)])
             for linear in group:
                 weight = layer.module.get_parameter(linear.parameter).detach()
+                name = f"{layer.name}.{linear.parameter}"
+                spec = recipe.weights_of(name)
                 codes, scale = round_columns(
                     weight,
                     hessian.value,
-                    recipe.weights,
+                    spec,
                     act_order=act_order,
                     damping=damping,
                     block_size=block_size,
                 )
-                values = reproducible(weight, codes, scale, recipe.weights)
+                values = reproducible(weight, codes, scale, spec)
                 assign(layer.module, linear.parameter, values)
-                scales[f"{layer.name}.{linear.parameter}"] = scale
+                scales[name] = scale
         run.advance(number)
         if on_layer is not None:
             on_layer(number + 1, len(layers))
@@ -101,7 +103,7 @@ def gptq(
 
 def _groups(layer: Layer, recipe: Recipe) -> list[list[Linear]]:
     """The linears to be rounded, those of one input together, in the order of the graph."""
-    skip = tuple(n for n, _ in layer.module.named_parameters() if recipe.skips(f"{layer.name}.{n}"))
+    skip, _ = recipe.exceptions(layer.name, dict(layer.module.named_parameters()))
     groups: dict[Any, list[Linear]] = {}
     for linear in find_quantizable(layer.graph, skip):
         groups.setdefault(uncast(linear.input), []).append(linear)

@@ -10,6 +10,7 @@ from typing import Any
 from qatc.data.corpus import TEXT
 from qatc.evaluation.checks import Check
 from qatc.evaluation.metrics import Metrics
+from qatc.recipe.recipe import Recipe
 from qatc.report.tables import (
     check_rows,
     corpus_text,
@@ -32,7 +33,7 @@ def write_report(
 ) -> None:
     """Write ``report.md`` and the loss plot into ``directory``."""
     recipe, data = metadata["run"]["recipe"], metadata["data"]
-    bits = "-".join(str(recipe[key]["bits"]) for key in ("weights", "activations", "kv"))
+    bits = Recipe.from_dict(recipe).bits
     sections = [
         f"# {metadata['model']} at {bits}",
         "Bits are those of weights, activations and KV cache. RTN is the same model rounded to"

@@ -11,6 +11,7 @@ from qatc.evaluation.evaluate import TaskComparison
 from qatc.evaluation.metrics import Metrics, recovery
 from qatc.evaluation.pairing import Pairing
 from qatc.evaluation.tasks import TaskScore
+from qatc.recipe.weight_bits import describe
 from qatc.report.contents import CorpusContents, OutputContents
 from qatc.report.usage import KernelUse, Memory
 
@@ -84,9 +85,11 @@ def recipe_rows(recipe: Mapping[str, Any], code: str = "") -> Rows:
         code: what to put around names, such as the backtick of Markdown.
     """
     kv_row = {"cache": "token and head", "projection": "token"}[recipe["kv_site"]]
+    others = describe(recipe.get("weight_bits", {}).items(), code)
     return [
         ["setting", "value"],
         ["weights", _spec_text(recipe["weights"], "output channel")],
+        *([["weights of other bits", others]] if others else []),
         ["activations", _spec_text(recipe["activations"], "token")],
         ["KV cache", _spec_text(recipe["kv"], kv_row)],
         ["output head", _spec_text(recipe["head"], "token of the vocabulary")],

@@ -77,7 +77,9 @@ class Runtime:
     def _store(self, cache: InsertKVCache | None) -> TemplateStore:
         def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
             skip, linears = owner.skip, _linears(owner)
-            lowering_pipeline(self.recipe, skip, self.device, cache, linears, self.kernels)(gm)
+            lowering_pipeline(
+                self.recipe, skip, self.device, cache, linears, self.kernels, owner.bits
+            )(gm)
 
         return TemplateStore(transform, compile=inductor if self.compile else None)
 
@@ -92,6 +94,7 @@ def lowering_pipeline(
     cache: InsertKVCache | None = None,
     linears: bool = True,
     kernels: Kernels = "auto",
+    bits: tuple[tuple[str, int], ...] = (),
 ) -> Pipeline:
     """The passes that turn a captured layer into one on integer kernels.
 
@@ -104,9 +107,10 @@ def lowering_pipeline(
         cache: the pass that puts a KV cache under attention; ``None`` to score without one.
         linears: whether the layer has linears that are not skipped.
         kernels: which are preferred, see :func:`qatc.kernels.table.choose`.
+        bits: names and bits, relative to the layer, of weights with others than the recipe's.
     """
     integers = recipe_allows_integers(recipe)
-    passes: list[Any] = list(training_pipeline(recipe, skip, linears, integers).passes)
+    passes: list[Any] = list(training_pipeline(recipe, skip, linears, integers, bits).passes)
     lowering: list[GraphPass] = []
     if linears and recipe.weights.quantizes:
         lower = LowerToTorchao if kernels == "torchao" else LowerLinear
@@ -142,8 +146,9 @@ class LoweredForward(TemplateForward):
         skip: tuple[str, ...],
         number: int,
         store: TemplateStore | None = None,
+        bits: tuple[tuple[str, int], ...] = (),
     ) -> None:
-        super().__init__(module, name, store or runtime.scoring, skip)
+        super().__init__(module, name, store or runtime.scoring, skip, bits)
         self.runtime, self.number = runtime, number
         self.prototype = copy.deepcopy(module).eval()
         self._own_structure = super().structure()

@@ -92,9 +92,8 @@ def load(
     runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile, kernels)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
-        prefix = f"{name}." if name else ""
-        skip = tuple(n for n, _ in region.named_parameters() if recipe.skips(prefix + n))
-        forwards.append(LoweredForward(region, name, runtime, skip, number))
+        skip, bits = recipe.exceptions(name, dict(region.named_parameters()))
+        forwards.append(LoweredForward(region, name, runtime, skip, number, bits=bits))
     ends = quantized_ends(model, recipe)
     at_ends = [LoweredEnd(end, runtime) for end in ends]
     _fill(model, output, device, ends if are_tied(ends) else [])
