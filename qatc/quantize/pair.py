@@ -123,8 +123,20 @@ def change_student(
         pair: whose student is changed in place.
         change: takes the student with layers of its own, and gives where learned scales start.
     """
-    student = restore(pair.student)
-    _prepare(setting, student, pair.compute, change(student))
+    student = plain_student(pair)
+    return prepare_again(setting, pair, student, change(student))
+
+
+def plain_student(pair: Pair) -> Any:
+    """The student with layers of its own, until it is prepared again."""
+    return restore(pair.student)
+
+
+def prepare_again(
+    setting: Setting, pair: Pair, student: Any, start_scales: Mapping[str, Tensor] | None = None
+) -> Pair:
+    """Put the quantized graph under the plain student of a pair, as the run's recipe says now."""
+    _prepare(setting, student, pair.compute, start_scales)
     return replace(pair, quantized=quantized_specs(student))
 
 

@@ -187,7 +187,10 @@ class Recipe:
     @property
     def bits(self) -> str:
         """The ``"W-A-KV"`` spelling of the bits; W is ``mixed`` where weights have several."""
-        weights = "mixed" if self.weight_bits else self.weights.bits
+        return self.bits_spelled("mixed" if self.weight_bits else f"{self.weights.bits}")
+
+    def bits_spelled(self, weights: str) -> str:
+        """The same with ``weights`` in the place of W."""
         return f"{weights}-{self.activations.bits}-{self.kv.bits}"
 
     @property

@@ -51,6 +51,7 @@ def write_report(
         _table(
             [
                 *recipe_rows(recipe, "`"),
+                *_budget_rows(metadata.get("budget")),
                 ["corpus", f"`{data['fingerprint'][:16]}`, {corpus_text(data)}"],
                 *([name, version] for name, version in metadata["versions"].items()),
             ]
@@ -61,6 +62,14 @@ def write_report(
     (directory / "report.md").write_bytes(text.encode("utf-8", errors="backslashreplace"))
     if history:
         _plot(directory / LOSS_PLOT, history)
+
+
+def _budget_rows(budget: Mapping[str, Any] | None) -> list[list[str]]:
+    """What was chosen for a budget of bits, if there was one."""
+    if budget is None:
+        return []
+    chosen = f"{budget['average']:.4g} bits, chosen for a budget of {budget['budget']:g}"
+    return [["weights on average", chosen]]
 
 
 def _written(figures: Mapping[str, Mapping[str, Metrics]]) -> str:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from qatc.errors import CaptureError
 from qatc.graph.template_forward import TemplateForward
-from qatc.graph.templates import GRAPHS_PER_MODULE
+from qatc.graph.templates import GRAPHS_PER_MODULE, TemplateStore
 from qatc.models.preparation import prepare, prepared_state, quantized_parameters, restore
 from tests.conftest import make_small
 from tests.graph.conftest import FLOAT, QUANTIZED, Factor, gradients, logits, tokens
@@ -38,6 +38,28 @@ def test_a_forward_of_its_own_comes_back() -> None:
     assert torch.equal(logits(model, ids), wanted)
     restore(model)
     assert layer.forward is doubled and torch.equal(logits(model, ids), wanted)
+
+
+class Adapted(nn.Module):
+    """A linear below an adapter."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer, self.adapter = base, nn.Linear(4, 4)
+
+
+def test_bits_stay_with_a_weight_that_moves() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    forward = TemplateForward(
+        module, "", TemplateStore(lambda gm, owner: None), (), (("0.weight", 6),)
+    )
+    before = forward.structure()
+    assert before == forward.structure() and forward.own_bits() == (("0.weight", 6),)
+    plain = TemplateForward(module, "", forward.store)
+    assert plain.structure() != before and plain.own_bits() == ()
+    module[0] = Adapted(module[0])
+    assert forward.own_bits() == (("0.base_layer.weight", 6),)
+    assert [name for name in forward.skipped() if "adapter" in name]
 
 
 def test_restoring_the_original_leaves_a_deep_copy_prepared() -> None:
