@@ -13,6 +13,7 @@ from qatc.errors import ConfigError
 from qatc.report.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
+    from qatc.recipe import Recipe
     from qatc.report.plan import Plan, Quantizer
 
 
@@ -31,6 +32,29 @@ def inspect(
     prefer: Annotated[
         str, typer.Option(help="With --kernels: as they are with --kernels auto, torchao or qatc.")
     ] = "auto",
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="What each part of a model costs alone: W, A, K, V, each layer, each kind of"
+            " linear. Loads the model.",
+        ),
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --sensitivity: a corpus to measure on. Default: a few sequences that the"
+            " model writes.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            help="With --sensitivity: rows to measure on. Default: about 1,024 tokens.",
+            show_default=False,
+        ),
+    ] = None,
     bits: options.Bits = None,
     recipe: options.RecipeFile = None,
     group_size: options.GroupSize = None,
@@ -42,7 +66,9 @@ def inspect(
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
-    """Show what a model, an output or a corpus is. Loads no weights, but for --kernels.
+    """Show what a model, an output or a corpus is.
+
+    Loads no weights, but for --kernels and --sensitivity.
 
     Of a model: what would be quantized, what is skipped and why, and the size. Of an output: its
     recipe, what is stored, and its figures. Of a corpus: how it was made, and whether it is whole.
@@ -50,6 +76,8 @@ def inspect(
     [bold]Examples[/]
 
       qatc inspect meta-llama/Llama-2-7b-hf --bits 4-8-4
+
+      qatc inspect meta-llama/Llama-2-7b-hf --bits 4-8-4 --sensitivity
 
       qatc inspect Llama-2-7b-4-8-4
 
@@ -63,8 +91,11 @@ def inspect(
         asked: dict[str, Any] = {"bits": bits, "recipe": recipe, "group_size": group_size}
         asked |= {"kv_site": kv_site, "skip": skip, "target": target}
         asked |= {"head_bits": head_bits, "embedding_bits": embedding_bits}
+        measuring = {"sensitivity": sensitivity, "data": data, "rows": rows}
         kind = kind_of(what)
-        _refuse_idle(what, kind, options.spelled(asked), kernels)
+        _refuse_idle(what, kind, options.spelled(asked | measuring), kernels)
+        if idle := options.spelled({"data": data, "rows": rows}) if not sensitivity else []:
+            raise ConfigError(f"{', '.join(idle)} is about sensitivity; give --sensitivity as well")
         if prefer != "auto" and not kernels:
             raise ConfigError("--prefer is about kernels; give --kernels as well")
         if kind is Kind.MODEL:
@@ -76,6 +107,8 @@ def inspect(
             _render_kernels(Path(what), json, trust_remote_code, prefer)
         elif kind is Kind.OUTPUT:
             _render_output(Path(what), json)
+        elif sensitivity:
+            _render_sensitivity(what, chosen, data, rows, json, trust_remote_code)
         else:
             from qatc.report.plan import inspect_model
 
@@ -159,6 +192,32 @@ def _render_kernels(output: Path, json: bool, trust_remote_code: bool, prefer: s
     terminal.print_table(memory_rows(held))
 
 
+def _render_sensitivity(
+    model: str,
+    recipe: Recipe,
+    data: Path | None,
+    rows: int | None,
+    json: bool,
+    trust_remote_code: bool,
+) -> None:
+    from qatc.cli import terminal
+    from qatc.report.tables import sensitivity_rows
+    from qatc.sensitivity import inspect_sensitivity
+
+    found = inspect_sensitivity(
+        model, recipe, data=data, rows=rows, trust_remote_code=trust_remote_code
+    )
+    if json:
+        terminal.print_json(found.to_dict())
+        return
+    for table in sensitivity_rows(found, recipe):
+        terminal.print_table(table)
+    terminal.out.print(
+        f"KL to full precision in nats per token, on {found.tokens:,} tokens, without training",
+        highlight=False,
+    )
+
+
 def _render(plan: Plan) -> None:
     from qatc.cli import terminal
 
@@ -189,6 +248,7 @@ def _render(plan: Plan) -> None:
     terminal.print_table(
         [
             ["estimate", "full precision", plan.bits, "ratio"],
+            _line("bits of a layer's quantized weight", 16, plan.weight_bits),
             _line("checkpoint, GB", *plan.size_gb),
             _line("of it head and embedding, GB", *plan.ends_gb),
             _line("KV cache, bytes per token", *plan.kv_bytes_per_token),

@@ -38,6 +38,14 @@ def quantize(
             help="How it gets to its codes: rtn, or rotate, smoothquant, gptq and qat, joined by +."
         ),
     ] = "qat",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits of a weight on average, such as 4.5: those of each linear are chosen so that"
+            " KL grows least. Default: the same for all.",
+            show_default=False,
+        ),
+    ] = None,
     calibration_rows: Annotated[
         int, typer.Option(help="Rows of the corpus that methods before qat look at, at most.")
     ] = 128,
@@ -127,6 +135,8 @@ def quantize(
 
       qatc quantize --model ./my-model --bits 4-4-4 --method rotate+gptq+qat
 
+      qatc quantize --model ./my-model --bits 4-8-4 --budget 4.5
+
       qatc quantize --config DONE/run.yaml --output AGAIN
     """
     from qatc.cli import terminal
@@ -143,7 +153,8 @@ def quantize(
             chosen = with_rotated_inputs(chosen, parse_method(method))
         greedy = options.parse_range(greedy_tokens)
         if output is None:
-            output = Path(f"{Path(model).resolve().name}-{chosen.bits}")
+            mean = chosen.bits if budget is None else chosen.bits_spelled(f"{budget:g}")
+            output = Path(f"{Path(model).resolve().name}-{mean}")
         if recipe is not None:
             refuse_overlap({"the output": output}, {"the recipe": recipe})
         if resume and not output.with_name(output.name + ".partial").exists():
@@ -180,6 +191,7 @@ def quantize(
                 loss=loss,
             ),
             method=method,
+            budget=budget,
             calibration_rows=calibration_rows,
             loss_on=loss_on,  # type: ignore[arg-type]  # checked by the config
             data=data,

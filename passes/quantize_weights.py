@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule, Node
 
@@ -24,15 +24,17 @@ class QuantizeWeights(GraphPass):
     Args:
         spec: bits, range and (optional) group size of the weights.
         skip: patterns of weight names that stay in full precision.
+        other_bits: names of weights with other bits than ``spec``, and these.
     """
 
     spec: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
     skip: tuple[str, ...] = ()
+    other_bits: tuple[tuple[str, int], ...] = ()
     requires = (Canonicalize,)
 
     def edit(self, gm: GraphModule) -> Edits:
         users: dict[Node, list[Node]] = {}
-        done = 0
+        own, done = dict(self.other_bits), 0
         for linear in find_quantizable(gm, self.skip):
             if is_quantized(linear.weight):
                 done += 1
@@ -41,7 +43,9 @@ class QuantizeWeights(GraphPass):
             users.setdefault(linear.weight, []).append(linear.node)
         for weight, linears in users.items():
             added = self._scales(gm, weight) if self.spec.learned else {}
-            insert_quantizer(weight, linears, self.spec, snap_scale=True, **added)
+            bits = own.get(parameter_name(weight) or "", self.spec.bits)
+            spec = replace(self.spec, bits=bits)
+            insert_quantizer(weight, linears, spec, snap_scale=True, **added)
         return Edits(matched=len(users) + done, edited=len(users))
 
     def _scales(self, gm: GraphModule, weight: Node) -> dict[str, Node]:

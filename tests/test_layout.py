@@ -21,7 +21,8 @@ PACKAGE = ROOT / "qatc"
 
 PIPELINE = (
     *("recipe", "numerics", "kernels", "graph", "passes", "models", "data", "ptq", "training"),
-    *("output", "export", "runtime", "evaluation", "report", "quantize", "compare", "cli"),
+    *("output", "export", "runtime", "evaluation", "sensitivity", "report", "quantize"),
+    *("compare", "cli"),
 )
 """Packages in the order of the pipeline: one imports only those before it, and the helpers."""
 

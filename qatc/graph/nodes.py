@@ -257,15 +257,17 @@ def is_quantized(node: Node) -> bool:
     return quantizer_of(node) is not None
 
 
-def weight_sites(gm: GraphModule) -> list[str]:
-    """Names of the weights that are quantized for their linear, in graph order."""
+def weight_sites(gm: GraphModule) -> dict[str, QuantSpec]:
+    """The weights that are quantized for their linear by name, in graph order, and how."""
     linears = [*find_linears(gm), *find_integer_linears(gm)]
     order = {node: position for position, node in enumerate(gm.graph.nodes)}
-    return [
-        linear.parameter
-        for linear in sorted(linears, key=lambda linear: order[linear.node])
-        if linear.node.target is integer_linear.INTEGER_LINEAR or is_quantized(linear.weight)
-    ]
+    found = {}
+    for linear in sorted(linears, key=lambda linear: order[linear.node]):
+        if linear.node.target is integer_linear.INTEGER_LINEAR:
+            found[linear.parameter] = spec_of(linear.node, "weight_spec")
+        elif (quantizer := quantizer_of(linear.weight)) is not None:
+            found[linear.parameter] = spec_of(quantizer)
+    return found
 
 
 def reads_master(user: Node, source: Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qatc.errors import CaptureError
+from qatc.recipe.exceptions import Exceptions
 
 
 class Structure:
@@ -17,17 +18,16 @@ class Structure:
     Attributes:
         constants: what Python code may branch on, see :mod:`qatc.graph.constants`.
         tensors: names, shapes, dtypes and devices of parameters and buffers, and which are one.
-        chosen: names of the parameters that stay in full precision, and of others that the
-            passes treat apart.
+        own: what a recipe says of single parameters.
     """
 
-    __slots__ = ("_hash", "chosen", "constants", "tensors")
+    __slots__ = ("_hash", "constants", "own", "tensors")
 
     def __init__(
-        self, constants: tuple[Any, ...], tensors: tuple[Any, ...], *chosen: tuple[str, ...]
+        self, constants: tuple[Any, ...], tensors: tuple[Any, ...], own: Exceptions
     ) -> None:
-        self.constants, self.tensors, self.chosen = constants, tensors, chosen
-        self._hash = hash((constants, tensors, chosen))
+        self.constants, self.tensors, self.own = constants, tensors, own
+        self._hash = hash((constants, tensors, own))
 
     def __hash__(self) -> int:
         return self._hash
@@ -38,8 +38,8 @@ class Structure:
         return (
             isinstance(other, Structure)
             and self._hash == other._hash
-            and (self.constants, self.tensors, self.chosen)
-            == (other.constants, other.tensors, other.chosen)
+            and (self.constants, self.tensors, self.own)
+            == (other.constants, other.tensors, other.own)
         )
 
     def differences(self, other: Structure) -> list[str]:

@@ -24,6 +24,7 @@ from qatc.graph.structure import (
     refuse_hooks,
 )
 from qatc.graph.templates import TemplateStore
+from qatc.recipe.exceptions import NONE, Exceptions
 
 
 class TemplateForward:
@@ -33,8 +34,7 @@ class TemplateForward:
         module: the module; its own ``forward`` is left alone and is used for capturing.
         name: its full name, for errors.
         store: where templates are kept and made.
-        skip: names of its parameters that stay in full precision, relative to the module.
-        rotate: names of weights, relative as well, whose linears read a rotated input.
+        own: what a recipe says of single parameters of the module.
     """
 
     def __init__(
@@ -42,13 +42,12 @@ class TemplateForward:
         module: nn.Module,
         name: str,
         store: TemplateStore,
-        skip: tuple[str, ...] = (),
-        rotate: tuple[str, ...] = (),
+        own: Exceptions = NONE,
     ) -> None:
         self.module = module
         self.name = name
         self.store = store
-        self.skip, self.rotate = skip, rotate
+        self.own = own
         self.original: Callable[..., Any] | None = module.__dict__.get("forward")
         self._names = frozenset(name for name, _ in every_parameter(module))
         self._paths = weakref.WeakKeyDictionary({m: p for p, m in module.named_modules()})
@@ -80,33 +79,24 @@ class TemplateForward:
                     zip(self._tensors, properties, strict=True)
                 )
             )
-            chosen = self.skipped(), self.rotated()
-            structure = Structure(self._constants.value, tensors, *chosen)
+            structure = Structure(self._constants.value, tensors, self.present())
             self._known = properties, structure
         return self._known[1]
 
-    def skipped(self) -> tuple[str, ...]:
-        """Present names of the parameters that stay in full precision.
+    def present(self) -> Exceptions:
+        """What the recipe says of single parameters, by their present names.
 
         Submodules may have moved since, as below a LoRA adapter; what they were called at first
-        decides. What was added since then, such as the adapter, stays in full precision as well.
+        decides. What was added since then, such as the adapter, stays in full precision.
         """
-        return tuple(
-            name
-            for name, original in self._original_names()
-            if original in self.skip or original not in self._names
-        )
+        return self.own.renamed(self._first_names(), self._names)
 
-    def rotated(self) -> tuple[str, ...]:
-        """Present names of the weights whose linears read a rotated input."""
-        return tuple(name for name, first in self._original_names() if first in self.rotate)
-
-    def _original_names(self) -> Iterator[tuple[str, str]]:
-        """The present name of every parameter, and the one that it had at first."""
+    def _first_names(self) -> Iterator[tuple[str, str]]:
+        """What every parameter is called, and what it was called at first."""
         for path, child in self.module.named_modules():
             first = self._paths.get(child, path)
             for name in child._parameters:
-                yield f"{path}.{name}" if path else name, f"{first}.{name}" if first else name
+                yield (f"{path}.{name}" if path else name), (f"{first}.{name}" if first else name)
 
     def check_call(self, kwargs: dict[str, Any]) -> None:
         """Refuse a call that asks for what the submodules' own forwards would do.

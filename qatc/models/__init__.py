@@ -1,11 +1,10 @@
 """The model side: loading from a hub or a directory, and finding what is to be captured."""
 
 from qatc.models.load import LoadedModel, load_config, load_model, load_skeleton, load_tokenizer
-from qatc.models.regions import chosen_names, find_regions, is_transformers_model
+from qatc.models.regions import find_regions, is_transformers_model
 
 __all__ = [
     "LoadedModel",
-    "chosen_names",
     "load_config",
     "load_skeleton",
     "find_regions",

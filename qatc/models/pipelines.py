@@ -18,34 +18,32 @@ from qatc.passes import (
     RotateLinearInputs,
     UseIntegerForward,
 )
+from qatc.recipe.exceptions import NONE, Exceptions
 from qatc.recipe.recipe import Recipe
 
 
 def training_pipeline(
     recipe: Recipe,
-    skip: tuple[str, ...] = (),
+    own: Exceptions = NONE,
     linears: bool = True,
     integer_forward: bool = False,
-    rotated: tuple[str, ...] = (),
 ) -> Pipeline:
     """The passes that make a training graph for ``recipe``.
 
     Args:
         recipe: what is quantized and how.
-        skip: patterns of parameter names, relative to the captured module, that stay in full
-            precision.
+        own: what the recipe says of single parameters of the captured module.
         linears: whether the module has linear layers that are not skipped.
         integer_forward: whether those are computed on integers; the recipe must allow it, see
             :func:`why_no_integer_forward`.
-        rotated: names of weights, relative as well, whose linears read a rotated input.
     """
     passes: list[GraphPass] = [Canonicalize()]
-    if linears and rotated:
-        passes.append(RotateLinearInputs(rotated))
+    if linears and own.rotated:
+        passes.append(RotateLinearInputs(own.rotated))
     if linears and recipe.activations.quantizes:
-        passes.append(QuantizeLinearInputs(recipe.activations, skip))
+        passes.append(QuantizeLinearInputs(recipe.activations, own.skip))
     if linears and recipe.weights.quantizes:
-        passes.append(QuantizeWeights(recipe.weights, skip))
+        passes.append(QuantizeWeights(recipe.weights, own.skip, own.bits))
     if recipe.center_keys:
         passes.append(CenterKeys())
     if recipe.kv.quantizes:

@@ -18,7 +18,7 @@ from qatc.graph.causality import why_not_causal
 from qatc.graph.nodes import weight_sites
 from qatc.graph.template_forward import TemplateForward
 from qatc.graph.templates import TemplateStore, dry_run, same_for_all
-from qatc.models import chosen_names, find_regions, is_transformers_model
+from qatc.models import find_regions, is_transformers_model
 from qatc.models.pipelines import (
     embedding_pipeline,
     head_pipeline,
@@ -149,16 +149,16 @@ def prepare(
     )
     forwards = []
     for name, region in find_regions(model):
-        chosen = chosen_names(region, name, recipe.skips, recipe.rotates)
-        forwards.append(TemplateForward(region, name, store, *chosen))
+        own = recipe.exceptions(name, dict(region.named_parameters()))
+        forwards.append(TemplateForward(region, name, store, own))
     at_ends = []
     for end in ends:
         if end.role == "head":
             pipeline = head_pipeline(recipe, on_integers)
-            own = TemplateStore(same_for_all(pipeline), compiler, compute_dtype)
+            at_end = TemplateStore(same_for_all(pipeline), compiler, compute_dtype)
         else:  # a table is rounded from its masters, and the layers cast what they get
-            own = TemplateStore(same_for_all(embedding_pipeline(recipe)), compiler)
-        at_ends.append((end, TemplateForward(end.module, end.name, own)))
+            at_end = TemplateStore(same_for_all(embedding_pipeline(recipe)), compiler)
+        at_ends.append((end, TemplateForward(end.module, end.name, at_end)))
     for forward in (*forwards, *(forward for _, forward in at_ends)):
         forward.install()
     switched = tuple(_switch_cache_off(model))
@@ -220,8 +220,8 @@ def quantized_specs(model: nn.Module) -> dict[str, QuantSpec]:
     for forward in prepared.forwards:
         prefix = f"{forward.name}." if forward.name else ""
         for template in prepared.store.of(forward):
-            for name in weight_sites(template.graph_module):
-                found[prefix + name] = prepared.recipe.weights
+            for name, spec in weight_sites(template.graph_module).items():
+                found[prefix + name] = spec
     for end, _ in prepared.ends:
         found[end.weight] = getattr(prepared.recipe, end.role)
     return found
@@ -324,9 +324,9 @@ def _transform(
     gm: GraphModule, owner: TemplateForward, recipe: Recipe, integer_forward: bool
 ) -> None:
     weights = [n for n, p in owner.module.named_parameters() if p.dim() == 2]
-    skip = owner.skipped()
-    linears = any(name not in skip for name in weights)
-    training_pipeline(recipe, skip, linears, integer_forward, owner.rotated())(gm)
+    own = owner.present()
+    linears = any(name not in own.skip for name in weights)
+    training_pipeline(recipe, own, linears, integer_forward)(gm)
 
 
 def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:

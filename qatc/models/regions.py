@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 from torch import nn
 
@@ -29,24 +28,6 @@ def find_regions(model: nn.Module) -> list[tuple[str, nn.Module]]:
         )
     name, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return [(f"{name}.{i}", layer) for i, layer in enumerate(layers)]
-
-
-def chosen_names(
-    region: nn.Module, name: str, *choices: Callable[[str], bool]
-) -> tuple[tuple[str, ...], ...]:
-    """For every choice among full names, the parameters of a region that it takes.
-
-    Args:
-        region: the module.
-        name: its full name.
-        choices: such as the ``skips`` of a recipe.
-
-    Returns:
-        Names relative to the region.
-    """
-    prefix = f"{name}." if name else ""
-    names = [own for own, _ in region.named_parameters()]
-    return tuple(tuple(own for own in names if chosen(prefix + own)) for chosen in choices)
 
 
 def is_transformers_model(model: nn.Module) -> bool:

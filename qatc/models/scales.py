@@ -83,7 +83,7 @@ def add(
         weight = model.get_parameter(full)
         start = start_scales.get(full)
         if start is None:
-            start = least_error_scale(weight, recipe.weights)
+            start = least_error_scale(weight, recipe.weights_of(full))
         start = start.to(weight.device, copy=True)
         put(path, leaf + SCALE_START, start, False)
         put(path, leaf + SCALE_GAIN, torch.zeros_like(start), True)

@@ -137,14 +137,15 @@ def skip_options(names: list[str]) -> str:
 
 
 def refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ``ConfigError`` if a pattern of ``skip`` or ``rotate_inputs`` matches nothing."""
+    """Raise ``ConfigError`` if a pattern of a recipe names no parameter."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     patterns = [("skip", pattern) for pattern in recipe.skip if pattern not in DEFAULT_SKIP]
     patterns += [("rotate_inputs", pattern) for pattern in recipe.rotate_inputs]
-    for field, pattern in patterns:
+    patterns += [("weight_bits", pattern) for pattern, _ in recipe.weight_bits]
+    for kind, pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
-                f"the {field} pattern {pattern!r} matches no parameter; names look like"
+                f"the {kind} pattern {pattern!r} matches no parameter; names look like"
                 f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
             )
 
@@ -156,7 +157,7 @@ def refuse_lost_scales(model: nn.Module, recipe: Recipe) -> None:
             full = f"{name}.{own}" if name else own
             if parameter.dim() != 2 or recipe.skips(full):
                 continue
-            lost = minmax.why_scales_are_lost(parameter, recipe.weights)
+            lost = minmax.why_scales_are_lost(parameter, recipe.weights_of(full))
             if lost is not None:
                 raise ConfigError(
                     f"{full} is not for the target {recipe.target}: {lost}; choose another target"

@@ -131,6 +131,7 @@ def head_recipe(recipe: Recipe) -> Recipe:
     return dataclasses.replace(
         recipe,
         weights=recipe.head,
+        weight_bits=(),
         kv=_UNQUANTIZED,
         center_keys=False,
         rotate_inputs=(),

@@ -10,12 +10,13 @@ weight bits   format                declared
 ============  ====================  ==========
 
 Narrower codes are valid codes of the declared width, so a runtime needs no support for 3 or 6
-bits; the true bits are in ``qatc.json``.
+bits; the true bits are in ``qatc.json``. Where weights of several bits lie in both formats, the
+linears of the format that most have are declared as a class, and the others by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def quantization_config(
     recipe: Recipe,
     ignore: list[str],
     ends: Mapping[str, tuple[QuantSpec, QuantSpec, str]] | None = None,
+    layouts: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``.
 
@@ -72,12 +74,17 @@ def quantization_config(
         ignore: names of the linear modules that stay float, the output head among them.
         ends: of output head and token embedding, if they are quantized, the spec of weight and
             input and the layout, by name of the module.
+        layouts: names of the quantized linear modules of layers, see :func:`modules_by_layout`;
+            ``None`` where all of them lie as ``recipe.weights`` do.
     """
-    targets = dict(sorted((ends or {}).items()))  # names of modules go before their class
-    if recipe.weights.quantizes:
-        layout = layout_of(recipe.weights)
-        targets["Linear"] = (recipe.weights, recipe.activations, layout)
-    groups = {f"group_{i}": _group(target, *how) for i, (target, how) in enumerate(targets.items())}
+    if layouts is None:
+        layouts = {layout_of(recipe.weights): ()} if recipe.weights.quantizes else {}
+    targets = [([name], *how) for name, how in sorted((ends or {}).items())]
+    for layout in sorted(layouts, key=lambda layout: len(layouts[layout])):
+        targets.append(([*layouts[layout]], recipe.weights, recipe.activations, layout))
+    if layouts:  # the class comes last, as names of modules go before it
+        targets[-1] = (["Linear"], *targets[-1][1:])
+    groups = {f"group_{i}": _group(*target) for i, target in enumerate(targets)}
     if recipe.rotate_inputs:
         groups = {name: group | {"format": ROTATED} for name, group in groups.items()}
     return {
@@ -90,10 +97,24 @@ def quantization_config(
     }
 
 
-def _group(target: str, weights: QuantSpec, inputs: QuantSpec, layout: str) -> dict[str, Any]:
+def modules_by_layout(layouts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The modules whose weights lie in each layout.
+
+    Args:
+        layouts: of weights by name.
+    """
+    found: dict[str, list[str]] = {}
+    for name, layout in sorted(layouts.items()):
+        found.setdefault(layout, []).append(name.removesuffix(".weight"))
+    return found
+
+
+def _group(
+    targets: list[str], weights: QuantSpec, inputs: QuantSpec, layout: str
+) -> dict[str, Any]:
     declared = PLAIN_BITS if layout == PLAIN else PACKED_BITS
     group: dict[str, Any] = {
-        "targets": [target],
+        "targets": targets,
         "weights": _arguments(declared, weights.group_size, "channel", dynamic=False),
         "input_activations": None,
         "output_activations": None,

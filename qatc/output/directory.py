@@ -92,8 +92,10 @@ def write_output(
     """
     config, recipe, weights = output.config, output.recipe, output.weights
     trust = output.trust_remote_code
-    specs = (recipe.weights, recipe.head, recipe.embedding)
-    assert all(weight.spec in specs for weight in weights.values()), "another recipe's"
+    assert all(
+        weight.spec in (recipe.weights_of(name), recipe.head, recipe.embedding)
+        for name, weight in weights.items()
+    ), "another recipe's"
     if for_torchao:
         torchao.refuse_unheld(recipe)
         portable = True
@@ -137,6 +139,9 @@ def write_output(
             recipe,
             ignore,
             _declared_ends(ends, weights, layouts, recipe, are_tied(ends) and bool(ties)),
+            compressed_tensors.modules_by_layout(
+                {n: own for n, own in layouts.items() if n not in {end.weight for end in ends}}
+            ),
         )
     write_json(directory / "config.json", dict(sorted(plain_config.items())))
     if output.generation_config is not None:

@@ -18,6 +18,7 @@ from qatc.output.compressed_tensors import loads_as_it_is
 from qatc.output.layouts import TORCHAO
 from qatc.output.stored import Stored, measure
 from qatc.recipe.recipe import Recipe
+from qatc.recipe.weight_bits import describe
 from qatc.storage.files import read_json, write_atomically
 
 
@@ -39,7 +40,7 @@ def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: St
         stored: what its weight files hold.
     """
     recipe = metadata["recipe"]
-    bits = "-".join(str(recipe[key]["bits"]) for key in ("weights", "activations", "kv"))
+    bits = Recipe.from_dict(recipe).bits
     sections = [
         _front_matter(metadata, config, bits),
         f"# {_base_name(metadata)} at {bits}",
@@ -76,10 +77,9 @@ def _on_text(metadata: Mapping[str, Any]) -> bool:
 def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: str) -> str:
     import yaml
 
-    weights, activations, kv = bits.split("-")
     free = [] if _on_text(metadata) else ["data-free"]
     trained = ["quantization-aware-training"] if _is_trained(metadata) else []
-    tags = ["qatc", *trained, *free, f"w{weights}a{activations}kv{kv}"]
+    tags = ["qatc", *trained, *free, "w{}a{}kv{}".format(*bits.split("-"))]
     if reader := _reader(config):
         tags.append(reader)
     if "auto_map" in config:
@@ -129,8 +129,7 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
         ("kv", "KV cache"),
         *_ENDS,
     ):
-        spec = recipe.get(key)
-        if spec is None:
+        if (spec := recipe.get(key)) is None:
             continue
         text = "not quantized"
         if spec["bits"] != 16:
@@ -140,6 +139,8 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
             group = f"{spec['group_size']} values" if spec["group_size"] else row
             text = f"{spec['bits']} bits, one scale per {group}, {_codes(spec)}"
         rows.append([title, text])
+    others = describe(recipe.get("weight_bits", {}).items(), "`")
+    rows += [["weights of other bits", others]] if others else []
     skip = ", ".join(f"`{pattern}`" for pattern in recipe["skip"]) or "nothing"
     ends = [title for key, title in _ENDS if recipe.get(key, {"bits": 16})["bits"] != 16]
     if ends:  # which go before the patterns

@@ -123,9 +123,10 @@ def _stored(
     directory: Path, metadata: Mapping[str, Any], recipe: Recipe
 ) -> dict[str, tuple[QuantSpec, str]]:
     """How each stored weight is quantized, and its layout, by name."""
-    weights = recipe.weights
-    layout = TORCHAO if metadata["layout"] == TORCHAO else layout_of(weights)
-    stored = {name: (weights, layout) for name in metadata["quantized"]}
+    stored: dict[str, tuple[QuantSpec, str]] = {}
+    for name in metadata["quantized"]:
+        spec = recipe.weights_of(name)
+        stored[name] = spec, TORCHAO if metadata["layout"] == TORCHAO else layout_of(spec)
     try:
         for name, plain in metadata["specs"].items():
             own = dict(plain)

@@ -103,10 +103,12 @@ def _round_layers(
             run.observe(number, [(owner(layer.module, group[0].parameter), hessian.add)])
             for linear in group:
                 weight = layer.module.get_parameter(linear.parameter).detach()
-                codes, scale = round_columns(weight, hessian.value, recipe.weights, **options)
-                values = reproducible(weight, codes, scale, recipe.weights)
+                name = f"{layer.name}.{linear.parameter}"
+                spec = recipe.weights_of(name)
+                codes, scale = round_columns(weight, hessian.value, spec, **options)
+                values = reproducible(weight, codes, scale, spec)
                 assign(layer.module, linear.parameter, values)
-                scales[f"{layer.name}.{linear.parameter}"] = scale
+                scales[name] = scale
         run.advance(number)
         if on_layer is not None:
             on_layer(number + 1, len(layers))
@@ -115,7 +117,7 @@ def _round_layers(
 
 def _groups(layer: Layer, recipe: Recipe) -> list[list[Linear]]:
     """The linears to be rounded, those of one input together, in the order of the graph."""
-    skip = tuple(n for n, _ in layer.module.named_parameters() if recipe.skips(f"{layer.name}.{n}"))
+    skip = recipe.exceptions(layer.name, dict(layer.module.named_parameters())).skip
     groups: dict[Any, list[Linear]] = {}
     for linear in find_quantizable(layer.graph, skip):
         groups.setdefault(uncast(linear.input), []).append(linear)

@@ -28,7 +28,6 @@ from torch.fx import Node
 from qatc.errors import ConfigError
 from qatc.graph.capture import capture
 from qatc.graph.nodes import Linear, aten, find_linears, find_quantizable, matches
-from qatc.models import chosen_names
 from qatc.models.support import refuse_idle_patterns
 from qatc.models.vocabulary import End, are_tied, find_ends, untie
 from qatc.numerics.hadamard import hadamard, random_hadamard, turn
@@ -116,7 +115,7 @@ def _rotated(layers: Sequence[Layer], recipe: Recipe) -> list[tuple[Layer, Linea
     """The linears whose input ``recipe`` rotates, as :class:`qatc.passes.RotateLinearInputs`."""
     found = []
     for layer in layers:
-        (names,) = chosen_names(layer.module, layer.name, recipe.rotates)
+        names = recipe.exceptions(layer.name, dict(layer.module.named_parameters())).rotated
         own = [one for one in find_quantizable(layer.graph) if matches(one.parameter, names)]
         if names and not own:
             raise ConfigError(

@@ -125,8 +125,25 @@ def change_student(
         pair: whose student is changed in place.
         change: takes the student with layers of its own, and gives where learned scales start.
     """
-    student = restore(pair.student)
-    _prepare(setting, student, setting.config.recipe, pair.compute, change(student))
+    student = plain_student(pair)
+    starts = change(student)
+    return prepare_again(setting, pair, student, setting.config.recipe, starts)
+
+
+def plain_student(pair: Pair) -> Any:
+    """The student with layers of its own, until it is prepared again."""
+    return restore(pair.student)
+
+
+def prepare_again(
+    setting: Setting,
+    pair: Pair,
+    student: Any,
+    recipe: Recipe,
+    start_scales: Mapping[str, Tensor] | None = None,
+) -> Pair:
+    """Put the quantized graph of a recipe under the plain student of a pair."""
+    _prepare(setting, student, recipe, pair.compute, start_scales)
     return replace(pair, quantized=quantized_specs(student))
 
 

@@ -10,7 +10,9 @@ Each stage is a function whose result the next ones take:
 2. :mod:`qatc.quantize.pair`: teacher and student;
 3. :mod:`qatc.quantize.forecast`: what is ahead;
 4. :mod:`qatc.quantize.stages`: corpus, baselines, training, figures;
-   between baselines and training :mod:`qatc.quantize.post_training`: methods without training;
+   before baselines :mod:`qatc.quantize.bit_budget`: bits of single weights, if they are to be
+   chosen; between baselines and training :mod:`qatc.quantize.post_training`: methods without
+   training;
 5. :mod:`qatc.quantize.writing`: the output, verified.
 """
 
@@ -28,6 +30,7 @@ from qatc.evaluation.metrics import Metrics
 from qatc.machine.device import device_name
 from qatc.progress import Observer
 from qatc.ptq.method import parse_method
+from qatc.quantize.bit_budget import choose_weight_bits, chosen
 from qatc.quantize.forecast import forecast
 from qatc.quantize.given import Given, Setting, read_given, require_known_tokens
 from qatc.quantize.pair import Pair, load_models, make_pair, round_unquantized
@@ -81,7 +84,8 @@ def quantize(config: QuantizeConfig, observer: Observer | None = None) -> Quanti
         if not is_complete(config.data_directory):
             corpus_lock.enter_context(corpus_place(config.data_directory, config.model))
         setting = Setting.of(config, observer or Observer())
-        trained = _trained(setting, corpus_lock)  # the models are gone with its frame
+        # The models are gone with its frame.
+        setting, trained = _trained(setting, corpus_lock)
         with _kept(setting):
             setting.observer.stage(f"Writing {config.output}")
             write(setting, trained)
@@ -89,8 +93,11 @@ def quantize(config: QuantizeConfig, observer: Observer | None = None) -> Quanti
         return QuantizeResult(config.output, config.data_directory, trained.figures)
 
 
-def _trained(setting: Setting, corpus_lock: ExitStack) -> Trained:
-    """All stages up to the trained model; ``corpus_lock`` is held until the corpus is complete."""
+def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Trained]:
+    """All stages up to the trained model, and the run with all that it has chosen by then.
+
+    ``corpus_lock`` is held until the corpus is complete.
+    """
     config, observer = setting.config, setting.observer
     observer.stage(f"Loading {config.model}")
     given = read_given(setting)
@@ -109,6 +116,8 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> Trained:
     _begin(setting, given, pair, inputs, corpus)
     rows, held_out = split(corpus, config)
     texts = {corpus.held_out_name: held_out, **given.texts}
+    setting, pair = choose_weight_bits(setting, pair, rows)
+    config = setting.config
     center(setting, pair, rows)
     baselines = measure_baselines(setting, pair, texts)
     method = parse_method(config.method)
@@ -128,7 +137,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> Trained:
         figures = measure_student(setting, pair, texts, baselines, name, file)
         metadata = _metadata(setting, pair, corpus, rows, training, figures)
         output, masters = take_output(setting, pair, metadata)
-    return Trained(output, masters, given.tokenizer, figures, training)
+    return setting, Trained(output, masters, given.tokenizer, figures, training)
 
 
 def _begin(
@@ -153,6 +162,7 @@ def _metadata(
     """What ``qatc.json`` says of the run."""
     return {
         **provenance(setting.config, corpus, recorded_inputs(setting.config)),
+        **chosen(setting.config),
         "compute_dtype": str(pair.compute).removeprefix("torch."),
         "integer_forward": pair.integer_forward,
         "device": device_name(setting.device),

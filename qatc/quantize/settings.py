@@ -15,6 +15,7 @@ from qatc.errors import CheckpointError, ConfigError
 from qatc.machine.device import DType, check_dtype
 from qatc.ptq.method import parse_method
 from qatc.recipe.recipe import Recipe
+from qatc.sensitivity.budget import check_budget
 from qatc.storage.directories import refuse_overlap
 from qatc.training.distill import TrainingConfig
 from qatc.training.objective import parse_loss
@@ -33,6 +34,8 @@ class QuantizeConfig:
         generation: how the corpus is generated, unless ``data`` has one already.
         training: how the student is trained.
         method: how the model gets to its codes, see :func:`qatc.ptq.method.parse_method`.
+        budget: bits of a quantized weight on average, at most: those of each are chosen so that
+            little is lost, see :mod:`qatc.sensitivity.budget`; ``None`` for those of the recipe.
         calibration_rows: rows of the corpus that post-training methods look at, at most.
         loss_on: which tokens of the corpus the loss counts: ``all``, or those of ``answers``, which
             a corpus of conversations knows; ``None``: of conversations the answers, else all.
@@ -62,6 +65,7 @@ class QuantizeConfig:
     generation: CorpusConfig = field(default_factory=CorpusConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     method: str = "qat"
+    budget: float | None = None
     calibration_rows: int = 128
     loss_on: LossOn | None = None
     data: Path | None = None
@@ -87,6 +91,8 @@ class QuantizeConfig:
             raise ConfigError(f"calibration_rows must be at least 1; got {self.calibration_rows}")
         if self.loss_on not in (None, *get_args(LossOn)):
             raise ConfigError(f"loss_on must be answers or all; got {self.loss_on!r}")
+        if self.budget is not None:
+            check_budget(self.budget, self.recipe)
         method = parse_method(self.method)
         terms = [term.name for term in parse_loss(self.training.loss)]
         if "rotate" in method.steps and method.trains and "hidden" in terms:
@@ -144,6 +150,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "model": config.model,
         "recipe": config.recipe.to_dict(),
         "method": config.method,
+        "budget": config.budget,
         "calibration-rows": config.calibration_rows,
         "data": config.data,
         "samples": generation.sequences,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qatc.errors import ConfigError
+from qatc.recipe.exceptions import Exceptions
 from qatc.recipe.spec import FLOAT_BITS, QuantSpec
 from qatc.recipe.targets import find_target
+from qatc.recipe.weight_bits import WeightBits, check_weight_bits, first_match
 from qatc.storage.files import read_yaml
 
 KVSite = Literal["cache", "projection"]
@@ -53,6 +55,10 @@ class Recipe:
             projections, one scale per token over all heads, as in the paper's code.
         skip: patterns (``fnmatch``) of parameter names, such as ``*.layers.0.*``, whose linear
             layers stay in full precision, weights and inputs alike.
+        weight_bits: weights of layers with other bits than ``weights``, as pairs of a pattern
+            (``fnmatch``) of parameter names and bits; the first that matches holds. 16 bits leave a
+            linear layer in full precision, as ``skip`` does, which goes before it. In YAML a
+            mapping, in order.
         head: the weight of the output head, one scale per token of the vocabulary; its input is
             quantized like that of every linear. 16 bits, as in the paper, by default.
         embedding: the table of the token embedding, one scale per token of the vocabulary. If
@@ -76,6 +82,7 @@ class Recipe:
     kv: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
     kv_site: KVSite = "cache"
     skip: tuple[str, ...] = DEFAULT_SKIP
+    weight_bits: WeightBits = ()
     head: QuantSpec = field(default_factory=_unquantized)
     embedding: QuantSpec = field(default_factory=_unquantized)
     center_keys: bool = False
@@ -152,6 +159,12 @@ class Recipe:
                 f"the target {self.target} rotates no inputs of linear layers at run time; leave"
                 " rotate_inputs out, or train for the target qatc"
             )
+        check_weight_bits(self.weight_bits)
+        if self.weight_bits and not self.weights.quantizes:
+            raise ConfigError(
+                "weight_bits are exceptions from the bits of weights, and those are 16, for not"
+                " quantized; give weights fewer bits, and weight_bits 16 where none are wanted"
+            )
 
     @classmethod
     def from_bits(
@@ -218,8 +231,12 @@ class Recipe:
 
     @property
     def bits(self) -> str:
-        """The ``"W-A-KV"`` spelling of the bits."""
-        return f"{self.weights.bits}-{self.activations.bits}-{self.kv.bits}"
+        """The ``"W-A-KV"`` spelling of the bits; W is ``mixed`` where weights have several."""
+        return self.bits_spelled("mixed" if self.weight_bits else f"{self.weights.bits}")
+
+    def bits_spelled(self, weights: str) -> str:
+        """The same with ``weights`` in the place of W."""
+        return f"{weights}-{self.activations.bits}-{self.kv.bits}"
 
     @property
     def quantizes(self) -> bool:
@@ -228,7 +245,30 @@ class Recipe:
 
     def skips(self, parameter_name: str) -> bool:
         """Whether the parameter of this (full) name stays in full precision."""
-        return any(fnmatchcase(parameter_name, pattern) for pattern in self.skip)
+        if any(fnmatchcase(parameter_name, pattern) for pattern in self.skip):
+            return True
+        return first_match(self.weight_bits, parameter_name) == FLOAT_BITS
+
+    def weights_of(self, parameter_name: str) -> QuantSpec:
+        """How the weight of this (full) name is quantized in a layer that does not skip it."""
+        bits = first_match(self.weight_bits, parameter_name)
+        return self.weights if bits is None else dataclasses.replace(self.weights, bits=bits)
+
+    def exceptions(self, layer: str, parameters: Iterable[str]) -> Exceptions:
+        """What it says of single parameters of a layer.
+
+        Args:
+            layer: its full name.
+            parameters: their names, relative to it.
+        """
+        full = {name: f"{layer}.{name}" if layer else name for name in parameters}
+        skip = tuple(name for name in full if self.skips(full[name]))
+        bits = ((name, self.weights_of(full[name]).bits) for name in full if name not in skip)
+        return Exceptions(
+            skip,
+            tuple((name, own) for name, own in bits if own != self.weights.bits),
+            tuple(name for name in full if self.rotates(full[name])),
+        )
 
     def rotates(self, parameter_name: str) -> bool:
         """Whether the linear of this (full) weight name reads its input through a rotation."""
@@ -238,14 +278,17 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and dictionaries.
 
-        Rotated inputs are there if there are some, so that older versions read all others.
+        Bits of single weights and rotated inputs are there if there are some, so that older
+        versions read all others.
         """
         plain = dataclasses.asdict(self)
         plain["skip"] = list(self.skip)
-        plain["rotate_inputs"] = list(self.rotate_inputs)
-        if not self.rotate_inputs:
-            del plain["rotate_inputs"]
-        return plain
+        later = {
+            "weight_bits": dict(self.weight_bits),
+            "rotate_inputs": list(self.rotate_inputs),
+        }
+        plain = {name: value for name, value in plain.items() if name not in later}
+        return plain | {name: value for name, value in later.items() if value}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
@@ -261,6 +304,8 @@ class Recipe:
         for key in ("skip", "rotate_inputs"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
+        if isinstance(values.get("weight_bits"), Mapping):
+            values["weight_bits"] = tuple(values["weight_bits"].items())
         return cls(**values)
 
     def to_yaml(self) -> str:

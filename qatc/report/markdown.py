@@ -11,6 +11,7 @@ from qatc.data.config import CHAT
 from qatc.data.corpus import TEXT
 from qatc.evaluation.checks import Check
 from qatc.evaluation.metrics import Metrics
+from qatc.recipe.recipe import Recipe
 from qatc.report.tables import (
     check_rows,
     corpus_text,
@@ -33,7 +34,7 @@ def write_report(
 ) -> None:
     """Write ``report.md`` and the loss plot into ``directory``."""
     recipe, data = metadata["run"]["recipe"], metadata["data"]
-    bits = "-".join(str(recipe[key]["bits"]) for key in ("weights", "activations", "kv"))
+    bits = Recipe.from_dict(recipe).bits
     sections = [
         f"# {metadata['model']} at {bits}",
         "Bits are those of weights, activations and KV cache. RTN is the same model rounded to"
@@ -48,6 +49,7 @@ def write_report(
         _table(
             [
                 *recipe_rows(recipe, "`"),
+                *_budget_rows(metadata.get("budget")),
                 ["corpus", f"`{data['fingerprint'][:16]}`, {corpus_text(data)}"],
                 *([name, version] for name, version in metadata["versions"].items()),
             ]
@@ -73,6 +75,14 @@ def _held_out(strategy: str) -> str:
         "Perplexity on `generated` is that of held-out sequences which the full-precision model"
         " wrote itself."
     )
+
+
+def _budget_rows(budget: Mapping[str, Any] | None) -> list[list[str]]:
+    """What was chosen for a budget of bits, if there was one."""
+    if budget is None:
+        return []
+    chosen = f"{budget['average']:.4g} bits, chosen for a budget of {budget['budget']:g}"
+    return [["weights on average", chosen]]
 
 
 def _written(figures: Mapping[str, Mapping[str, Metrics]]) -> str:

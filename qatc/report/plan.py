@@ -89,6 +89,7 @@ class Plan:
         operations: MACs x weight bits x activation bits of one forward pass over
             ``PAPER_LENGTH`` tokens (LLM-QAT, arXiv 2305.17888, table 1): before, after. Attention
             products count activation bits (16) times KV bits; what is not quantized counts 16.
+        weight_bits: bits of a quantized weight of a layer, on average.
     """
 
     model: str
@@ -100,6 +101,7 @@ class Plan:
     ends_gb: tuple[float, float]
     kv_bytes_per_token: tuple[float, float]
     operations: tuple[float, float]
+    weight_bits: float
     training: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +140,7 @@ def inspect_model(name: str, recipe: Recipe, *, trust_remote_code: bool = False)
         ends_gb=ends_gb,
         kv_bytes_per_token=_kv_bytes(groups, recipe, width),
         operations=_operations(model, groups, recipe, quantized),
+        weight_bits=_mean_bits(model, groups, quantized),
         training=_training(recipe),
     )
 
@@ -220,8 +223,8 @@ def _skipped(
         if name in quantized:
             continue
         if recipe.skips(name):
-            pattern = next(p for p in recipe.skip if Recipe(skip=(p,)).skips(name))
-            reasons[name] = f"matches --skip {pattern}"
+            pattern = next((p for p in recipe.skip if Recipe(skip=(p,)).skips(name)), None)
+            reasons[name] = f"matches --skip {pattern}" if pattern else "weight_bits are 16"
         elif name in routers:
             reasons[name] = "the router of a mixture of experts"
         elif is_convolution(owner_of(model, name)):
@@ -280,6 +283,19 @@ def _stored_bytes(weight: Tensor, spec: QuantSpec | None, width: int) -> float:
     return weight.numel() * (4 if spec.bits <= 4 else 8) / 8 + rows * groups * width
 
 
+def _mean_bits(
+    model: nn.Module,
+    groups: dict[int, tuple[Template, list[str]]],
+    quantized: Mapping[str, QuantSpec],
+) -> float:
+    """Bits of the quantized weights of layers, on average over their numbers."""
+    layers = [f"{layer}." for _, names in groups.values() for layer in names]
+    own = {n: spec for n, spec in quantized.items() if n.startswith(tuple(layers))}
+    numbers = {name: model.get_parameter(name).numel() for name in own}
+    bits = sum(own[name].bits * numbers[name] for name in own)
+    return bits / sum(numbers.values()) if own else FLOAT_BITS
+
+
 def _kv_bytes(
     groups: dict[int, tuple[Template, list[str]]], recipe: Recipe, width: int
 ) -> tuple[float, float]:
@@ -303,7 +319,7 @@ def _operations(
     model: nn.Module,
     groups: dict[int, tuple[Template, list[str]]],
     recipe: Recipe,
-    quantized: Collection[str],
+    quantized: Mapping[str, QuantSpec],
 ) -> tuple[float, float]:
     before = after = 0.0
     for template, layers in groups.values():
@@ -312,7 +328,7 @@ def _operations(
             macs = len(layers) * rows * columns * PAPER_LENGTH
             name = f"{layers[0]}.{linear.parameter}"
             before += macs * 16 * 16
-            weight_bits = recipe.weights.bits if name in quantized else 16
+            weight_bits = quantized[name].bits if name in quantized else FLOAT_BITS
             input_bits = recipe.activations.bits if is_fake_quantize(linear.input) else 16
             after += macs * weight_bits * input_bits
         for attention in find_attentions(template.graph_module):

@@ -12,8 +12,11 @@ from qatc.evaluation.evaluate import TaskComparison
 from qatc.evaluation.metrics import Metrics, recovery
 from qatc.evaluation.pairing import Pairing
 from qatc.evaluation.tasks import TaskScore
+from qatc.recipe.recipe import Recipe
+from qatc.recipe.weight_bits import describe
 from qatc.report.contents import CorpusContents, OutputContents
 from qatc.report.usage import KernelUse, Memory
+from qatc.sensitivity.overview import Sensitivity
 
 Rows = list[list[str]]
 
@@ -86,9 +89,11 @@ def recipe_rows(recipe: Mapping[str, Any], code: str = "") -> Rows:
     """
     rotated = recipe.get("rotate_inputs", ())
     kv_row = {"cache": "token and head", "projection": "token"}[recipe["kv_site"]]
+    others = describe(recipe.get("weight_bits", {}).items(), code)
     return [
         ["setting", "value"],
         ["weights", _spec_text(recipe["weights"], "output channel")],
+        *([["weights of other bits", others]] if others else []),
         ["activations", _spec_text(recipe["activations"], "token")],
         ["KV cache", _spec_text(recipe["kv"], kv_row)],
         ["output head", _spec_text(recipe["head"], "token of the vocabulary")],
@@ -110,6 +115,38 @@ def _spec_text(spec: Mapping[str, Any], row: str) -> str:
     group = f"{spec['group_size']} values" if spec["group_size"] else row
     learned = ", learned" if spec.get("clip") == "learned" else ""
     return f"{spec['bits']} bits, one scale per {group}, {spec['range']} range{learned}"
+
+
+def sensitivity_rows(found: Sensitivity, recipe: Recipe) -> list[Rows]:
+    """What each part of a recipe costs, each decoder layer, and each kind of linear: a table each.
+
+    A share is that of the sum of its table, which need not be what all of it together costs.
+    """
+    specs = {"weights": recipe.weights, "activations": recipe.activations}
+    specs |= {"keys": recipe.kv, "values": recipe.kv}
+    specs |= {"head": recipe.head, "embedding": recipe.embedding}
+    bits = {name: str(spec.bits) for name, spec in specs.items()}
+    if recipe.weight_bits:
+        bits["weights"] = "mixed"
+    parts = {name: kl for name, kl in found.parts.items() if name in bits}
+    first = [["only these are quantized", "bits", "KL", "share"]]
+    first += [[name, bits[name], *_shared(kl, parts)] for name, kl in parts.items()]
+    first.append(["everything", found.bits, f"{found.parts['everything']:.4g}", ""])
+    return [
+        first,
+        *(
+            [[title, "KL", "share"], *([name, *_shared(kl, own)] for name, kl in own.items())]
+            for title, own in (
+                ("only the weights of this layer", found.layers),
+                ("only the weights of these linears", found.kinds),
+            )
+            if own
+        ),
+    ]
+
+
+def _shared(kl: float, others: Mapping[str, float]) -> list[str]:
+    return [f"{kl:.4g}", f"{kl / (sum(others.values()) or 1):.1%}"]
 
 
 def output_rows(found: OutputContents) -> Rows:

@@ -32,6 +32,7 @@ from qatc.passes import (
     LowerToTorchao,
     Pipeline,
 )
+from qatc.recipe.exceptions import NONE, Exceptions
 from qatc.recipe.recipe import Recipe
 from qatc.runtime.cache import PackedLayer, packed_layer, round_up
 
@@ -77,9 +78,8 @@ class Runtime:
     def _store(self, cache: InsertKVCache | None) -> TemplateStore:
         def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
             lowering_pipeline(
-                self.recipe, owner.skip, self.device, cache, _linears(owner), self.kernels,
-                owner.rotate,
-            )(gm)  # fmt: skip
+                self.recipe, owner.own, self.device, cache, _linears(owner), self.kernels
+            )(gm)
 
         return TemplateStore(transform, compile=inductor if self.compile else None)
 
@@ -89,12 +89,11 @@ class Runtime:
 
 def lowering_pipeline(
     recipe: Recipe,
-    skip: tuple[str, ...] = (),
+    own: Exceptions = NONE,
     device: str = "cpu",
     cache: InsertKVCache | None = None,
     linears: bool = True,
     kernels: Kernels = "auto",
-    rotated: tuple[str, ...] = (),
 ) -> Pipeline:
     """The passes that turn a captured layer into one on integer kernels.
 
@@ -102,15 +101,14 @@ def lowering_pipeline(
 
     Args:
         recipe: what the model was trained with.
-        skip: patterns of parameter names, relative to the layer, that stay in full precision.
+        own: what the recipe says of single parameters of the layer.
         device: type of the device.
         cache: the pass that puts a KV cache under attention; ``None`` to score without one.
         linears: whether the layer has linears that are not skipped.
         kernels: which are preferred, see :func:`qatc.kernels.table.choose`.
-        rotated: names of weights, relative as well, whose linears read a rotated input.
     """
     integers = recipe_allows_integers(recipe)
-    passes: list[Any] = list(training_pipeline(recipe, skip, linears, integers, rotated).passes)
+    passes: list[Any] = list(training_pipeline(recipe, own, linears, integers).passes)
     lowering: list[GraphPass] = []
     if linears and recipe.weights.quantizes:
         lower = LowerToTorchao if kernels == "torchao" else LowerLinear
@@ -128,7 +126,7 @@ def lowered_embedding_pipeline(recipe: Recipe) -> Pipeline:
 def _linears(owner: TemplateForward) -> bool:
     assert isinstance(owner, LoweredForward)
     weights = [n for n, p in owner.prototype.named_parameters() if p.dim() == 2]
-    return any(not matches(name, owner.skip) for name in weights)
+    return any(not matches(name, owner.own.skip) for name in weights)
 
 
 class LoweredForward(TemplateForward):
@@ -143,12 +141,11 @@ class LoweredForward(TemplateForward):
         module: nn.Module,
         name: str,
         runtime: Runtime,
-        skip: tuple[str, ...],
         number: int,
         store: TemplateStore | None = None,
-        rotate: tuple[str, ...] = (),
+        own: Exceptions = NONE,
     ) -> None:
-        super().__init__(module, name, store or runtime.scoring, skip, rotate)
+        super().__init__(module, name, store or runtime.scoring, own)
         self.runtime, self.number = runtime, number
         self.prototype = copy.deepcopy(module).eval()
         self._own_structure = super().structure()
@@ -254,7 +251,7 @@ class LoweredEnd(LoweredForward):
 
     def __init__(self, end: End, runtime: Runtime) -> None:
         store: TemplateStore = getattr(runtime, end.role)
-        super().__init__(end.module, end.name, runtime, (), 0, store)
+        super().__init__(end.module, end.name, runtime, 0, store)
         self.end = end
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from qatc.errors import CheckpointError, ConfigError
 from qatc.graph.templates import dry_run
 from qatc.kernels.site import Kernels
 from qatc.machine.device import pick_device
-from qatc.models import chosen_names, find_regions
+from qatc.models import find_regions
 from qatc.models.building import build_model
 from qatc.models.preparation import can_compile
 from qatc.models.scales import is_gain, of_attention
@@ -92,8 +92,8 @@ def load(
     runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile, kernels)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
-        skip, rotate = chosen_names(region, name, recipe.skips, recipe.rotates)
-        forwards.append(LoweredForward(region, name, runtime, skip, number, rotate=rotate))
+        apart = recipe.exceptions(name, dict(region.named_parameters()))
+        forwards.append(LoweredForward(region, name, runtime, number, own=apart))
     ends = quantized_ends(model, recipe)
     at_ends = [LoweredEnd(end, runtime) for end in ends]
     _fill(model, output, device, ends if are_tied(ends) else [])

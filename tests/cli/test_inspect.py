@@ -120,6 +120,27 @@ def test_options_that_say_nothing_of_it(
     refused(f"is a corpus; {named}", corpus, *options)
 
 
+def test_the_sensitivity_of_a_model(shared_model_path: Path, corpus: Path) -> None:
+    options = ["--bits", "4-8-3", "--sensitivity"]
+    found = json.loads(inspect(shared_model_path, *options, "--data", corpus, "--json").stdout)
+    assert found["bits"] == "4-8-3" and 0 < found["tokens"] <= 6 * 12
+    assert [*found["parts"]] == ["weights", "activations", "keys", "values", "everything"]
+    assert [*found["layers"]] == ["model.layers.0", "model.layers.1"] and len(found["kinds"]) == 7
+    figures = [*found["parts"].values(), *found["layers"].values(), *found["kinds"].values()]
+    assert min(figures) > 0
+    shown = " ".join(inspect(shared_model_path, *options, "--rows", "1").stdout.split())
+    assert "only these are quantized bits KL share" in shown and " activations 8 0." in shown
+    assert "model.layers.1 " in shown and "mlp.down_proj " in shown
+    assert "KL to full precision in nats per token, on " in shown
+
+
+def test_sensitivity_of_what_has_none(output: Path, shared_model_path: Path, corpus: Path) -> None:
+    refused("leave out --sensitivity", output, "--sensitivity")
+    refused("leave out --sensitivity, --data", corpus, "--sensitivity", "--data", corpus)
+    refused("give --sensitivity as well", shared_model_path, "--rows", "3")
+    refused("at least 1 row; got 0", shared_model_path, "--sensitivity", "--rows", "0")
+
+
 def test_what_is_none_of_these(output: Path, tmp_path: Path) -> None:
     refused(f"is a file; give its directory, {output}", output / "qatc.json")
     text = tmp_path / "text.txt"

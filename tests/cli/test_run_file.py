@@ -66,6 +66,7 @@ def config_of(tmp_path: Path) -> QuantizeConfig:
             loss="label+2*hidden:decay",
         ),
         loss_on="all",
+        budget=2.5,
         data=tmp_path / "corpus",
         eval_text=tmp_path / "text.txt",
         eval_sequences=5,
@@ -105,6 +106,17 @@ def test_the_command_line_wins(asked: list[QuantizeConfig], tmp_path: Path) -> N
     (config,) = asked
     assert (config.training.steps, config.training.batch_size, config.compile) == (9, 3, True)
     assert config.model == "some/model" and config.recipe.bits == "4-8-8"
+
+
+def test_an_output_of_a_budget_is_named_after_it(
+    asked: list[QuantizeConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("--model", "some/model", "--bits", "4-8-8", "--budget", "4.50").exit_code == 2
+    (config,) = asked
+    assert config.output == Path("model-4.5-8-8") and config.budget == 4.5
+    refused = run("--model", "some/model", "--budget", "9")
+    assert refused.exit_code == 2 and "2 to 8, such as 4.5; got 9.0" in refused.stderr
 
 
 def test_what_no_options_can_say(tmp_path: Path) -> None:

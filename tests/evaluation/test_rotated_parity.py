@@ -16,6 +16,7 @@ from qatc.models.pipelines import training_pipeline
 from qatc.numerics.hadamard import HADAMARD, cosine_transform
 from qatc.passes import Pipeline
 from qatc.ptq import rotate, rotate_inputs
+from qatc.recipe.exceptions import Exceptions
 from qatc.recipe.recipe import Recipe
 from qatc.runtime import forward, operators, program
 from qatc.runtime.forward import runtime_of
@@ -67,8 +68,8 @@ def test_some_layers_alone(tmp_path: Path) -> None:
 
 
 def test_a_missing_rotation(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without(recipe: Recipe, skip: Any, linears: bool, integers: bool, rotated: Any) -> Pipeline:
-        return training_pipeline(recipe, skip, linears, integers)
+    def without(recipe: Recipe, own: Exceptions, *others: Any) -> Pipeline:
+        return training_pipeline(recipe, dataclasses.replace(own, rotated=()), *others)
 
     monkeypatch.setattr(forward, "training_pipeline", without)
     with pytest.raises(ParityError, match=WHERE):

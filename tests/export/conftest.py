@@ -20,6 +20,7 @@ RECIPES = {
     "8-8-16": Recipe.from_bits("8-8-16"),
     "4-8-4": Recipe.from_bits("4-8-4"),
     "3-8-16": Recipe.from_bits("3-8-16", skip=("*lm_head*", "*embed*", "*o_proj*")),
+    "mixed": Recipe.from_bits("4-8-4", weight_bits=(("*.0.*v_proj*", 6), ("*.1.mlp.*", 3))),
     "8-16-16": Recipe.from_bits("8-16-16"),
     "groups": Recipe.from_bits("4-16-16", group_size=16),
     "ends": Recipe.from_bits("4-8-16", head_bits=4, embedding_bits=4),

@@ -15,8 +15,9 @@ from transformers import DynamicCache
 
 from qatc.errors import CaptureError
 from qatc.graph.template_forward import TemplateForward
-from qatc.graph.templates import GRAPHS_PER_MODULE
+from qatc.graph.templates import GRAPHS_PER_MODULE, TemplateStore
 from qatc.models.preparation import prepare, prepared_state, quantized_parameters, restore
+from qatc.recipe.exceptions import Exceptions
 from tests.conftest import make_small
 from tests.graph.conftest import FLOAT, QUANTIZED, Factor, gradients, logits, tokens
 
@@ -38,6 +39,29 @@ def test_a_forward_of_its_own_comes_back() -> None:
     assert torch.equal(logits(model, ids), wanted)
     restore(model)
     assert layer.forward is doubled and torch.equal(logits(model, ids), wanted)
+
+
+class Adapted(nn.Module):
+    """A linear below an adapter."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer, self.adapter = base, nn.Linear(4, 4)
+
+
+def test_bits_stay_with_a_weight_that_moves() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    own = Exceptions(bits=(("0.weight", 6),), rotated=("1.weight",))
+    forward = TemplateForward(module, "", TemplateStore(lambda gm, owner: None), own)
+    before = forward.structure()
+    assert before == forward.structure() and forward.present() == own
+    plain = TemplateForward(module, "", forward.store)
+    assert plain.structure() != before and plain.present() == Exceptions()
+    module[0], module[1] = Adapted(module[0]), Adapted(module[1])
+    found = forward.present()
+    assert found.bits == (("0.base_layer.weight", 6),)
+    assert found.rotated == ("1.base_layer.weight",)
+    assert [name for name in found.skip if "adapter" in name]
 
 
 def test_restoring_the_original_leaves_a_deep_copy_prepared() -> None:

@@ -74,7 +74,12 @@ def test_a_pipeline_runs_in_order_and_keeps_a_record(llama_layer: Any) -> None:
     spec |= {"rounding": "division", "clip": "none"}
     assert others == [
         PassRecord("QuantizeLinearInputs", {"spec": spec, "skip": ()}, 4, 4),
-        PassRecord("QuantizeWeights", {"spec": spec | {"bits": 4}, "skip": ("mlp.*",)}, 4, 4),
+        PassRecord(
+            "QuantizeWeights",
+            {"spec": spec | {"bits": 4}, "skip": ("mlp.*",), "other_bits": ()},
+            4,
+            4,
+        ),
     ]
     assert not pipeline(gm).modified
 

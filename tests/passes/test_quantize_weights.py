@@ -53,6 +53,15 @@ def test_a_weight_that_is_used_twice_is_quantized_once(plain: Any) -> None:
     )
 
 
+def test_weights_may_have_bits_of_their_own(llama_layer: Any) -> None:
+    spec = QuantSpec(4, 16, range="full")
+    others = (("mlp.up_proj.weight", 7), ("self_attn.q_proj.weight", 2))
+    edited = check_pass(QuantizeWeights(spec, (), others), llama_layer.graph, before={}, after={})
+    assert weight_sites(edited) == {
+        name: QuantSpec(dict(others).get(name, 4), 16, range="full") for name in LINEARS
+    }
+
+
 def test_skipped_weights_are_left_alone(llama_layer: Any) -> None:
     edited = check_pass(
         QuantizeWeights(skip=("mlp.*", "*.o_proj.weight")),
@@ -96,4 +105,4 @@ def test_graphs_with_attribute_parameters_work(plain: Any) -> None:
     assert isinstance(gm, torch.fx.GraphModule)
     Canonicalize()(gm)
     QuantizeWeights(skip=("2.*",))(gm)
-    assert weight_sites(gm) == ["0.weight"]
+    assert [*weight_sites(gm)] == ["0.weight"]

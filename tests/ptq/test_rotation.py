@@ -13,7 +13,7 @@ from torch import Tensor
 from qatc.errors import ConfigError
 from qatc.graph.template_forward import TemplateForward
 from qatc.graph.templates import TemplateStore
-from qatc.models.regions import chosen_names, find_regions
+from qatc.models.regions import find_regions
 from qatc.numerics.hadamard import hadamard
 from qatc.passes import Canonicalize, RotateLinearInputs
 from qatc.ptq import gptq, rotate, rotate_inputs
@@ -117,12 +117,14 @@ def rotated_logits(model: Any, recipe: Recipe) -> Tensor:
 
     def transform(gm: Any, owner: TemplateForward) -> None:
         Canonicalize()(gm)
-        if owner.rotated():
-            RotateLinearInputs(owner.rotated())(gm)
+        if rotated := owner.present().rotated:
+            RotateLinearInputs(rotated)(gm)
 
-    store, choices = TemplateStore(transform), (recipe.skips, recipe.rotates)
+    store = TemplateStore(transform)
     forwards = [
-        TemplateForward(region, name, store, *chosen_names(region, name, *choices))
+        TemplateForward(
+            region, name, store, recipe.exceptions(name, dict(region.named_parameters()))
+        )
         for name, region in find_regions(model)
     ]
     for forward in forwards:

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qatc.errors import ConfigError
+from qatc.recipe.exceptions import Exceptions
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import VALID_BITS, QuantSpec
+from qatc.recipe.weight_bits import describe
 
 bits = st.sampled_from(VALID_BITS)
 specs = st.builds(
@@ -21,7 +23,9 @@ specs = st.builds(
     group_size=st.none() | st.integers(min_value=1),
     range=st.sampled_from(["restricted", "full"]),
 )
-recipes = st.builds(
+quantizing = specs.filter(lambda spec: spec.quantizes)
+others = st.dictionaries(st.text(), bits).map(lambda found: tuple(found.items()))
+recipes = st.builds(Recipe, weights=quantizing, weight_bits=others) | st.builds(
     Recipe,
     weights=specs,
     activations=specs,
@@ -129,6 +133,64 @@ def test_skips_by_pattern(name: str, skipped: bool) -> None:
     recipe = Recipe()
     recipe = dataclasses.replace(recipe, skip=(*recipe.skip, "*.layers.0.*"))
     assert recipe.skips(name) is skipped
+
+
+def test_the_first_pattern_that_matches_gives_a_weight_its_bits() -> None:
+    recipe = Recipe(
+        weights=QuantSpec(4, group_size=32, range="signed"),
+        weight_bits=(("*.0.*.v_proj.*", 16), ("*.v_proj.*", 6), ("*.0.*", 3), ("*.1.*", 4)),
+    )
+    assert recipe.bits == "mixed-8-4"
+    assert recipe.weights_of("h.1.attn.v_proj.weight") == QuantSpec(6, 32, "signed")
+    assert recipe.weights_of("h.0.attn.k_proj.weight").bits == 3
+    assert recipe.weights_of("h.10.attn.k_proj.weight") == recipe.weights
+    assert recipe.skips("h.0.attn.v_proj.weight") and not recipe.skips("h.1.attn.v_proj.weight")
+    names = ["attn.v_proj.weight", "attn.k_proj.weight", "lm_head.weight"]
+    assert recipe.exceptions("h.0", names) == Exceptions(
+        ("attn.v_proj.weight", "lm_head.weight"), (("attn.k_proj.weight", 3),)
+    )
+    assert recipe.exceptions("h.1", names) == Exceptions(
+        ("lm_head.weight",), (("attn.v_proj.weight", 6),)
+    )
+    rotated = dataclasses.replace(recipe, rotate_inputs=("*_proj.weight",))
+    assert rotated.exceptions("h.0", names).rotated == ("attn.k_proj.weight",)
+
+
+def test_weight_bits_are_an_ordered_mapping_in_a_file(tmp_path: Path) -> None:
+    text = "weights: {bits: 4}\nweight_bits:\n  '*.z.*': 8\n  '*.a.*': 3\n  '*': 5\n"
+    recipe = Recipe.from_yaml(write(tmp_path / "recipe.yaml", text))
+    assert recipe.weight_bits == (("*.z.*", 8), ("*.a.*", 3), ("*", 5))
+    assert Recipe.from_yaml(write(tmp_path / "again.yaml", recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"weight_bits": {"*.0.*": 9}}, "weight_bits of '*.0.*' must be 2 to 8, or 16 for not"),
+        ({"weight_bits": {"*.0.*": True}}, "got True"),
+        ({"weight_bits": ["*.0.*"]}, "in YAML a mapping, such as {'*.v_proj.weight': 6}"),
+        ({"weight_bits": {3: 4}}, "got ((3, 4),)"),
+        ({"weight_bits": None}, "got None"),
+        ({"weights": {"bits": 16}, "weight_bits": {"*": 4}}, "give weights fewer bits"),
+    ],
+)
+def test_bad_weight_bits_are_quoted(plain: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Recipe.from_dict(plain)
+    assert message in str(raised.value)
+
+
+def test_a_pattern_of_weight_bits_stands_once() -> None:
+    with pytest.raises(ConfigError, match="the pattern 'a' twice"):
+        Recipe(weight_bits=(("a", 3), ("b", 4), ("a", 5)))
+
+
+def test_many_weight_bits_are_counted_and_few_named() -> None:
+    few = (("*.v_proj.*", 6), ("*.0.*", 16))
+    assert describe(few, "`") == "`*.v_proj.*`: 6 bits, `*.0.*`: full precision"
+    many = [(str(number), 3 if number % 3 else 16) for number in range(9)]
+    assert describe(many) == "6 with 3 bits, 3 in full precision"
+    assert describe([]) == ""
 
 
 def test_skips_nothing_without_patterns() -> None:
