@@ -7,9 +7,8 @@
 Every ``--row`` is ``[PRESET:]METHOD`` of ``qatc quantize``, calibrated on the first rows of one
 corpus that the model has written; every ``--trained`` is an output that is there already, called by
 the name of its directory. Each is then measured by ``qatc evaluate`` beside the model in full
-precision: perplexity and KL on the first tokens of each text, in rows of ``--length``. A text is a
-plain one, or JSON lines with a field ``text``. Rows that ``results/methods-NAME.json`` has are
-measured anew, others stay.
+precision: perplexity and KL on the first tokens of each text, in rows of ``--length``. Rows that
+``results/methods-NAME.json`` has are measured anew, others stay.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def main() -> None:
     rows: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
     size = ["--length", str(arguments.length), "--max-tokens", str(arguments.max_tokens)]
     with tempfile.TemporaryDirectory(prefix="qatc-methods-") as scratch:
-        texts = {n: plain_text(Path(f), Path(scratch) / n) for n, f in map(split, arguments.text)}
+        texts = dict(map(split, arguments.text))
 
         def measure(row: str, output: str, teacher: tuple[str, ...]) -> None:
             rows[row] = {n: evaluate(output, text, [*size, *teacher]) for n, text in texts.items()}
@@ -71,15 +70,6 @@ def split(text: str) -> tuple[str, str]:
     """``NAME=FILE``."""
     name, _, file = text.partition("=")
     return name, file
-
-
-def plain_text(source: Path, target: Path) -> str:
-    """The path of a text file: the source, or one with the texts of its lines."""
-    if source.suffix != ".jsonl":
-        return str(source)
-    lines = source.read_text(encoding="utf-8").splitlines()
-    target.write_text("\n\n".join(json.loads(line)["text"] for line in lines), encoding="utf-8")
-    return str(target)
 
 
 def quantize(row: str, model: str, output: str, arguments: argparse.Namespace) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from qatc.data.corpus import read_text, text_rows
+from qatc.data.corpus import text_rows
+from qatc.data.documents import read_text
 from qatc.evaluation.reference import prepare_reference
 from qatc.models import load_model, load_tokenizer
 from qatc.output import load_reference, open_output

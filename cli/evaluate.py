@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A qatc output, or any full-precision model.")],
     text: Annotated[
-        Path | None, typer.Option(help="Text file to evaluate on.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Text to evaluate on: a plain file, or .jsonl of documents.", show_default=False
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Corpus to evaluate on.", show_default=False)

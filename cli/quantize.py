@@ -99,7 +99,10 @@ def quantize(
         bool, typer.Option("--resume", help="Insist that there is an unfinished run to go on with.")
     ] = False,
     eval_text: Annotated[
-        Path | None, typer.Option(help="Text file to evaluate on as well.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Text to evaluate on as well: a plain file, or .jsonl.", show_default=False
+        ),
     ] = None,
     eval_samples: Annotated[int, typer.Option(help="Generated sequences to hold out.")] = 256,
     dtype: options.DType = "auto",

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import numpy.typing as npt
 
 from qatc.data.config import CHAT
 from qatc.data.shards import Marks, Tokens, read_answers, read_shard, shard_is_whole
-from qatc.errors import ConfigError, DataError
+from qatc.errors import DataError
 from qatc.storage.files import read_json
 
 FORMAT_VERSION = 1
@@ -246,23 +244,6 @@ def text_rows(text: str, tokenizer: Any, length: int, max_tokens: int) -> Rows:
         )
     rows = [np.concatenate([prefix, ids[i * body : (i + 1) * body]]) for i in range(count)]
     return pack_rows(rows, length, prompt_tokens=len(prefix) + 1)
-
-
-def read_text(path: Path) -> str:
-    """A text file without its byte-order mark; one that cannot be read raises ``ConfigError``."""
-    with readable_text(path):
-        return path.read_text(encoding="utf-8-sig")
-
-
-@contextmanager
-def readable_text(path: Path) -> Iterator[None]:
-    """What keeps a text from being read in the block raises ``ConfigError``."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"cannot read the text {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the text {path} is not UTF-8: {error.reason}") from error
 
 
 def prefix_tokens(tokenizer: Any) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from qatc.data.corpus import (
     TEXT,
     Corpus,
     prefix_tokens,
-    read_text,
-    readable_text,
     tokenizer_fingerprint,
 )
+from qatc.data.documents import documents, is_documents, read_text
 from qatc.data.generate import begin_corpus, corpus_place
 from qatc.data.shards import Tokens, write_shard
 from qatc.errors import ConfigError, DataError
@@ -97,29 +95,12 @@ def corpus_from_text(
 def _sequences(file: Path, tokenizer: Any, length: int) -> Iterator[Tokens]:
     """The documents of a file, cut into sequences."""
     prefix = prefix_tokens(tokenizer)
-    lines = file.suffix.lower() == ".jsonl"
+    lines = is_documents(file)
     end = [tokenizer.eos_token_id] if lines and tokenizer.eos_token_id is not None else []
     body = length - len(prefix)
-    for document in _documents(file) if lines else (read_text(file),):
+    for document in documents(file) if lines else (read_text(file),):
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if ids:
             ids = [*ids, *end]
         for start in range(0, len(ids), body):
             yield np.array([*prefix, *ids[start : start + body]], np.int32)
-
-
-def _documents(file: Path) -> Iterator[str]:
-    """The field ``text`` of every line."""
-    with readable_text(file), file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-                text.encode()  # JSON can spell half of a surrogate pair, a tokenizer not
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ConfigError(
-                    f"line {number} of the text {file} is no document: each line of a .jsonl file"
-                    f' has to be an object such as {{"text": "..."}} ({error})'
-                ) from error
-            yield text

@@ -11,11 +11,11 @@ import torch
 from qatc.data.corpus import (
     Corpus,
     Rows,
-    read_text,
     require_known,
     text_rows,
     tokenizer_fingerprint,
 )
+from qatc.data.documents import read_text
 from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.evaluation.pairing import Pairing, pair

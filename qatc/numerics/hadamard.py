@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def hadamard(size: int) -> Tensor:
-    """An orthogonal, symmetric-in-spread matrix of any size, fp64 ``[size, size]``.
+    """An orthogonal matrix of any size whose entries are alike in magnitude, fp64 ``[size, size]``.
 
     For a power of two it is Sylvester's Hadamard matrix over the root of its size. Else it is the
     Kronecker product of the largest one that divides the size and the orthonormal discrete cosine

@@ -12,7 +12,8 @@ import torch
 
 from qatc.data.chat import ChatFormat
 from qatc.data.config import CHAT
-from qatc.data.corpus import Corpus, Rows, is_complete, read_text, require_known, text_rows
+from qatc.data.corpus import Corpus, Rows, is_complete, require_known, text_rows
+from qatc.data.documents import read_text
 from qatc.errors import ConfigError
 from qatc.machine.device import pick_device, pick_dtype
 from qatc.models import load_config, load_tokenizer

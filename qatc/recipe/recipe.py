@@ -144,6 +144,12 @@ class Recipe:
                     f"{field_name} must be a tuple (in YAML a list) of name patterns;"
                     f" got {patterns!r}"
                 )
+        check_weight_bits(self.weight_bits)
+        if self.weight_bits and not self.weights.quantizes:
+            raise ConfigError(
+                "weight_bits are exceptions from the bits of weights, and those are 16, for not"
+                " quantized; give weights fewer bits, and weight_bits 16 where none are wanted"
+            )
         if self.rotate_inputs:
             self._check_rotation()
 
@@ -158,12 +164,6 @@ class Recipe:
             raise ConfigError(
                 f"the target {self.target} rotates no inputs of linear layers at run time; leave"
                 " rotate_inputs out, or train for the target qatc"
-            )
-        check_weight_bits(self.weight_bits)
-        if self.weight_bits and not self.weights.quantizes:
-            raise ConfigError(
-                "weight_bits are exceptions from the bits of weights, and those are 16, for not"
-                " quantized; give weights fewer bits, and weight_bits 16 where none are wanted"
             )
 
     @classmethod

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qatc.data import corpus as data
 from qatc.data.corpus import Corpus, pack_rows, text_rows
+from qatc.data.documents import read_text
 from qatc.data.shards import Tokens, write_shard
 from qatc.errors import ConfigError, DataError
 from qatc.storage.files import write_json
@@ -138,13 +139,20 @@ class TestTextRows:
             (".", "Is a directory"),
         ):
             with pytest.raises(ConfigError, match=reason):
-                data.read_text(tmp_path / name)
+                read_text(tmp_path / name)
 
     def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "plain").write_bytes("caf\u00e9 \ufeff".encode())
         (tmp_path / "marked").write_bytes("caf\u00e9 \ufeff".encode("utf-8-sig"))
-        assert data.read_text(tmp_path / "marked") == data.read_text(tmp_path / "plain")
-        assert data.read_text(tmp_path / "plain") == "caf\u00e9 \ufeff"
+        assert read_text(tmp_path / "marked") == read_text(tmp_path / "plain")
+        assert read_text(tmp_path / "plain") == "caf\u00e9 \ufeff"
+
+    def test_documents_are_one_text_with_empty_lines_between(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "one\\n"}\n\n{"text": "two", "url": "x"}\n')
+        assert read_text(tmp_path / "a.jsonl") == "one\n\n\ntwo"
+        (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
+        with pytest.raises(ConfigError, match="line 2 of the text .*b.jsonl is no document"):
+            read_text(tmp_path / "b.jsonl")
 
     def test_tokens_that_the_model_has_no_embedding_for(self) -> None:
         tokenizer, model = make_tokenizer(), make_llama(112)
