@@ -23,7 +23,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|ask|>", "<|say|>"]})
     tokenizer.chat_template = TEMPLATE
-    model = make_llama(114, eos_token_id=list(range(1, 30)))  # messages are short
+    model = make_llama(114, eos_token_id=list(range(1, 12)))  # some messages are short
     return save(tmp_path_factory.mktemp("models") / "chatty", model, tokenizer)
 
 
@@ -60,6 +60,8 @@ def test_trained_on(chat_model: Path, corpus: Path, tmp_path: Path, loss_on: str
     held_out = Corpus.open(corpus).rows(24, slice(-8, None))
     assert figures["QAT"]["tokens"] == held_out.counted.sum(), "figures are of answers"
     trained = Corpus.open(corpus).rows(24, slice(None, -8), answers_only=not loss_on)
+    other = Corpus.open(corpus).rows(24, slice(None, -8), answers_only=bool(loss_on))
+    assert round(trained.utilization, 4) != round(other.utilization, 4), "or this shows nothing"
     made = json.loads((tmp_path / "out" / "qatc.json").read_text())
     assert made["row_utilization"] == round(trained.utilization, 4)
     report = (tmp_path / "out" / "report.md").read_text()
