@@ -71,6 +71,12 @@ def test_a_weight_that_gains_nothing_stays_at_the_fewest_bits() -> None:
     assert chosen == {"flat": 2, "rising": 2, "dip": 4}
 
 
+def test_a_gain_counts_for_the_numbers_that_it_takes() -> None:
+    widths = {"large": {2: 5.0, 3: 0.0}, "one": {2: 4.0, 3: 0.0}, "other": {2: 4.0, 3: 0.0}}
+    chosen = choose_bits(widths, {"large": 4, "one": 2, "other": 2}, 2.5)
+    assert chosen == {"large": 2, "one": 3, "other": 3}
+
+
 def test_bits_of_a_model_follow_what_its_weights_cost() -> None:
     model, rows = make_model(), make_rows()
     idle, loud = model.model.layers[0].mlp, model.model.layers[1].self_attn.o_proj
