@@ -64,6 +64,9 @@ class Recipe:
             linear layers read their input through a Hadamard transform, at run time as well: it
             spreads outliers over all channels before they are quantized (QuaRot, arXiv
             2404.00456). The weights have to be turned alike, see :func:`qatc.ptq.rotate_inputs`.
+        rotate_keys: turn queries and keys behind the rotary embedding by a Hadamard transform of
+            every head. Their products stay as they are, and a key's outliers spread over its head
+            before it is quantized.
         target: the runtime whose rules were taken for what is left open, see
             :data:`qatc.recipe.targets.TARGETS`; :meth:`from_bits` and :meth:`from_dict` take them.
 
@@ -80,6 +83,7 @@ class Recipe:
     embedding: QuantSpec = field(default_factory=_unquantized)
     center_keys: bool = False
     rotate_inputs: tuple[str, ...] = ()
+    rotate_keys: bool = False
     target: str = "qatc"
 
     def __post_init__(self) -> None:
@@ -107,13 +111,15 @@ class Recipe:
                 "activations.range is 'signed', which no product of activations has; take"
                 " 'restricted' or 'full'"
             )
-        if self.kv_site != "cache" and (self.kv.learned or self.center_keys):
+        changes_keys = self.center_keys or self.rotate_keys
+        if self.kv_site != "cache" and (self.kv.learned or changes_keys):
             raise ConfigError(
-                "centered keys and learned scales of K and V are of the cache site; take"
+                "centered or rotated keys and learned scales of K and V are of the cache site; take"
                 " kv_site: cache"
             )
-        if self.center_keys and not self.kv.quantizes:
-            raise ConfigError("center_keys without quantized keys; give kv fewer bits than 16")
+        if changes_keys and not self.kv.quantizes:
+            name = "center_keys" if self.center_keys else "rotate_keys"
+            raise ConfigError(f"{name} without quantized keys; give kv fewer bits than 16")
         if self.kv_site not in get_args(KVSite):
             raise ConfigError(
                 f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"
@@ -217,14 +223,13 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and dictionaries.
 
-        Rotated inputs are there if there are some, so that older versions read all others.
+        Rotations are there if there are some, so that older versions read all others.
         """
         plain = dataclasses.asdict(self)
-        plain["skip"] = list(self.skip)
-        plain["rotate_inputs"] = list(self.rotate_inputs)
-        if not self.rotate_inputs:
-            del plain["rotate_inputs"]
-        return plain
+        for key in ("skip", "rotate_inputs"):
+            plain[key] = list(plain[key])
+        rotations = ("rotate_inputs", "rotate_keys")
+        return {key: value for key, value in plain.items() if value or key not in rotations}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
