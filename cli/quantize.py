@@ -151,9 +151,9 @@ def quantize(
             spelled_out=options.recipe_of_run_file(context),
         )
         if recipe is None and options.recipe_of_run_file(context) is None:  # which say it all
-            from qatc.ptq.method import parse_method, with_rotated_inputs
+            from qatc.ptq.method import parse_method, with_rotations
 
-            chosen = with_rotated_inputs(chosen, parse_method(method))
+            chosen = with_rotations(chosen, parse_method(method))
         greedy = options.parse_range(greedy_tokens)
         if output is None:
             mean = chosen.bits if budget is None else chosen.bits_spelled(f"{budget:g}")

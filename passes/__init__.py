@@ -8,6 +8,8 @@ RotateLinearInputs      Hadamard transforms before linears, which spread outlier
 QuantizeLinearInputs    fake-quant nodes on the inputs of linears, one scale per token
 QuantizeWeights         fake-quant nodes on weights, one scale per output channel or group
 QuantizeEmbeddings      fake-quant nodes behind lookups in a table, one scale per row
+RotateKeys              Hadamard transforms of the heads of queries and keys
+CenterKeys              a constant vector per head taken off the keys
 QuantizeKV              fake-quant nodes on keys and values, one scale per token and head
 UseIntegerForward       quantized linears on int8 codes with an exact product, differentiable
 LowerLinear             linears on packed codes, by the fastest exact kernel
@@ -28,7 +30,7 @@ from qatc.passes.lower_embedding import LowerEmbedding
 from qatc.passes.lower_linear import LowerLinear
 from qatc.passes.lower_to_torchao import LowerToTorchao
 from qatc.passes.quantize_embeddings import QuantizeEmbeddings
-from qatc.passes.quantize_kv import CenterKeys, QuantizeKV
+from qatc.passes.quantize_kv import CenterKeys, QuantizeKV, RotateKeys
 from qatc.passes.quantize_linear_inputs import QuantizeLinearInputs, RotateLinearInputs
 from qatc.passes.quantize_weights import QuantizeWeights
 from qatc.passes.use_integer_forward import UseIntegerForward
@@ -48,6 +50,7 @@ __all__ = [
     "QuantizeKV",
     "QuantizeLinearInputs",
     "QuantizeWeights",
+    "RotateKeys",
     "RotateLinearInputs",
     "UseIntegerForward",
     "pass_records",

@@ -20,6 +20,7 @@ from qatc.graph.nodes import (
     quantizer_of,
     shape_of,
 )
+from qatc.numerics.hadamard import HADAMARD
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
@@ -28,6 +29,30 @@ from qatc.recipe.spec import QuantSpec
 KEY_CENTER, KEY_GAIN, VALUE_GAIN = "key_center", "key_gain", "value_gain"
 """Names of what a layer holds of its keys and values: the constant that is taken off its keys
 ``[Hkv, 1, D]``, and the gains of their scales ``[Hkv, 1, 1]``."""
+
+
+@dataclass(frozen=True)
+class RotateKeys(GraphPass):
+    """Turn the queries and the keys that attention reads by a Hadamard transform of every head.
+
+    Their products stay as they are (QuaRot, arXiv 2404.00456, section 4), and a cache gets keys
+    whose outliers are spread over their head.
+    """
+
+    requires = (Canonicalize,)
+
+    def edit(self, gm: GraphModule) -> Edits:
+        attentions = find_attentions(gm)
+        open_ = [attention for attention in attentions if attention.query.target is not HADAMARD]
+        for attention in open_:
+            value = attention.value
+            for source in dict.fromkeys((attention.query, attention.key)):
+                insert_between(source, [attention.node], HADAMARD, (), {})
+            attention.node.update_arg(2, value)  # which may be the key as well
+        return Edits(matched=len(attentions), edited=len(open_))
+
+    def nothing_matched(self) -> str:
+        return "there is no aten.scaled_dot_product_attention whose keys could be rotated"
 
 
 @dataclass(frozen=True)

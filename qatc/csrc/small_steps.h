@@ -142,10 +142,8 @@ static void embed_packed(const step *s, const place_of *here) {
 
 /* Sums and differences of rows that are 1, 2, 4 .. P / 2 apart, over the root of P, after a product of
  * every row with the matrix of the odd factor M. */
-static void hadamard(const step *s, const place_of *here) {
-    float *restrict out = at(here, s->out);
-    const float *restrict a = at(here, s->a), *restrict odd = at(here, s->b);
-    int64_t rows = s->rows, cols = s->cols;
+static void hadamard_row(const float *restrict a, const float *restrict odd, float *restrict out,
+                         int64_t rows, int64_t cols) {
     float factor = 1.0f / sqrtf((float)rows);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < cols; j++) {
@@ -162,7 +160,15 @@ static void hadamard(const step *s, const place_of *here) {
                 high[j] = x - y;
             }
         }
-    if (s->rounds) round_all(out, rows * cols);
+}
+
+static void hadamard(const step *s, const place_of *here) {
+    int64_t width = s->rows * s->cols;
+    float *out = at(here, s->out);
+    const float *a = at(here, s->a), *odd = at(here, s->b);
+    for (int64_t i = 0; i < s->i0; i++)
+        hadamard_row(a + i * width, odd, out + i * width, s->rows, s->cols);
+    if (s->rounds) round_all(out, s->i0 * width);
 }
 
 enum rule { BY_DIVISION, BY_RECIPROCAL, SIGNED };

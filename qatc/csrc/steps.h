@@ -36,7 +36,8 @@ enum place { ABSOLUTE, PRIVATE, SHARED, CALL };
  *                 [G, E]; see attention_steps.h
  *   MERGE         out[H = rows, E = cols] from a: the result of ATTEND
  *   STORE         out[cols] = a[cols], out being bf16 where kind is 1
- *   HADAMARD      out[P = rows, M = cols] = Hadamard matrix of P . a[P, M] . b[M, M]; P a power of two
+ *   HADAMARD      for i0 rows: out[P = rows, M = cols] = Hadamard matrix of P . a[P, M] . b[M, M], P
+ *                 a power of two
  */
 typedef struct {
     int64_t op, kind, rounds, out, a, b, c, d; /* kind: function, dtype or bits */

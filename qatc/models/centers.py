@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from qatc.errors import CaptureError
 from qatc.models.attention import AttentionCalls, AttentionMap
+from qatc.models.preparation import prepared_state
 from qatc.models.regions import find_regions
+from qatc.numerics.hadamard import turn
 from qatc.numerics.minmax import round_to_bf16
 from qatc.passes.quantize_kv import KEY_CENTER
 
@@ -19,6 +21,8 @@ from qatc.passes.quantize_kv import KEY_CENTER
 @torch.no_grad()
 def center_keys(student: nn.Module, teacher: nn.Module, ids: Tensor, real: Tensor) -> None:
     """Set the centers of a prepared model to the mean of its keys behind the rotary embedding.
+
+    Where its recipe rotates keys, to that of the rotated ones.
 
     They are bf16 values, which is what a model in bf16 takes off.
 
@@ -36,7 +40,7 @@ def center_keys(student: nn.Module, teacher: nn.Module, ids: Tensor, real: Tenso
         for name, buffer in student.named_buffers()
         if name.rpartition(".")[2].startswith(KEY_CENTER)
     }
-    means = _mean_keys(teacher, ids, real)
+    means, rotated = _mean_keys(teacher, ids, real), prepared_state(student).recipe.rotate_keys
     for name, center in centers.items():
         path, _, leaf = name.rpartition(".")
         number = int(leaf.removeprefix(KEY_CENTER).lstrip("_") or 0)
@@ -49,6 +53,7 @@ def center_keys(student: nn.Module, teacher: nn.Module, ids: Tensor, real: Tenso
         mean = means[path][number]
         # A model that repeats its keys for all query heads has the same one several times.
         mean = mean.unflatten(0, (len(center), -1))[:, 0]
+        mean = turn(mean) if rotated else mean
         center.copy_(round_to_bf16(mean.float().contiguous()).unsqueeze(1))
 
 

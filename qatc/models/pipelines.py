@@ -15,6 +15,7 @@ from qatc.passes import (
     QuantizeKV,
     QuantizeLinearInputs,
     QuantizeWeights,
+    RotateKeys,
     RotateLinearInputs,
     UseIntegerForward,
 )
@@ -44,6 +45,8 @@ def training_pipeline(
         passes.append(QuantizeLinearInputs(recipe.activations, own.skip))
     if linears and recipe.weights.quantizes:
         passes.append(QuantizeWeights(recipe.weights, own.skip, own.bits))
+    if recipe.rotate_keys:
+        passes.append(RotateKeys())
     if recipe.center_keys:
         passes.append(CenterKeys())
     if recipe.kv.quantizes:

@@ -135,6 +135,7 @@ def head_recipe(recipe: Recipe) -> Recipe:
         kv=_UNQUANTIZED,
         center_keys=False,
         rotate_inputs=(),
+        rotate_keys=False,
         head=_UNQUANTIZED,
         embedding=_UNQUANTIZED,
     )

@@ -147,6 +147,8 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
         skip += f", but for the {' and the '.join(ends)}"
     if rotated := ", ".join(f"`{pattern}`" for pattern in recipe.get("rotate_inputs", ())):
         rows.append(["read their inputs through a Hadamard transform", rotated])
+    if recipe.get("rotate_keys"):
+        rows.append(["queries and keys", "rotated by a Hadamard transform of every head"])
     return [*rows, ["stay in full precision", skip]]
 
 

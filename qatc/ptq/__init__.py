@@ -16,7 +16,7 @@ lowering and export follow as without them.
 """
 
 from qatc.ptq.gptq import gptq
-from qatc.ptq.method import Method, apply, parse_method, with_rotated_inputs
+from qatc.ptq.method import Method, apply, parse_method, with_rotations
 from qatc.ptq.rotation import rotate, rotate_inputs, untie_head
 from qatc.ptq.smoothquant import smoothquant
 
@@ -29,5 +29,5 @@ __all__ = [
     "rotate_inputs",
     "smoothquant",
     "untie_head",
-    "with_rotated_inputs",
+    "with_rotations",
 ]

@@ -65,17 +65,20 @@ def parse_method(text: str) -> Method:
     return Method(tuple(step for step in steps if step != "qat"), "qat" in steps)
 
 
-def with_rotated_inputs(recipe: Recipe, method: Method) -> Recipe:
-    """The recipe of a method that rotates: with rotated inputs of the down projections or without.
+def with_rotations(recipe: Recipe, method: Method) -> Recipe:
+    """The recipe of a method that rotates: with what it rotates at run time, or without.
 
     With fewer than 8 bits the activations of a gated product, which have the worst outliers of a
-    layer, are where a rotated model loses most; at 8 bits the transform is not worth its time. Only
-    qatc's runtime has it, so that another target goes without.
+    layer, are where a rotated model loses most, and keys of fewer bits than that come next; at 8
+    bits the transforms are not worth their time. Only qatc's runtime has them, so that another
+    target goes without.
     """
     needs = recipe.activations.bits < 8 and recipe.weights.quantizes and recipe.target == "qatc"
-    if "rotate" in method.steps and needs and not recipe.rotate_inputs:
-        return dataclasses.replace(recipe, rotate_inputs=DOWN_PROJECTIONS)
-    return recipe
+    if "rotate" not in method.steps or not needs:
+        return recipe
+    keys = recipe.rotate_keys or (recipe.kv.bits < 8 and recipe.kv_site == "cache")
+    inputs = recipe.rotate_inputs or DOWN_PROJECTIONS
+    return dataclasses.replace(recipe, rotate_inputs=inputs, rotate_keys=keys)
 
 
 def apply(

@@ -11,7 +11,8 @@ output projection.
 Nothing is left to do at run time for these two. What a down projection reads is the product of two
 projections, which no weight turns: it is turned at run time (R4), by the transform that
 ``rotate_inputs`` of a recipe puts into the graph, and :func:`rotate_inputs` turns the weight alike.
-The rotation of Q and K behind the rotary embedding (R3) is not made.
+The heads of Q and K are turned behind the rotary embedding (R3) where a recipe has
+``rotate_keys``: their products stay as they are, so that no weight is turned for it.
 """
 
 from __future__ import annotations

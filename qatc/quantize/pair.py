@@ -18,6 +18,7 @@ from qatc.models import LoadedModel, load_model
 from qatc.models.pipelines import why_no_integer_forward
 from qatc.models.preparation import prepare, prepared_state, quantized_specs, restore
 from qatc.models.scales import of_attention, of_weight
+from qatc.models.support import refuse_idle_patterns
 from qatc.models.vocabulary import tying_note
 from qatc.quantize.given import Setting
 from qatc.recipe.recipe import Recipe
@@ -101,6 +102,7 @@ def make_pair(setting: Setting, loaded: Loaded, compute: torch.dtype) -> Pair:
         QatcError: the model cannot be quantized so.
     """
     config, student = setting.config, loaded.student
+    refuse_idle_patterns(student, config.recipe)
     # Weights that have still to be turned are rounded, for the baseline, without a rotation.
     _prepare(setting, student, replace(config.recipe, rotate_inputs=()), compute)
     on_integers = prepared_state(student).integer_forward

@@ -8,16 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from qatc.errors import ConfigError
+from qatc.recipe.checks import check
 from qatc.recipe.exceptions import Exceptions
-from qatc.recipe.spec import FLOAT_BITS, QuantSpec
+from qatc.recipe.spec import FLOAT_BITS, KVSite, QuantSpec
 from qatc.recipe.targets import find_target
-from qatc.recipe.weight_bits import WeightBits, check_weight_bits, first_match
+from qatc.recipe.weight_bits import WeightBits, first_match
 from qatc.storage.files import read_yaml
-
-KVSite = Literal["cache", "projection"]
 
 DEFAULT_SKIP = ("*lm_head*", "*embed*")
 """Parameters that stay in full precision, as in the paper: the output head and the embeddings.
@@ -70,6 +69,9 @@ class Recipe:
             linear layers read their input through a Hadamard transform, at run time as well: it
             spreads outliers over all channels before they are quantized (QuaRot, arXiv
             2404.00456). The weights have to be turned alike, see :func:`qatc.ptq.rotate_inputs`.
+        rotate_keys: turn queries and keys behind the rotary embedding by a Hadamard transform of
+            every head. Their products stay as they are, and a key's outliers spread over its head
+            before it is quantized.
         target: the runtime whose rules were taken for what is left open, see
             :data:`qatc.recipe.targets.TARGETS`; :meth:`from_bits` and :meth:`from_dict` take them.
 
@@ -87,84 +89,11 @@ class Recipe:
     embedding: QuantSpec = field(default_factory=_unquantized)
     center_keys: bool = False
     rotate_inputs: tuple[str, ...] = ()
+    rotate_keys: bool = False
     target: str = "qatc"
 
     def __post_init__(self) -> None:
-        find_target(self.target).check(self.target, self.kv.bits)
-        for site in ("activations", "kv"):
-            if getattr(self, site).scale_dtype != QuantSpec.scale_dtype:
-                raise ConfigError(
-                    f"{site}.scale_dtype is {getattr(self, site).scale_dtype!r}, and only the"
-                    " scales of weights are stored; leave it out"
-                )
-        for site in ("weights", "kv", "head", "embedding"):
-            if getattr(self, site).rounding != QuantSpec.rounding:
-                raise ConfigError(
-                    f"{site}.rounding is {getattr(self, site).rounding!r}, and only activations are"
-                    " rounded so by a runtime; leave it out"
-                )
-        for site in ("activations", "head", "embedding"):
-            if getattr(self, site).learned:
-                raise ConfigError(
-                    f"{site}.clip is 'learned', and only the scales of layers' weights, keys and"
-                    " values are trained; leave it out"
-                )
-        if self.activations.range == "signed":
-            raise ConfigError(
-                "activations.range is 'signed', which no product of activations has; take"
-                " 'restricted' or 'full'"
-            )
-        for site in ("weights", "activations", "head", "embedding"):
-            if getattr(self, site).asymmetric:
-                raise ConfigError(
-                    f"{site}.range is 'asymmetric', and only keys and values have an offset beside"
-                    " their scale; take 'restricted', 'full' or, for weights, 'signed'"
-                )
-        if self.kv.asymmetric and self.kv.group_size:
-            raise ConfigError(
-                "kv.range is 'asymmetric', which has one scale and offset per token and head; leave"
-                " kv.group_size out"
-            )
-        own = self.kv.learned or self.kv.asymmetric or self.center_keys
-        if self.kv_site != "cache" and own:
-            raise ConfigError(
-                "centered keys, and learned scales or offsets of K and V, are of the cache site;"
-                " take kv_site: cache"
-            )
-        if self.center_keys and not self.kv.quantizes:
-            raise ConfigError("center_keys without quantized keys; give kv fewer bits than 16")
-        if self.kv_site not in get_args(KVSite):
-            raise ConfigError(
-                f"kv_site must be one of {', '.join(get_args(KVSite))}; got {self.kv_site!r}"
-            )
-        for field_name in ("skip", "rotate_inputs"):
-            patterns = getattr(self, field_name)
-            if not isinstance(patterns, tuple) or not all(isinstance(p, str) for p in patterns):
-                raise ConfigError(
-                    f"{field_name} must be a tuple (in YAML a list) of name patterns;"
-                    f" got {patterns!r}"
-                )
-        check_weight_bits(self.weight_bits)
-        if self.weight_bits and not self.weights.quantizes:
-            raise ConfigError(
-                "weight_bits are exceptions from the bits of weights, and those are 16, for not"
-                " quantized; give weights fewer bits, and weight_bits 16 where none are wanted"
-            )
-        if self.rotate_inputs:
-            self._check_rotation()
-
-    def _check_rotation(self) -> None:
-        if not (self.weights.quantizes and self.activations.quantizes):
-            raise ConfigError(
-                "rotate_inputs turns the inputs of quantized weights before they are quantized"
-                f" themselves, and {self.bits} leaves one of the two at 16 bits; leave"
-                " rotate_inputs out, or choose fewer bits"
-            )
-        if self.target != "qatc":
-            raise ConfigError(
-                f"the target {self.target} rotates no inputs of linear layers at run time; leave"
-                " rotate_inputs out, or train for the target qatc"
-            )
+        check(self)
 
     @classmethod
     def from_bits(
@@ -278,17 +207,15 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and dictionaries.
 
-        Bits of single weights and rotated inputs are there if there are some, so that older
-        versions read all others.
+        Bits of single weights and rotations are there if there are some, so that older versions
+        read all others.
         """
         plain = dataclasses.asdict(self)
-        plain["skip"] = list(self.skip)
-        later = {
-            "weight_bits": dict(self.weight_bits),
-            "rotate_inputs": list(self.rotate_inputs),
-        }
-        plain = {name: value for name, value in plain.items() if name not in later}
-        return plain | {name: value for name, value in later.items() if value}
+        for key in ("skip", "rotate_inputs"):
+            plain[key] = list(plain[key])
+        plain["weight_bits"] = dict(self.weight_bits)
+        later = ("weight_bits", "rotate_inputs", "rotate_keys")
+        return {key: value for key, value in plain.items() if value or key not in later}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:

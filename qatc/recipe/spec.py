@@ -44,6 +44,8 @@ Rounding = Literal["division", "reciprocal"]
 
 Clip = Literal["none", "learned"]
 
+KVSite = Literal["cache", "projection"]
+
 FLOAT_BITS = 16
 """The number of bits that stands for "not quantized"."""
 

@@ -100,6 +100,7 @@ def recipe_rows(recipe: Mapping[str, Any], code: str = "") -> Rows:
         ["token embedding", _spec_text(recipe["embedding"], "token of the vocabulary")],
         ["KV site", recipe["kv_site"]],
         *([["keys", "centered"]] if recipe.get("center_keys") else []),
+        *([["queries and keys", "rotated"]] if recipe.get("rotate_keys") else []),
         *([["rotated inputs of", _names(rotated, code)]] if rotated else []),
         ["in full precision", _names(recipe["skip"], code)],
     ]

@@ -187,14 +187,12 @@ def _hadamard(own: Translator, node: Node, args: Any, kwargs: Any) -> Value:
         raise Untranslatable("a Hadamard transform backwards")
     value = own.dense(args[0])
     width = value.view.shape[-1]
-    if value.view.numel() != width:
-        raise Untranslatable("a Hadamard transform of several rows")
     power = width & -width
     odd = own.steps.tensor(cosine_transform(width // power).float())
     out = own.new(value.view.shape, value.view.dtype)
     own.steps.emit(
         Op.HADAMARD, out.place, a=value.start, b=odd, rows=power, cols=width // power,
-        rounds=value.view.dtype is torch.bfloat16,
+        i0=value.view.numel() // width, rounds=value.view.dtype is torch.bfloat16,
     )  # fmt: skip
     return out
 

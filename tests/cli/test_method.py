@@ -43,11 +43,13 @@ def test_rotated_inputs_of_4_bit_activations(shared_model_path: Path, tmp_path: 
     metadata = json.loads((out / "qatc.json").read_text())
     assert metadata["parity"]["passed"] and metadata["decoding"]
     assert metadata["recipe"]["rotate_inputs"] == ["*.down_proj.weight"]
+    assert metadata["recipe"]["rotate_keys"] is True
     card = (out / "README.md").read_text()
     assert "library_name: qatc" in card and "Other runtimes do not rotate inputs" in card
     assert "Hadamard transform | `*.down_proj.weight`" in card and "qatc export" not in card
     shown = " ".join(run("inspect", out).stdout.split())
     assert "rotated inputs of *.down_proj.weight" in shown and "loads in qatc" in shown
+    assert "queries and keys rotated" in shown and "queries and keys | rotated" in card
     with pytest.raises(ValueError, match="its inputs are rotated online: run it by qatc"):
         AutoModelForCausalLM.from_pretrained(out)
     for format, runtime in (("compressed-tensors", "transformers"), ("torchao", "torchao")):

@@ -23,7 +23,7 @@ from qatc.runtime.forward import runtime_of
 from qatc.runtime.model import load
 from tests.conftest import make_llama, make_output
 
-RECIPE = Recipe.from_bits("4-4-4", rotate_inputs=("*.down_proj.weight",))
+RECIPE = Recipe.from_bits("4-4-4", rotate_inputs=("*.down_proj.weight",), rotate_keys=True)
 WHERE = r"differs at model\.layers\.0, input of mlp\.down_proj\.weight"
 
 
@@ -37,8 +37,8 @@ def _short_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rotated_model(recipe: Recipe = RECIPE) -> Any:
-    """Where the inverse is another matrix than the transform, as 44 is 4 times 11."""
-    model = make_llama(intermediate_size=44)
+    """Where an inverse is another matrix than the transform: 44 is 4 times 11, 6 is 2 times 3."""
+    model = make_llama(intermediate_size=44, head_dim=6)
     rotate(model)
     rotate_inputs(model, recipe)
     return model
@@ -59,12 +59,12 @@ def rotations(output: Path) -> list[int]:
 
 def test_what_is_right_passes(output: Path) -> None:
     verify(output).require("it")
-    assert rotations(output) == [1]
+    assert rotations(output) == [1 + 2]
 
 
 def test_some_layers_alone(tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, rotate_inputs=("*.1.mlp.down_proj.weight",))
-    assert rotations(make_output(tmp_path / "o", recipe, rotated_model(recipe))) == [0, 1]
+    assert rotations(make_output(tmp_path / "o", recipe, rotated_model(recipe))) == [2, 3]
 
 
 def test_a_missing_rotation(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,17 +76,22 @@ def test_a_missing_rotation(output: Path, monkeypatch: pytest.MonkeyPatch) -> No
         verify(output).require("it")
 
 
-def test_a_wrong_rotation(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("which", "where"), [(-1, WHERE), (0, "query of attention"), (1, "key of attention")]
+)
+def test_a_wrong_rotation(
+    output: Path, monkeypatch: pytest.MonkeyPatch, which: int, where: str
+) -> None:
     def backwards(gm: GraphModule) -> None:
-        for node in gm.graph.find_nodes(op="call_function", target=HADAMARD):
-            node.args = (node.args[0], True)
+        node = [*gm.graph.find_nodes(op="call_function", target=HADAMARD)][which]
+        node.args = (node.args[0], True)
         gm.recompile()
 
     def wrong(*arguments: Any) -> Pipeline:
         return Pipeline((*training_pipeline(*arguments).passes, backwards))
 
     monkeypatch.setattr(forward, "training_pipeline", wrong)
-    with pytest.raises(ParityError, match=WHERE):
+    with pytest.raises(ParityError, match=where):
         verify(output).require("it")
 
 

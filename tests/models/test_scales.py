@@ -18,6 +18,7 @@ from qatc.evaluation.reference import prepare_reference
 from qatc.models.centers import center_keys
 from qatc.models.preparation import prepare, prepared_state, restore
 from qatc.models.scales import learned_scale_of, of_attention
+from qatc.numerics.hadamard import hadamard
 from qatc.numerics.learned import least_error_scale
 from qatc.output import QuantizedWeight, load_codes, load_reference, open_output
 from qatc.quantize.run import quantize
@@ -75,6 +76,19 @@ def test_centers_are_mean_keys_behind_the_rotary_embedding(keys_of: list[Any]) -
         mean = rows.mean(0).float()
         assert torch.equal(layer.key_center.squeeze(1), mean.bfloat16().float())
         assert layer.key_center.abs().max() > 1
+
+
+def test_centers_of_rotated_keys_are_rotated_means() -> None:
+    teacher: Any = shifted(make_llama())
+    ids, real = ids_of(teacher, 6), torch.ones((6, 20), dtype=torch.bool)
+    found = []
+    for rotated in (False, True):
+        recipe = replace(CENTERED, rotate_keys=rotated)
+        student: Any = prepare(copy.deepcopy(teacher), recipe, compile=False)
+        center_keys(student, teacher, ids, real)
+        found.append([layer.key_center.double() for layer in student.model.layers])
+    for plain, turned in zip(*found, strict=True):
+        torch.testing.assert_close(turned, plain @ hadamard(8), rtol=0.01, atol=0.05)
 
 
 def test_centered_keys_leave_the_function_as_it_is() -> None:

@@ -4,10 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx import Node
 
 from qatc.errors import PassError
 from qatc.graph.nodes import find_attentions, find_linears, is_fake_quantize, shape_of
-from qatc.passes import Canonicalize, QuantizeKV, QuantizeWeights
+from qatc.numerics.hadamard import HADAMARD
+from qatc.passes import (
+    Canonicalize,
+    CenterKeys,
+    Pipeline,
+    QuantizeKV,
+    QuantizeWeights,
+    RotateKeys,
+)
 from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
 
@@ -85,3 +94,28 @@ def test_sites_and_weights_do_not_disturb_each_other(llama_layer: Any) -> None:
     gm = Canonicalize()(llama_layer.graph).graph_module
     QuantizeKV(site="projection")(gm)
     check_pass(QuantizeWeights(), gm, before={}, after={"qatc.fake_quantize": 9})
+
+
+def test_rotated_keys_leave_the_scores(llama_layer: Any) -> None:
+    """Two transforms, before the center is taken off and the quantizer; what comes out stays."""
+    edited = check_pass(
+        RotateKeys(),
+        llama_layer.graph,
+        llama_layer.args,
+        before={"qatc.hadamard": 0},
+        after={"qatc.hadamard": 2},
+    )
+    wanted = llama_layer.graph(*llama_layer.args)[0]
+    torch.testing.assert_close(edited(*llama_layer.args)[0], wanted, rtol=1e-5, atol=1e-6)
+    Pipeline((Canonicalize(), CenterKeys(), QuantizeKV(QuantSpec(4))))(edited)
+    (attention,) = find_attentions(edited)
+    centered = attention.key.args[0]
+    assert isinstance(centered, Node) and isinstance(centered.args[0], Node)
+    assert centered.target is torch.ops.aten.sub.Tensor and centered.args[0].target is HADAMARD
+    counts = {"qatc.hadamard": 2, "qatc.fake_quantize": 2}
+    check_pass(RotateKeys(), edited, before=counts, after=counts)
+
+
+def test_rotated_keys_of_nothing(plain: Any) -> None:
+    with pytest.raises(PassError, match="whose keys could be rotated"):
+        RotateKeys()(plain.graph)

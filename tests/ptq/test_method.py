@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qatc.errors import ConfigError
-from qatc.ptq import Method, parse_method, with_rotated_inputs
+from qatc.ptq import Method, parse_method, with_rotations
 from qatc.recipe.recipe import Recipe
 
 
@@ -53,11 +53,15 @@ def test_refusals(text: str, says: str) -> None:
         ("gptq", "4-4-4", "qatc", False),
     ],
 )
-def test_inputs_are_rotated_where_that_is_of_use(
+def test_inputs_and_keys_are_rotated_where_that_is_of_use(
     method: str, bits: str, target: str, rotates: bool
 ) -> None:
     recipe = Recipe.from_bits(bits, target=target)
-    chosen = with_rotated_inputs(recipe, parse_method(method))
-    assert chosen == replace(recipe, rotate_inputs=("*.down_proj.weight",) if rotates else ())
-    own = Recipe.from_bits("4-4-4", rotate_inputs=("*.o_proj.weight",))
-    assert with_rotated_inputs(own, parse_method(method)) == own
+    chosen = with_rotations(recipe, parse_method(method))
+    keys = rotates and recipe.kv.quantizes
+    inputs = ("*.down_proj.weight",) if rotates else ()
+    assert chosen == replace(recipe, rotate_inputs=inputs, rotate_keys=keys)
+    own = Recipe.from_bits("4-4-4", rotate_inputs=("*.o_proj.weight",), rotate_keys=True)
+    assert with_rotations(own, parse_method(method)) == own
+    site = Recipe.from_bits("4-4-4", kv_site="projection")
+    assert not with_rotations(site, parse_method(method)).rotate_keys

@@ -131,6 +131,14 @@ def test_only_so_many_rows_are_looked_at(
     assert seen == [3]
 
 
+def test_rotated_inputs_that_are_not_there(shared_model_path: Path, tmp_path: Path) -> None:
+    """Told before a corpus is written."""
+    recipe = Recipe.from_bits("4-4-4", rotate_inputs=("*.fc2.weight",))
+    with pytest.raises(ConfigError, match="rotate_inputs pattern '.*fc2.weight' matches no"):
+        quantize(make(shared_model_path, tmp_path / "out", method="rotate", recipe=recipe))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

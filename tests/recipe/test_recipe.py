@@ -271,7 +271,7 @@ def test_unreadable_recipe_files_are_named(tmp_path: Path) -> None:
         assert str(path) in str(raised.value)
 
 
-def test_rotated_inputs(tmp_path: Path) -> None:
+def test_rotations(tmp_path: Path) -> None:
     recipe = Recipe.from_bits("4-4-4", rotate_inputs=("*.down_proj.weight",))
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert Recipe.from_yaml(write(tmp_path / "r.yaml", recipe.to_yaml())) == recipe
@@ -279,7 +279,9 @@ def test_rotated_inputs(tmp_path: Path) -> None:
     assert not recipe.rotates("model.layers.3.mlp.up_proj.weight")
     skipping = dataclasses.replace(recipe, skip=("*.3.*",))
     assert not skipping.rotates("model.layers.3.mlp.down_proj.weight")
-    assert "rotate_inputs" not in Recipe().to_dict(), "older versions read it"
+    keys = dataclasses.replace(recipe, rotate_keys=True)
+    assert Recipe.from_dict(json.loads(json.dumps(keys.to_dict()))) == keys
+    assert not [key for key in Recipe().to_dict() if "rotate" in key], "older versions read it"
 
 
 @pytest.mark.parametrize(
@@ -289,8 +291,10 @@ def test_rotated_inputs(tmp_path: Path) -> None:
         ("4-16-4", {}, "4-16-4 leaves one of the two at 16 bits"),
         ("4-4-16", {"target": "vllm"}, "the target vllm rotates no inputs of linear layers"),
         ("4-4-4", {"rotate_inputs": "*"}, "rotate_inputs must be a tuple"),
+        ("4-4-16", {"rotate_keys": True}, "rotate_keys without quantized keys; give kv fewer bits"),
+        ("4-4-4", {"rotate_keys": True, "kv_site": "projection"}, "take kv_site: cache"),
     ],
 )
-def test_rotated_inputs_that_are_none(bits: str, changes: dict[str, Any], says: str) -> None:
+def test_rotations_that_are_none(bits: str, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Recipe.from_bits(bits, **{"rotate_inputs": ("*.down_proj.weight",)} | changes)

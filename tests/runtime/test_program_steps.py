@@ -49,13 +49,13 @@ def test_quantize(seed: int, size: float, range_: Any, rounding: Any) -> None:
 @pytest.mark.parametrize("size", [1, 2, 43, 64, 172, 1536])
 def test_hadamard(size: int, rounds: bool) -> None:
     power = size & -size
-    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    out = torch.full((size,), torch.nan)
+    x = torch.randn((3, size), generator=torch.Generator().manual_seed(0))
+    out = torch.full((3, size), torch.nan)
     steps = Steps(threads=1)
     steps.emit(
         Op.HADAMARD, steps.tensor(out), a=steps.tensor(x),
         b=steps.tensor(cosine_transform(size // power).float()), rows=power, cols=size // power,
-        rounds=rounds,
+        i0=3, rounds=rounds,
     )  # fmt: skip
     steps.finish()([])
     if rounds:

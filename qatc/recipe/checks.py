@@ -1,0 +1,106 @@
+"""What a recipe cannot say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, get_args
+
+from qatc.errors import ConfigError
+from qatc.recipe.spec import KVSite, QuantSpec
+from qatc.recipe.targets import find_target
+from qatc.recipe.weight_bits import check_weight_bits
+
+if TYPE_CHECKING:
+    from qatc.recipe.recipe import Recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ``ConfigError`` if a value of a recipe is not valid, or does not go with another."""
+    find_target(recipe.target).check(recipe.target, recipe.kv.bits)
+    _check_specs(recipe)
+    _check_keys_and_values(recipe)
+    _check_patterns(recipe)
+    if recipe.rotate_inputs:
+        _check_rotation(recipe)
+
+
+def _check_specs(recipe: Recipe) -> None:
+    for site in ("activations", "kv"):
+        if getattr(recipe, site).scale_dtype != QuantSpec.scale_dtype:
+            raise ConfigError(
+                f"{site}.scale_dtype is {getattr(recipe, site).scale_dtype!r}, and only the"
+                " scales of weights are stored; leave it out"
+            )
+    for site in ("weights", "kv", "head", "embedding"):
+        if getattr(recipe, site).rounding != QuantSpec.rounding:
+            raise ConfigError(
+                f"{site}.rounding is {getattr(recipe, site).rounding!r}, and only activations are"
+                " rounded so by a runtime; leave it out"
+            )
+    for site in ("activations", "head", "embedding"):
+        if getattr(recipe, site).learned:
+            raise ConfigError(
+                f"{site}.clip is 'learned', and only the scales of layers' weights, keys and"
+                " values are trained; leave it out"
+            )
+    if recipe.activations.range == "signed":
+        raise ConfigError(
+            "activations.range is 'signed', which no product of activations has; take"
+            " 'restricted' or 'full'"
+        )
+    for site in ("weights", "activations", "head", "embedding"):
+        if getattr(recipe, site).asymmetric:
+            raise ConfigError(
+                f"{site}.range is 'asymmetric', and only keys and values have an offset beside"
+                " their scale; take 'restricted', 'full' or, for weights, 'signed'"
+            )
+
+
+def _check_keys_and_values(recipe: Recipe) -> None:
+    if recipe.kv.asymmetric and recipe.kv.group_size:
+        raise ConfigError(
+            "kv.range is 'asymmetric', which has one scale and offset per token and head; leave"
+            " kv.group_size out"
+        )
+    changes_keys = recipe.center_keys or recipe.rotate_keys
+    own = recipe.kv.learned or recipe.kv.asymmetric or changes_keys
+    if recipe.kv_site != "cache" and own:
+        raise ConfigError(
+            "centered or rotated keys, and learned scales or offsets of K and V, are of the"
+            " cache site; take kv_site: cache"
+        )
+    if changes_keys and not recipe.kv.quantizes:
+        name = "center_keys" if recipe.center_keys else "rotate_keys"
+        raise ConfigError(f"{name} without quantized keys; give kv fewer bits than 16")
+    if recipe.kv_site not in get_args(KVSite):
+        raise ConfigError(
+            f"kv_site must be one of {', '.join(get_args(KVSite))}; got {recipe.kv_site!r}"
+        )
+
+
+def _check_patterns(recipe: Recipe) -> None:
+    for field_name in ("skip", "rotate_inputs"):
+        patterns = getattr(recipe, field_name)
+        if not isinstance(patterns, tuple) or not all(isinstance(p, str) for p in patterns):
+            raise ConfigError(
+                f"{field_name} must be a tuple (in YAML a list) of name patterns; got {patterns!r}"
+            )
+    check_weight_bits(recipe.weight_bits)
+    if recipe.weight_bits and not recipe.weights.quantizes:
+        raise ConfigError(
+            "weight_bits are exceptions from the bits of weights, and those are 16, for not"
+            " quantized; give weights fewer bits, and weight_bits 16 where none are wanted"
+        )
+
+
+def _check_rotation(recipe: Recipe) -> None:
+    if not (recipe.weights.quantizes and recipe.activations.quantizes):
+        raise ConfigError(
+            "rotate_inputs turns the inputs of quantized weights before they are quantized"
+            f" themselves, and {recipe.bits} leaves one of the two at 16 bits; leave"
+            " rotate_inputs out, or choose fewer bits"
+        )
+    if recipe.target != "qatc":
+        raise ConfigError(
+            f"the target {recipe.target} rotates no inputs of linear layers at run time; leave"
+            " rotate_inputs out, or train for the target qatc"
+        )
