@@ -27,7 +27,7 @@ SET_BY_THE_GRID = ("config", "config-file", "json", "output", "overwrite", "resu
 OF_THE_CELL = ("model", "teacher", "device", "compile", "trust-remote-code", "output", "json")
 """Options of ``qatc evaluate`` that a cell decides, not its grid file."""
 
-_IN_NAMES = ("bits", "method", "preset", "kv-range", "loss", "strategy", "group-size")
+_IN_NAMES = ("bits", "method", "preset", "kv-range", "budget", "loss", "strategy", "group-size")
 _ALWAYS = ("bits", "method")
 _KEYS = ("base", "seeds", "evaluate", "grids")
 _KEYS_OF_A_TABLE = ("name", "base", "axes", "seeds", "evaluate")

@@ -1,6 +1,6 @@
 """Bugs in a deep model are found as in a shallow one, in the one layer that has them.
 
-A model of 24 layers at 4-8-4 moves with its own rounding ties as far as a bug would move a shallow
+A model of 16 layers at 4-8-4 moves with its own rounding ties as far as a bug would move a shallow
 one: only what is compared on the same inputs tells the two apart.
 """
 
@@ -29,7 +29,7 @@ from qatc.runtime.model import load
 from tests.conftest import make_llama, make_output
 from tests.evaluation.planting import LOWERED, broken
 
-DEPTHS = (2, 24)
+DEPTHS = (2, 16)
 RECIPE = Recipe.from_bits("4-8-4")
 
 
@@ -102,7 +102,7 @@ def gate(outputs: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[G
 
 def test_a_deep_model_passes(tmp_path: Path) -> None:
     """Its own ties move it by 0.003 nats, three times what is allowed in any case."""
-    model = make_llama(num_hidden_layers=24, hidden_size=64, intermediate_size=128)
+    model = make_llama(num_hidden_layers=16, hidden_size=64, intermediate_size=128)
     report = parity.verify(make_output(tmp_path / "o", RECIPE, model), reload=False)
     assert report.passed
     own = [c.figure for c in report.checks if "the trained graph from itself" in c.what]
