@@ -55,8 +55,7 @@ def compare(
         from qatc.compare.grid import read_grid
         from qatc.compare.running import failures, run_cells, unique
 
-        of_evaluate = _options_of("evaluate", context)
-        cells = read_grid(grid, quantize_options(context), of_evaluate)
+        cells = read_grid(grid, quantize_options(context))
         part = _shard(shard)
         out = output or Path(f"{grid.stem}-results")
         if dry_run:
@@ -94,16 +93,12 @@ def quantize_options(context: typer.Context) -> dict[str, Any]:
     """The options of ``qatc quantize`` and their defaults."""
     from qatc.recipe.recipe import Recipe
 
-    found = _options_of("quantize", context)
+    assert context.parent is not None
+    command = context.parent.command.commands["quantize"]  # type: ignore[attr-defined]
+    found = {parameter.name: parameter.default for parameter in command.params}
     of_recipe = signature(Recipe.from_bits).parameters  # left out, these options leave it to that
     found |= {name: of_recipe[name].default for name in found if name in of_recipe}
     return found | {"bits": options.BITS}
-
-
-def _options_of(command: str, context: typer.Context) -> dict[str, Any]:
-    assert context.parent is not None
-    own = context.parent.command.commands[command]  # type: ignore[attr-defined]
-    return {parameter.name: parameter.default for parameter in own.params}
 
 
 def _shard(text: str | None) -> tuple[int, int]:

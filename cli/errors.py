@@ -50,7 +50,7 @@ def readable_errors(interrupted: str = "interrupted") -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        print_error("out of memory; try a smaller --batch-size or --max-length")
+        print_error("out of memory; try a smaller --batch-size, --max-length or --rows")
         raise typer.Exit(1) from None
 
 

@@ -24,8 +24,13 @@ DATA_OPTIONS = (
 SET_BY_THE_GRID = ("config", "config-file", "json", "output", "overwrite", "resume")
 """Options of ``qatc quantize`` that a grid file cannot set: the grid itself does."""
 
-OF_THE_CELL = ("model", "teacher", "device", "compile", "trust-remote-code", "output", "json")
-"""Options of ``qatc evaluate`` that a cell decides, not its grid file."""
+EVALUATIONS = {
+    "text": ("text", "length", "max-tokens", "batch-size"),
+    "tasks": (
+        *("tasks", "include-path", "limit", "num-fewshot", "runtime", "length", "batch-size"),
+    ),
+}
+"""Options of ``qatc evaluate`` that a grid file can set, for either kind of evaluation."""
 
 _IN_NAMES = ("bits", "method", "preset", "kv-range", "budget", "loss", "strategy", "group-size")
 _ALWAYS = ("bits", "method")
@@ -67,8 +72,7 @@ class Cell:
         named = {**{n: self.defaults[n] for n in _ALWAYS if n in self.defaults}, **self._own}
         shown += [str(named[name]) for name in _IN_NAMES if name in named]
         readable = re.sub(r"[^\w.+-]+", "_", "-".join([*shown, f"seed{self.seed}"]))
-        measured = {"evaluate": self.evaluations} if self.evaluations else {}
-        return f"{readable[:100]}-{fingerprint({**self._own, **measured})}"
+        return f"{readable[:100]}-{fingerprint(self._own)}"
 
     @property
     def corpus(self) -> str:
@@ -89,9 +93,7 @@ def fingerprint(options: Mapping[str, Any]) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()[:10]
 
 
-def read_grid(
-    path: Path, known: Mapping[str, Any], of_evaluate: Collection[str] = ()
-) -> list[Cell]:
+def read_grid(path: Path, known: Mapping[str, Any]) -> list[Cell]:
     """The cells of a grid file, in its order.
 
     Args:
@@ -100,7 +102,6 @@ def read_grid(
             ``seeds``, ``evaluate`` and ``axes`` (option -> list of values, of which every
             combination is a cell).
         known: names of the options of ``qatc quantize``, with their defaults; None is none.
-        of_evaluate: names of the options of ``qatc evaluate``.
 
     Raises:
         ConfigError: the file cannot be read, or says something that is no grid.
@@ -123,14 +124,14 @@ def read_grid(
         base = {**_options(plain, "base", known, path), **_options(table, "base", known, where)}
         seeds = _seeds(table.get("seeds", plain.get("seeds", [0])), where)
         axes = _options(table, "axes", known, where)
-        asked = _evaluations(table.get("evaluate", plain.get("evaluate")), of_evaluate, where)
+        asked = _evaluations(table.get("evaluate", plain.get("evaluate")), where)
         cells += [
             Cell(name, own, defaults, asked) for own in _combinations(base, axes, seeds, where)
         ]
     return cells
 
 
-def _evaluations(plain: Any, known: Collection[str], where: str) -> tuple[Mapping[str, Any], ...]:
+def _evaluations(plain: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     """Options of ``qatc evaluate``, by names with dashes."""
     entries = [] if plain is None else plain
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
@@ -141,16 +142,20 @@ def _evaluations(plain: Any, known: Collection[str], where: str) -> tuple[Mappin
     found = []
     for entry in entries:
         options = {str(name).replace("_", "-"): value for name, value in entry.items()}
-        for name in options:
-            if name in OF_THE_CELL:
-                raise ConfigError(
-                    f"{where}: qatc compare sets {name} itself; leave it out of evaluate"
-                )
-        names = {name.replace("_", "-") for name in known} - {*OF_THE_CELL}
-        _refuse_unknown(options, names, f"{where}, evaluate")
+        options = {name: value for name, value in options.items() if value is not None}
         if ("text" in options) == ("tasks" in options):
             raise ConfigError(f"{where}: an entry of evaluate takes text or tasks; got {entry!r}")
+        kind = "text" if "text" in options else "tasks"
+        _refuse_unknown(options, EVALUATIONS[kind], f"{where}, evaluate, {kind}")
+        if kind == "text" and not Path(str(options["text"])).is_file():
+            raise ConfigError(f"{where}: there is no text {options['text']} to evaluate on")
         found.append(options)
+    names = [Path(str(options["text"])).name for options in found if "text" in options]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"{where}: two texts to evaluate on are called {twice[0]}, which is how the tables call"
+            " them; rename one, or give it to another table"
+        )
     return tuple(found)
 
 

@@ -11,12 +11,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qatc.compare.evaluating import accuracies, evaluate, figures
+from qatc.compare.evaluating import collect, evaluate, is_measured, with_evaluations
 from qatc.compare.grid import Cell
 from qatc.compare.processes import Command, in_a_process, run
 from qatc.errors import BusyError, ConfigError, QatcError
@@ -57,11 +58,24 @@ class Places:
         return self.cells / f"{cell.name}.failed.json"
 
 
+def finished(cell: Cell, places: Places) -> Any:
+    """The record of a cell that has been run and measured on all that is asked for, or None."""
+    if not places.record(cell).exists():
+        return None
+    record = read_json(places.record(cell))
+    return record if is_measured(cell, record) else None
+
+
 def unique(cells: Iterable[Cell]) -> list[Cell]:
-    """One cell of those with equal options, in order: tables may have cells in common."""
+    """One cell of those with equal options, in order: tables may have cells in common.
+
+    It is measured on whatever one of them is.
+    """
     found: dict[str, Cell] = {}
     for cell in cells:
-        found.setdefault(cell.name, cell)
+        known = found.setdefault(cell.name, cell)
+        more = tuple(own for own in cell.evaluations if own not in known.evaluations)
+        found[cell.name] = replace(known, evaluations=known.evaluations + more)
     return list(found.values())
 
 
@@ -101,8 +115,8 @@ def run_cells(
         places.cells.mkdir(parents=True, exist_ok=True)
     for number, cell in enumerate(mine, start=1):
         title = f"cell {number}/{len(mine)}: {cell.name}"
-        if places.record(cell).exists():
-            observer.note(f"{title}: finished before{_by_others(read_json(places.record(cell)))}")
+        if (record := finished(cell, places)) is not None:
+            observer.note(f"{title}: finished before{_by_others(record)}")
             continue
         observer.stage(title)
         error = _compute(
@@ -139,12 +153,18 @@ def _compute(
     while True:
         try:
             with locked(places.cells / f"{cell.name}.cell"):
-                if places.record(cell).exists():
+                if finished(cell, places) is not None:
                     return None
+                if places.record(cell).exists() and not [*output.glob("*.safetensors")]:
+                    return (
+                        "was finished without all that evaluate asks for, and its weights are gone;"
+                        f" remove {output} to run it anew (--keep-models keeps weights)"
+                    )
                 started = time.time()
                 error = None if (output / "qatc.json").exists() else _run(cell, places, command)
                 if error is None:
-                    error = evaluate(cell, output, places.models, command)
+                    metadata = read_json(output / "qatc.json")
+                    error = evaluate(cell, output, metadata, places.models, command)
                 if error is None:
                     _finish(cell, places, operations, keep_models, time.time() - started)
                 return error
@@ -180,17 +200,16 @@ def _finish(
     """Record what an output says of itself, then remove its weights."""
     output = places.output(cell)
     metadata = read_json(output / "qatc.json")
-    (*_, result) = next(iter(metadata["figures"].values()))
-    evaluated = figures(cell, output, places.models, result)
+    before = read_json(places.record(cell)) if places.record(cell).exists() else {}
     record = {
         "name": cell.name,
         "options": dict(cell.options),
-        "figures": metadata["figures"] | evaluated,
-        "accuracy": accuracies(cell, output, places.models),
+        "figures": metadata["figures"],
+        "evaluated": before.get("evaluated", {}) | collect(cell, output, metadata, places.models),
         "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
         "operations_per_token": operations(metadata, bool(cell.options.get("trust-remote-code"))),
         "training_seconds": metadata.get("training_seconds"),
-        "seconds": round(seconds, 1),
+        "seconds": before.get("seconds", round(seconds, 1)),
         "curve": _curve(output / "metrics.jsonl"),
         **{name: metadata.get(name) for name in ("inputs", "versions", "device")},
     }
@@ -238,9 +257,9 @@ def _summary(record: Mapping[str, Any]) -> str:
 def records(cells: Sequence[Cell], out: Path) -> tuple[list[tuple[Cell, Any]], list[Cell]]:
     """The finished cells of a grid with what ``cell.json`` says of them, and the others."""
     places = Places(out)
-    finished = [cell for cell in cells if places.record(cell).exists()]
-    others = [cell for cell in cells if not places.record(cell).exists()]
-    return [(cell, read_json(places.record(cell))) for cell in finished], others
+    known = [(cell, finished(cell, places)) for cell in cells]
+    done = [(cell, with_evaluations(cell, record)) for cell, record in known if record is not None]
+    return done, [cell for cell, record in known if record is None]
 
 
 def failures(cells: Sequence[Cell], out: Path) -> dict[str, str]:
@@ -249,5 +268,5 @@ def failures(cells: Sequence[Cell], out: Path) -> dict[str, str]:
     return {
         cell.name: read_json(places.failure(cell))["error"]
         for cell in cells
-        if places.failure(cell).exists() and not places.record(cell).exists()
+        if places.failure(cell).exists() and finished(cell, places) is None
     }

@@ -135,9 +135,10 @@ def _figures(record: Mapping[str, Any], text: str) -> dict[str, float | None]:
 
 def _accuracy(record: Mapping[str, Any], of: str) -> float | None:
     """The mean over all tasks whose items are right or wrong."""
-    found = [entry[of]["average"]["value"] for entry in record.get("accuracy", [])]
-    known = [value for value in found if value is not None]
-    return statistics.fmean(known) if known else None
+    averages = [entry[of]["average"] for entry in record.get("accuracy", [])]
+    tasks = sum(average["tasks"] for average in averages)
+    total = sum(average["value"] * average["tasks"] for average in averages if average["tasks"])
+    return total / tasks if tasks else None
 
 
 def statistic(values: Sequence[float | None]) -> Statistic | None:

@@ -253,8 +253,9 @@ def check_corpus(output: Path, description: dict[str, Any]) -> dict[str, Any] | 
     found = _found(output)
     if found is None:
         return None
+    told = (*_INFORMATIVE, *(["prompt_tokens"] if "chat_format" in description else []))
     for key, value in description.items():
-        if key in _INFORMATIVE or found.get(key) == value:
+        if key in told or found.get(key) == value:
             continue
         if key in _HOW_COMPUTED and found["complete"]:
             continue

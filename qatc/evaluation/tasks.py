@@ -107,10 +107,10 @@ class TaskResults:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without that of each item."""
+        average = dict(zip(("value", "stderr"), self.average or (None, None), strict=True))
+        average["tasks"] = sum(score.right_or_wrong for score in self.scores)
         scores = [score.to_dict() for score in self.scores]
-        value, stderr = self.average or (None, None)
-        plain = {"tasks": scores, "average": {"value": value, "stderr": stderr}}
-        return plain | {"numerics": self.numerics}
+        return {"tasks": scores, "average": average, "numerics": self.numerics}
 
 
 def evaluate_tasks(

@@ -53,13 +53,13 @@ def to_torchao(model: nn.Module) -> nn.Module:
         )
     specs = quantized_specs(model)
     ignore = find_float_linears(model, specs)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state = model.state_dict()
     ends = find_ends(model)
     table = next((end.weight for end in ends if end.role == "embedding"), None)
     tensors: dict[str, Tensor] = {}
     for name, spec in specs.items():
-        weight = {name: QuantizedWeight.from_float(parameters[name], spec)}
-        tensors |= torchao.int8_tensors(weight, recipe, table, parameters[name].dtype)
+        weight = {name: QuantizedWeight.from_state(state, name, spec)}
+        tensors |= torchao.int8_tensors(weight, recipe, table, state[name].dtype)
     for difference in differences(recipe):
         warnings.warn(difference, stacklevel=2)
     restore(model)

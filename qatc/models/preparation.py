@@ -31,6 +31,7 @@ from qatc.models.support import (
     refuse_idle_patterns,
     refuse_lost_scales,
     refuse_stacked_weights,
+    refuse_turned,
     refuse_unstorable,
     refuse_unsupported,
 )
@@ -47,8 +48,7 @@ class Prepared:
 
     Attributes:
         store, forwards: templates and forwards of the decoder layers.
-        ends: forwards of the head and of the embedding, as far as they are quantized, each with a
-            store of its own.
+        ends: forwards of the quantized head and embedding, each with a store of its own.
         added: learned scales and centers of keys, which the model did not have.
     """
 
@@ -86,7 +86,8 @@ def prepare(
     of the layers stay as they are. :func:`restore` undoes it. A recipe with learned scales or
     centered keys adds those to the modules that they are of, as parameters and buffers, which
     ``state_dict`` holds and ``save_pretrained`` of transformers does not bring back. Centers are
-    0 until :func:`qatc.center_keys` has measured them.
+    0 until :func:`qatc.center_keys` has measured them. Weights whose inputs a recipe rotates have
+    to be turned before, by :func:`qatc.ptq.rotate_inputs`.
 
     Attributes may be changed afterwards: a graph is captured for what they are now. What is added
     afterwards, such as LoRA adapters of peft, stays in full precision, around quantized weights.
@@ -181,7 +182,7 @@ def prepare(
 def restore(model: nn.Module) -> nn.Module:
     """Give the layers of ``model`` their original forward back; the parameters stay trained.
 
-    Learned scales and centers of keys go with the quantized graph.
+    Learned scales and centers of keys go with the quantized graph; turned weights stay turned.
     """
     prepared = prepared_state(model)
     for forward in (*prepared.forwards, *(forward for _, forward in prepared.ends)):
@@ -323,9 +324,8 @@ def _device_of(model: nn.Module) -> torch.device:
 def _transform(
     gm: GraphModule, owner: TemplateForward, recipe: Recipe, integer_forward: bool
 ) -> None:
-    weights = [n for n, p in owner.module.named_parameters() if p.dim() == 2]
     own = owner.present()
-    linears = any(name not in own.skip for name in weights)
+    linears = any(p.dim() == 2 and n not in own.skip for n, p in owner.module.named_parameters())
     training_pipeline(recipe, own, linears, integer_forward)(gm)
 
 
@@ -340,6 +340,7 @@ def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:
 def _save_pretrained(model: Any, *arguments: Any, **options: Any) -> None:
     """``save_pretrained`` of a prepared model, with its own ``use_cache`` in the saved config."""
     switched = prepared_state(model).use_cache
+    refuse_turned(prepared_state(model).recipe)
     try:
         for config, value in switched:
             config.use_cache = value

@@ -6,6 +6,7 @@ Told apart by what a config says and by the shapes of parameters, not by lists o
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -137,17 +138,47 @@ def skip_options(names: list[str]) -> str:
 
 
 def refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ``ConfigError`` if a pattern of a recipe names no parameter."""
+    """Raise ``ConfigError`` if a pattern of a recipe names nothing that it could be about."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     patterns = [("skip", pattern) for pattern in recipe.skip if pattern not in DEFAULT_SKIP]
-    patterns += [("rotate_inputs", pattern) for pattern in recipe.rotate_inputs]
-    patterns += [("weight_bits", pattern) for pattern, _ in recipe.weight_bits]
-    for kind, pattern in patterns:
+    for pattern in (pattern for _, pattern in patterns):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
-                f"the {kind} pattern {pattern!r} matches no parameter; names look like"
+                f"the skip pattern {pattern!r} matches no parameter; names look like"
                 f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
             )
+    only = replace(recipe, weight_bits=())  # which can skip as well
+    weights = [
+        f"{name}.{own}" if name else own
+        for name, region in find_regions(model)
+        for own, parameter in region.named_parameters()
+        if parameter.dim() == 2
+    ]
+    weights = [name for name in weights if not only.skips(name)]
+    hints = {
+        "weight_bits": "output head and token embedding have --head-bits and --embedding-bits",
+        "rotate_inputs": "--method rotate asks for *.down_proj.weight where activations have fewer"
+        " than 8 bits; a --recipe names others, or none",
+    }
+    patterns = [("rotate_inputs", pattern) for pattern in recipe.rotate_inputs]
+    patterns += [("weight_bits", pattern) for pattern, _ in recipe.weight_bits]
+    for kind, pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in weights):
+            example = f"such as {weights[0]!r}" if weights else "of which there are none"
+            raise ConfigError(
+                f"the {kind} pattern {pattern!r} matches no weight of the layers that is quantized,"
+                f" {example}; {hints[kind]}"
+            )
+
+
+def refuse_turned(recipe: Recipe) -> None:
+    """Raise ``ConfigError`` if weights are turned, which a plain model would not know."""
+    if recipe.rotate_inputs:
+        raise ConfigError(
+            "this model rotates inputs of its linear layers, and their weights are turned, of which"
+            " a plain checkpoint says nothing: it would compute something else. Quantize it with"
+            " qatc quantize, whose output says so, or take a recipe without rotate_inputs"
+        )
 
 
 def refuse_lost_scales(model: nn.Module, recipe: Recipe) -> None:

@@ -18,6 +18,7 @@ from qatc.output.compressed_tensors import loads_as_it_is
 from qatc.output.layouts import TORCHAO
 from qatc.output.stored import Stored, measure
 from qatc.recipe.recipe import Recipe
+from qatc.recipe.spec import rule_in_words
 from qatc.recipe.weight_bits import describe
 from qatc.storage.files import read_json, write_atomically
 
@@ -137,7 +138,8 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
             if key == "kv" and recipe["kv_site"] == "projection":
                 row = "token"
             group = f"{spec['group_size']} values" if spec["group_size"] else row
-            text = f"{spec['bits']} bits, one scale per {group}, {_codes(spec)}"
+            codes = rule_in_words(spec["bits"], spec["range"])
+            text = f"{spec['bits']} bits, one scale per {group}, {codes}"
         rows.append([title, text])
     others = describe(recipe.get("weight_bits", {}).items(), "`")
     rows += [["weights of other bits", others]] if others else []
@@ -150,14 +152,6 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
     if recipe.get("rotate_keys"):
         rows.append(["queries and keys", "rotated by a Hadamard transform of every head"])
     return [*rows, ["stay in full precision", skip]]
-
-
-def _codes(spec: Mapping[str, Any]) -> str:
-    """The range rule in numbers: the codes, and what the largest value is divided by."""
-    largest = (1 << (spec["bits"] - 1)) - 1
-    if spec["range"] == "restricted":
-        return f"codes -{largest} to {largest}, scale = max / {largest}"
-    return f"codes -{largest + 1} to {largest}, scale = max / {largest + 0.5:g}"
 
 
 def stored_rows(stored: Stored) -> list[list[str]]:

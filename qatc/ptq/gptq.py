@@ -117,10 +117,11 @@ def _round_layers(
 
 def _groups(layer: Layer, recipe: Recipe) -> list[list[Linear]]:
     """The linears to be rounded, those of one input together, in the order of the graph."""
-    skip = recipe.exceptions(layer.name, dict(layer.module.named_parameters())).skip
+    own = recipe.exceptions(layer.name, dict(layer.module.named_parameters()))
     groups: dict[Any, list[Linear]] = {}
-    for linear in find_quantizable(layer.graph, skip):
-        groups.setdefault(uncast(linear.input), []).append(linear)
+    for linear in find_quantizable(layer.graph, own.skip):
+        reads = uncast(linear.input), linear.parameter in own.rotated
+        groups.setdefault(reads, []).append(linear)
     return list(groups.values())
 
 

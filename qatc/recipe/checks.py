@@ -56,6 +56,12 @@ def _check_specs(recipe: Recipe) -> None:
 
 
 def _check_keys_and_values(recipe: Recipe) -> None:
+    if recipe.target != "qatc" and (recipe.kv.asymmetric or recipe.rotate_keys):
+        what = "rotate_keys" if recipe.rotate_keys else "kv.range 'asymmetric' (--kv-range)"
+        raise ConfigError(
+            f"{what} is for the cache of qatc, which the target {recipe.target} has not; leave it"
+            " out, or train for the target qatc"
+        )
     if recipe.kv.asymmetric and recipe.kv.group_size:
         raise ConfigError(
             "kv.range is 'asymmetric', which has one scale and offset per token and head; leave"

@@ -148,6 +148,18 @@ class QuantSpec:
         return self.quantizes and self.clip == "learned"
 
 
+def rule_in_words(bits: int, range_: Range) -> str:
+    """What codes there are, and what a scale is, for so many bits."""
+    half = 1 << (bits - 1)
+    least, scale = {
+        "restricted": (1 - half, f"max / {half - 1}"),
+        "full": (-half, f"max / {half - 0.5:g}"),
+        "signed": (-half, f"largest value / -{half}"),
+        "asymmetric": (-half, f"(max - min) / {2 * half - 1}, and an offset beside it"),
+    }[range_]
+    return f"codes {least} to {half - 1}, scale = {scale}"
+
+
 _NAMES = tuple(own.name for own in dataclasses.fields(QuantSpec))
 
 

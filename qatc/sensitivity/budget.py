@@ -25,6 +25,10 @@ from qatc.sensitivity.weights import (
     with_bits,
 )
 
+_NOISE = 1e-9
+"""KL in nats that a weight is taken to cost at least: what is measured below is rounding of fp32,
+and a weight that seemed to cost nothing would be left with the fewest bits, whatever the budget."""
+
 WIDTHS = tuple(bits for bits in VALID_BITS if bits != FLOAT_BITS)
 
 
@@ -100,7 +104,7 @@ def fit_budget(
         sizes[weight.name] = values.numel()
         errors = {w: _error(values, round_to_nearest(values, with_bits(weight.spec, w)))
                   for w in WIDTHS}  # fmt: skip
-        unit = max(measured[weight.name], 0.0) / errors[nearest] if errors[nearest] else 0.0
+        unit = max(measured[weight.name], _NOISE) / errors[nearest] if errors[nearest] else 0.0
         estimates[weight.name] = {width: unit * error for width, error in errors.items()}
     chosen = choose_bits(estimates, sizes, budget)
     usual = recipe.weights.bits

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qatc.data.config import CorpusConfig
-from qatc.data.corpus import Corpus, Rows, pack_rows
+from qatc.data.corpus import Corpus, Rows, pack_rows, require_known
 from qatc.data.generate import generate_corpus
 from qatc.errors import ConfigError
 from qatc.machine.device import pick_device
@@ -109,6 +109,7 @@ def inspect_sensitivity(
         check_length(name, loaded.model.config, length)
         found = pack_rows(corpus.sequences(), length, corpus.prompt_tokens)
         found = found[: probe_rows(length) if rows is None else rows]
+        require_known(found.tokens, tokenizer, loaded.model, what=f"the corpus {data}", name=name)
     return measure_sensitivity(loaded.model, found, recipe, name=name)
 
 

@@ -63,11 +63,12 @@ def _parts(recipe: Recipe) -> dict[str, Recipe]:
     """A recipe for each part of a recipe."""
     specs = ("weights", "activations", "kv", "head", "embedding")
     off: dict[str, Any] = dict.fromkeys(specs, QuantSpec())
-    off |= {"weight_bits": (), "center_keys": False}
+    off |= {"weight_bits": (), "center_keys": False, "rotate_keys": False}
+    recipe = replace(recipe, rotate_inputs=())  # weights have not been turned
     fields = {
         "weights": ("weights", "weight_bits"),
         "activations": ("activations",),
-        "keys": ("kv", "center_keys"),
+        "keys": ("kv", "center_keys", "rotate_keys"),
         "values": ("kv",),
         "head": ("head",),
         "embedding": ("embedding",),

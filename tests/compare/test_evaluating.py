@@ -8,23 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from qatc.compare.evaluating import _taken_over
 from qatc.compare.grid import Cell
 from qatc.compare.results import write_results
-from qatc.compare.running import Places, failures, run_cells
-from qatc.compare.summary import cells_of
+from qatc.compare.running import Places, failures, records, run_cells
+from qatc.compare.summary import _accuracy, cells_of
 from qatc.errors import BUSY
-from qatc.storage.files import read_json
 from tests.compare.conftest import Quantizer, operations
 
-ASKED = (
-    {"text": "texts/wiki.txt", "length": 64},
-    {"tasks": ["one", "two"], "limit": 3, "runtime": "packed"},
-)
+TASKS = {"tasks": ["one", "two"], "limit": 3, "runtime": "packed"}
 
 
 @pytest.fixture
-def asked(cells: list[Cell]) -> list[Cell]:
-    return [replace(cell, evaluations=ASKED) for cell in cells]
+def text(tmp_path: Path) -> Path:
+    place = tmp_path / "texts" / "wiki.txt"
+    place.parent.mkdir()
+    place.write_text("some text")
+    return place
+
+
+@pytest.fixture
+def asked(cells: list[Cell], text: Path) -> list[Cell]:
+    both = ({"text": str(text), "length": 64}, TASKS)
+    return [replace(cell, evaluations=both) for cell in cells]
 
 
 def run(cells: list[Cell], out: Path, command: Quantizer | object) -> None:
@@ -32,21 +38,22 @@ def run(cells: list[Cell], out: Path, command: Quantizer | object) -> None:
 
 
 def test_each_is_measured_and_full_precision_once(
-    asked: list[Cell], quantizer: Quantizer, tmp_path: Path
+    asked: list[Cell], text: Path, quantizer: Quantizer, tmp_path: Path
 ) -> None:
     run(asked, tmp_path, quantizer)
-    on_text, on_tasks = ["--text", "texts/wiki.txt", "--length", "64"], ["--tasks", "one,two"]
-    on_tasks += ["--limit", "3", "--runtime", "packed"]
+    on_text, on_tasks = ["--text", str(text), "--length", "64"], ["--tasks", "one,two"]
+    on_tasks += ["--limit", "3"]
+    packed = [*on_tasks, "--runtime", "packed"]  # a model in full precision is not packed
     outputs = [str(Places(tmp_path).output(cell)) for cell in asked]
     assert quantizer.evaluated == [
         (outputs[0], [*on_text, "--teacher", "m", "--json"]),
         ("m", [*on_text, "--json"]),
-        (outputs[0], [*on_tasks, "--json"]),
+        (outputs[0], [*packed, "--json"]),
         ("m", [*on_tasks, "--json"]),
         (outputs[1], [*on_text, "--teacher", "m", "--json"]),
-        (outputs[1], [*on_tasks, "--json"]),
+        (outputs[1], [*packed, "--json"]),
     ]
-    record = read_json(Places(tmp_path).record(asked[0]))
+    ((_, record), _), _ = records(asked, tmp_path)
     assert record["figures"].keys() == {"generated", "wiki.txt"}
     wiki = record["figures"]["wiki.txt"]
     assert wiki["full precision"]["perplexity"] == 10 and wiki["QAT"]["perplexity"] == 11
@@ -94,7 +101,8 @@ def test_a_failed_evaluation_alone_is_tried_again(
     run(asked[:1], tmp_path, quantizer)
     assert len(quantizer.runs) == 1 and len(quantizer.evaluated) == 4
     assert failures(asked[:1], tmp_path) == {}
-    assert read_json(Places(tmp_path).record(asked[0]))["accuracy"]
+    ((_, record),), _ = records(asked[:1], tmp_path)
+    assert record["accuracy"]
 
 
 def test_a_model_that_another_process_measures_is_waited_for(
@@ -110,3 +118,56 @@ def test_a_model_that_another_process_measures_is_waited_for(
 
     run(asked[:1], tmp_path, at_first_busy)
     assert failures(asked, tmp_path) == {} and len(quantizer.runs) == 1
+
+
+def test_what_is_asked_for_later_is_measured_on_kept_weights(
+    asked: list[Cell], quantizer: Quantizer, tmp_path: Path
+) -> None:
+    plain, more = [replace(asked[0], evaluations=())], asked[:1]
+    run_cells(plain, tmp_path, command=quantizer, operations=operations, keep_models=True)
+    assert records(plain, tmp_path)[0] and not records(more, tmp_path)[0]
+    run(more, tmp_path, quantizer)
+    assert len(quantizer.runs) == 1 and len(quantizer.evaluated) == 4
+    assert records(more, tmp_path)[0] and records(plain, tmp_path)[0]
+    assert records(plain, tmp_path)[0][0][1]["accuracy"] == []
+
+
+def test_without_its_weights_a_cell_says_how_to_go_on(
+    asked: list[Cell], quantizer: Quantizer, tmp_path: Path
+) -> None:
+    run([replace(asked[0], evaluations=())], tmp_path, quantizer)
+    run(asked[:1], tmp_path, quantizer)
+    (error,) = failures(asked[:1], tmp_path).values()
+    assert "its weights are gone; remove" in error and "--keep-models" in error
+    assert len(quantizer.runs) == 1 and quantizer.evaluated == []
+
+
+def test_another_text_of_the_same_name_is_another_measurement(
+    asked: list[Cell], text: Path, quantizer: Quantizer, tmp_path: Path
+) -> None:
+    run(asked[:1], tmp_path, quantizer)
+    text.write_text("another text")
+    run(asked[1:], tmp_path, quantizer)
+    of_model = [options for model, options in quantizer.evaluated if model == "m"]
+    assert len([options for options in of_model if "--text" in options]) == 2
+    assert len([options for options in of_model if "--tasks" in options]) == 1
+
+
+def test_accuracy_weighs_tasks_alike() -> None:
+    entries = [
+        {"result": {"average": {"value": 0.5, "stderr": None, "tasks": 8}}},
+        {"result": {"average": {"value": 0.1, "stderr": None, "tasks": 1}}},
+        {"result": {"average": {"value": None, "stderr": None, "tasks": 0}}},
+    ]
+    assert _accuracy({"accuracy": entries}, "result") == pytest.approx((0.5 * 8 + 0.1) / 9)
+    assert _accuracy({"accuracy": entries[2:]}, "result") is None
+
+
+def test_flags_are_spelled_as_the_command_has_them() -> None:
+    def flags(**options: object) -> list[str]:
+        return _taken_over(Cell("t", {"model": "m", "seed": 0, **options}))
+
+    assert flags() == [] == flags(**{"trust-remote-code": False})
+    assert flags(**{"trust-remote-code": True}) == ["--trust-remote-code"]
+    assert flags(compile=False, device="cpu") == ["--device", "cpu", "--no-compile"]
+    assert flags(compile=True) == ["--compile"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import yaml
 from qatc.cli.compare import quantize_options
 from qatc.cli.main import app
 from qatc.cli.options import build_recipe
-from qatc.compare.grid import SET_BY_THE_GRID, Cell, read_grid
+from qatc.compare.grid import EVALUATIONS, SET_BY_THE_GRID, Cell, read_grid
+from qatc.compare.running import unique
 from qatc.errors import ConfigError
 from qatc.quantize.settings import QuantizeConfig
 
@@ -24,7 +26,7 @@ PAPER = sorted((Path(__file__).resolve().parents[2] / "examples/paper").glob("*.
 def read(tmp_path: Path, text: str) -> list[Cell]:
     path = tmp_path / "grid.yaml"
     path.write_text(text)
-    return read_grid(path, KNOWN, ("text", "tasks", "length", "include_path", "teacher"))
+    return read_grid(path, KNOWN)
 
 
 def test_every_combination_is_a_cell_and_the_table_wins(tmp_path: Path) -> None:
@@ -82,8 +84,14 @@ def test_every_combination_is_a_cell_and_the_table_wins(tmp_path: Path) -> None:
         ("base: {model: m}\nevaluate: [wiki.txt]\ngrids: [{}]", "evaluate takes a list"),
         ("base: {model: m}\nevaluate: [{length: 3}]\ngrids: [{}]", "takes text or tasks"),
         ("base: {model: m}\nevaluate: [{text: a, tasks: b}]\ngrids: [{}]", "takes text or tasks"),
-        ("base: {model: m}\nevaluate: [{txt: a}]\ngrids: [{}]", "no 'txt'; there is text"),
-        ("base: {model: m}\ngrids: [{evaluate: [{teacher: a}]}]", "sets teacher itself"),
+        ("base: {model: m}\nevaluate: [{txt: a}]\ngrids: [{}]", "takes text or tasks"),
+        (
+            "base: {model: m}\ngrids: [{evaluate: [{tasks: a, teacher: b}]}]",
+            "there is no 'teacher'",
+        ),
+        ("base: {model: m}\ngrids: [{evaluate: [{tasks: a, max-tokens: 9}]}]", "no 'max-tokens'"),
+        ("base: {model: m}\ngrids: [{evaluate: [{text: a, limit: 9}]}]", "there is no 'limit'"),
+        ("base: {model: m}\ngrids: [{evaluate: [{text: no/such.txt}]}]", "no text no/such.txt"),
     ],
 )
 def test_mistakes(text: str, says: str, tmp_path: Path) -> None:
@@ -111,12 +119,25 @@ def test_names_tell_cells_apart_and_corpora_are_those_of_the_data() -> None:
 
 
 def test_what_cells_are_measured_on(tmp_path: Path) -> None:
-    text = "base: {model: m}\nevaluate: [{text: a}]\ngrids: [{}, {evaluate: []}, {evaluate: [%s]}]"
-    first, none, tasks = read(tmp_path, text % "{tasks: [x, y], include_path: d}")
-    assert first.evaluations == ({"text": "a"},) and none.evaluations == ()
-    assert tasks.evaluations == ({"tasks": ["x", "y"], "include-path": "d"},)
-    assert len({cell.name for cell in (first, none, tasks)}) == 3
-    assert len({cell.corpus for cell in (first, none, tasks)}) == 1
+    place = tmp_path / "a.txt"
+    place.write_text("text")
+    tasks = "{tasks: [x, y], include_path: d, limit: null}"
+    head = f"base: {{model: m}}\nevaluate: [{{text: {place}}}]\n"
+    text = f"{head}grids: [{{}}, {{evaluate: []}}, {{evaluate: [{tasks}]}}]"
+    first, none, other = read(tmp_path, text)
+    assert first.evaluations == ({"text": str(place)},) and none.evaluations == ()
+    assert other.evaluations == ({"tasks": ["x", "y"], "include-path": "d"},)
+    assert len({cell.name for cell in (first, none, other)}) == 1, "one run serves all three"
+    (cell,) = unique([first, none, other])
+    assert cell.evaluations == first.evaluations + other.evaluations
+    with pytest.raises(ConfigError, match=r"two texts to evaluate on are called a.txt"):
+        read(tmp_path, f"{head}grids: [{{evaluate: [{{text: {place}}}, {{text: {place}}}]}}]")
+
+
+def test_evaluations_are_options_of_the_command() -> None:
+    command = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
+    names = {str(p.name).replace("_", "-") for p in command.params}
+    assert set(itertools.chain(*EVALUATIONS.values())) <= names
 
 
 def test_a_default_that_is_spelled_out_makes_no_other_cell() -> None:
@@ -155,7 +176,7 @@ def test_the_defaults_are_those_of_quantize() -> None:
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_the_grids_of_the_paper_name_options_that_there_are(path: Path) -> None:
-    cells = read_grid(path, quantize_options_of_the_command(), ["tasks", "text"])
+    cells = read_grid(path, quantize_options_of_the_command())
     assert len({cell.name for cell in cells}) > 1
     for cell in cells:
         assert not cell.options.keys() & set(SET_BY_THE_GRID)

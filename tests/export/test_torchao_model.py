@@ -73,6 +73,19 @@ def test_it_compiles() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:transformers runs it with other numerics")
+def test_learned_scales_are_those_that_were_trained() -> None:
+    model: Any = qatc.prepare(make_model(), Recipe.from_bits("4-8-4", preset="best"), compile=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(f"{name}_scale_gain").fill_(0.5)
+    wanted = QuantizedWeight.from_state(
+        model.state_dict(), name, QuantSpec(4, range="signed", clip="learned")
+    )
+    held = qatc.to_torchao(model).get_parameter(name)
+    assert torch.equal(held.dequantize(), wanted.dequantize())
+
+
+@pytest.mark.filterwarnings("ignore:transformers runs it with other numerics")
 def test_a_module_of_ones_own() -> None:
     torch.manual_seed(0)
     first, last = nn.Linear(13, 7), nn.Linear(7, 5)

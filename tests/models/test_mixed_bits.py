@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,9 @@ def test_the_plan_counts_each_weight_by_its_bits(tmp_path: Path, tokenizer: Any)
     assert f"{mean:,.4g}" in shown.stdout and "mixed-8-4" in shown.stdout
 
 
-def test_a_pattern_that_matches_nothing_is_refused() -> None:
-    recipe = Recipe.from_bits("4-8-4", weight_bits=(("*.v_prj.*", 6),))
-    with pytest.raises(ConfigError, match=r"weight_bits pattern '\*\.v_prj\.\*' matches no param"):
+@pytest.mark.parametrize("pattern", ["*.v_prj.*", "lm_head.weight", "*embed*", "*norm*"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
+    recipe = Recipe.from_bits("4-8-4", weight_bits=((pattern, 6),))
+    says = f"weight_bits pattern {re.escape(repr(pattern))} matches no weight .*--head-bits"
+    with pytest.raises(ConfigError, match=says):
         prepare(make_llama(), recipe, compile=False)

@@ -239,6 +239,8 @@ def test_the_trained_scale_is_start_and_gain() -> None:
         ({"center_keys": True, "kv": QuantSpec()}, "without quantized keys"),
         ({"kv": ASYMMETRIC, "kv_site": "projection"}, "offsets of K and V, are of the cache site"),
         ({"kv": replace(ASYMMETRIC, group_size=8)}, "leave kv.group_size out"),
+        ({"kv": ASYMMETRIC, "target": "torchao"}, "which the target torchao has not"),
+        ({"rotate_keys": True, "target": "transformers"}, "rotate_keys is for the cache of qatc"),
         ({"weights": ASYMMETRIC}, "weights.range is 'asymmetric'"),
         ({"activations": ASYMMETRIC}, "activations.range is 'asymmetric'"),
         ({"head": ASYMMETRIC}, "head.range is 'asymmetric'"),

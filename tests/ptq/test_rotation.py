@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from qatc.errors import ConfigError
 from qatc.graph.template_forward import TemplateForward
 from qatc.graph.templates import TemplateStore
+from qatc.models.preparation import prepare
 from qatc.models.regions import find_regions
 from qatc.numerics.hadamard import hadamard
 from qatc.passes import Canonicalize, RotateLinearInputs
@@ -180,8 +182,9 @@ def test_weights_in_full_precision_are_not_turned() -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (("*.fc2.weight",), "rotate_inputs pattern '.*fc2.weight' matches no parameter"),
-        (("*norm.weight",), "has no linear whose input could be rotated by rotate_inputs="),
+        (("*.fc2.weight",), "rotate_inputs pattern '.*fc2.weight' matches no weight .*--recipe"),
+        (("*norm.weight",), "rotate_inputs pattern '.*norm.weight' matches no weight"),
+        (("lm_head.weight",), "rotate_inputs pattern 'lm_head.weight' matches no weight"),
     ],
 )
 def test_names_of_nothing(names: tuple[str, ...], says: str) -> None:
@@ -213,3 +216,32 @@ def test_gptq_sees_rotated_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = hadamard(48)
     wanted = matrix.T @ plain @ matrix
     torch.testing.assert_close(hessian(turned, DOWN), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gptq_tells_rotated_inputs_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of linears that read one input some may have it rotated: each has its own Hessian."""
+    module = sys.modules["qatc.ptq.gptq"]
+    seen: list[Tensor] = []
+
+    def note(weight: Tensor, given: Tensor, spec: Any, **options: Any) -> Any:
+        seen.append(given)
+        return round_columns(weight, given, spec, **options)
+
+    monkeypatch.setattr(module, "round_columns", note)
+    recipe = dataclasses.replace(DOWN, rotate_inputs=("*.q_proj.weight",))
+    model = make_model()
+    rotate_inputs(model, recipe)
+    gptq(model, make_rows(), recipe, dtype=torch.float64)
+    query, key, value = seen[:3]
+    matrix = hadamard(32)
+    torch.testing.assert_close(query, matrix.T @ key @ matrix, rtol=1e-5, atol=1e-5)
+    assert torch.equal(key, value) and not torch.allclose(query, key)
+
+
+def test_a_prepared_model_with_turned_weights_is_not_saved_as_a_plain_one(tmp_path: Path) -> None:
+    model = make_model()
+    rotate_inputs(model, DOWN)
+    prepare(model, DOWN, compile=False)
+    with pytest.raises(ConfigError, match="take a recipe without rotate_inputs"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qatc.errors import ConfigError, QatcError
-from qatc.recipe.spec import FLOAT_BITS, VALID_BITS, QuantSpec, read_spec_arg, spec_arg
+from qatc.recipe.spec import (
+    FLOAT_BITS,
+    VALID_BITS,
+    QuantSpec,
+    read_spec_arg,
+    rule_in_words,
+    spec_arg,
+)
 
 quantizing_bits = st.sampled_from([b for b in VALID_BITS if b != FLOAT_BITS])
 
@@ -103,6 +110,14 @@ def test_bad_scale_dtypes_are_quoted_and_the_valid_ones_listed(scale_dtype: Any)
         QuantSpec(4, scale_dtype=scale_dtype)
     wanted = f"scale_dtype must be one of bfloat16, float16; got {scale_dtype!r}"
     assert str(raised.value) == wanted
+
+
+def test_rules_in_words() -> None:
+    assert rule_in_words(4, "restricted") == "codes -7 to 7, scale = max / 7"
+    assert rule_in_words(4, "full") == "codes -8 to 7, scale = max / 7.5"
+    assert rule_in_words(4, "signed") == "codes -8 to 7, scale = largest value / -8"
+    asymmetric = "codes -8 to 7, scale = (max - min) / 15, and an offset beside it"
+    assert rule_in_words(4, "asymmetric") == asymmetric
 
 
 def test_a_config_error_is_a_user_error_and_a_value_error() -> None:

@@ -53,6 +53,18 @@ def test_centers_are_measured_and_head_and_embedding_have_lines() -> None:
     assert one["head"] > 0 and one["embedding"] > 0
 
 
+def test_rotations_belong_to_the_keys_alone() -> None:
+    """Weights have not been turned, so inputs are not rotated either."""
+    model, rows = make_llama(), make_rows()
+    recipe = Recipe.from_bits("4-6-3", rotate_inputs=("*.down_proj.weight",), rotate_keys=True)
+    plain = part_sensitivity(model, rows, Recipe.from_bits("4-6-3"))
+    rotated = part_sensitivity(model, rows, recipe)
+    assert plain.keys() == rotated.keys() and rotated["keys"] != plain["keys"]
+    for part in ("weights", "activations", "values"):
+        assert rotated[part] == plain[part]
+    assert 0.3 < rotated["everything"] / plain["everything"] < 3
+
+
 def test_the_model_can_be_prepared_afterwards() -> None:
     model, rows = make_llama(), make_rows()
     before = {name: value.clone() for name, value in model.state_dict().items()}
