@@ -130,8 +130,6 @@ class QuantizeConfig:
         for name in ("checkpoint_every", "keep_checkpoints"):
             del plain["training"][name]
         plain["recipe"] = self.recipe.to_dict()
-        if self.recipe.weight_bits:  # whose order counts, as that of a mapping does not
-            plain["recipe"]["weight_bits"] = self.recipe.weight_bits
         result: dict[str, Any] = json.loads(json.dumps(plain, default=str))
         return result
 

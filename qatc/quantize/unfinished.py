@@ -127,7 +127,9 @@ def _change(name: str, found: str, wanted: str) -> str:
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in plain.items():
-        if isinstance(value, Mapping):
+        if key == "weight_bits":  # whose order counts
+            yield prefix + key, [*value.items()]
+        elif isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

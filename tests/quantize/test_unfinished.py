@@ -53,6 +53,19 @@ def test_the_same_run_goes_on(config: QuantizeConfig, change: dict[str, Any]) ->
     assert (config.partial / "work").exists()
 
 
+def test_the_order_of_weight_bits_counts(config: QuantizeConfig) -> None:
+    pairs = (("*.v_proj.weight", 6), ("*.layers.1.*", 3))
+    first, other = (
+        replace(config, recipe=replace(config.recipe, weight_bits=order))
+        for order in (pairs, pairs[::-1])
+    )
+    begin_run(first)
+    (config.partial / "work").write_text("done")
+    begin_run(first)
+    with pytest.raises(ConfigError, match="recipe.weight_bits was"):
+        check_run(other)
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
