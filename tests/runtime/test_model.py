@@ -109,9 +109,11 @@ def test_one_model_for_several_threads(outputs: dict[str, Path], compile: bool) 
         )
         return found
 
+    # Graphs are captured by one thread first: torch.export is not safe beside others, see the docs.
+    alone = [write(number) for number in range(2 if compile else 6)]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(write, range(2 if compile else 6)))  # graphs take seconds
-    assert all(torch.equal(found, write(number)) for number, found in enumerate(together))
+        together = list(pool.map(write, range(len(alone))))
+    assert all(torch.equal(found, own) for found, own in zip(together, alone, strict=True))
 
 
 ARCHITECTURES = ["qwen2", "gemma", "phi3", "gpt_neox"]
