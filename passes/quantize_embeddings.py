@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule
 
 from qatc.graph.edits import insert_quantizer
-from qatc.graph.nodes import find_embeddings, matches
+from qatc.graph.nodes import find_embeddings
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
+from qatc.recipe.patterns import matches
 from qatc.recipe.spec import QuantSpec
 
 

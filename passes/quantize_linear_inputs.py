@@ -12,13 +12,13 @@ from qatc.graph.nodes import (
     as_node,
     find_quantizable,
     is_fake_quantize,
-    matches,
     quantizer_of,
     shape_of,
 )
 from qatc.numerics.hadamard import HADAMARD
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
+from qatc.recipe.patterns import matches
 from qatc.recipe.spec import QuantSpec
 
 

@@ -166,7 +166,8 @@ def _compute(
                     metadata = read_json(output / "qatc.json")
                     error = evaluate(cell, output, metadata, places.models, command)
                 if error is None:
-                    _finish(cell, places, operations, keep_models, time.time() - started)
+                    seconds = time.time() - started
+                    _finish(cell, places, metadata, operations, keep_models, seconds)
                 return error
         except BusyError:
             time.sleep(pause)
@@ -193,13 +194,13 @@ def _run(cell: Cell, places: Places, command: Command) -> str | None:
 def _finish(
     cell: Cell,
     places: Places,
+    metadata: Mapping[str, Any],
     operations: Callable[[Mapping[str, Any], bool], float],
     keep_models: bool,
     seconds: float,
 ) -> None:
     """Record what an output says of itself, then remove its weights."""
     output = places.output(cell)
-    metadata = read_json(output / "qatc.json")
     before = read_json(places.record(cell)) if places.record(cell).exists() else {}
     record = {
         "name": cell.name,

@@ -31,7 +31,7 @@ from qatc.evaluation.traces import (
     sites_by_node,
 )
 from qatc.kernels import packed_linear
-from qatc.numerics import asymmetric, minmax, packing
+from qatc.kernels.cached_attention import values_of
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from qatc.runtime.forward import runtime_of
@@ -242,9 +242,8 @@ class _Cache:
         held = [tensor[:, :, :slots] for tensor in self.tensors]
         if not self.spec.quantizes:
             return held
-        dequantize = asymmetric.dequantize if self.spec.asymmetric else minmax.dequantize
         return [
-            dequantize(packing.unpack(codes, self.spec.bits, width), scale)
+            values_of(codes, scale, self.spec, width)
             for codes, scale, width in zip(held[::2], held[1::2], self.widths, strict=True)
         ]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from qatc.kernels import integer_linear
 from qatc.numerics import fake_quant
+from qatc.recipe.patterns import matches
 from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 aten = torch.ops.aten
@@ -280,11 +280,6 @@ def reads_master(user: Node, source: Node) -> bool:
     if user.op == "call_function" and user.target is integer_linear.INTEGER_LINEAR:
         return user.args[1] is source
     return is_fake_quantize(user)
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether ``name`` matches one of the ``fnmatch`` patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def argument(node: Node, position: int, name: str, default: Any) -> Any:

@@ -112,9 +112,8 @@ def quantized_attention(
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
         )
     dtype = query.dtype
-    dequantize = asymmetric.dequantize if own.asymmetric else minmax.dequantize
     keys, values = (
-        dequantize(packing.unpack(codes, bits, width), scales, dtype)
+        values_of(codes, scales, own, width, dtype)
         for codes, scales, width in (
             (key_codes, key_scale, key.shape[-1]),
             (value_codes, value_scale, value.shape[-1]),
@@ -123,6 +122,24 @@ def quantized_attention(
     return F.scaled_dot_product_attention(
         query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
     )
+
+
+def values_of(
+    codes: Tensor, scales: Tensor, spec: QuantSpec, width: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """What slots of a quantized K or V cache stand for.
+
+    Args:
+        codes, scales: as of :func:`quantized_attention`, ``[B, Hkv, S, ...]``.
+        spec: of the codes.
+        width: head dimension.
+        dtype: of the result.
+
+    Returns:
+        ``[B, Hkv, S, width]``.
+    """
+    dequantize = asymmetric.dequantize if spec.asymmetric else minmax.dequantize
+    return dequantize(packing.unpack(codes, spec.bits, width), scales, dtype)
 
 
 def _attend_to_codes(

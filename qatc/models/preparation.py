@@ -339,12 +339,12 @@ def _switch_cache_off(model: nn.Module) -> Iterator[tuple[Any, Any]]:
 
 def _save_pretrained(model: Any, *arguments: Any, **options: Any) -> None:
     """``save_pretrained`` of a prepared model, with its own ``use_cache`` in the saved config."""
-    switched = prepared_state(model).use_cache
-    refuse_turned(prepared_state(model).recipe)
+    prepared = prepared_state(model)
+    refuse_turned(prepared.recipe)
     try:
-        for config, value in switched:
+        for config, value in prepared.use_cache:
             config.use_cache = value
         type(model).save_pretrained(model, *arguments, **options)
     finally:
-        for config, _ in switched:
+        for config, _ in prepared.use_cache:
             config.use_cache = False

@@ -6,6 +6,7 @@ Told apart by what a config says and by the shapes of parameters, not by lists o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -140,21 +141,14 @@ def skip_options(names: list[str]) -> str:
 def refuse_idle_patterns(model: nn.Module, recipe: Recipe) -> None:
     """Raise ``ConfigError`` if a pattern of a recipe names nothing that it could be about."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    patterns = [("skip", pattern) for pattern in recipe.skip if pattern not in DEFAULT_SKIP]
-    for pattern in (pattern for _, pattern in patterns):
-        if not any(fnmatchcase(name, pattern) for name in names):
+    for pattern in recipe.skip:
+        if pattern not in DEFAULT_SKIP and not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
                 f"the skip pattern {pattern!r} matches no parameter; names look like"
                 f" {names[len(names) // 2]!r}, so try '*{names[len(names) // 2].split('.')[-2]}*'"
             )
-    only = replace(recipe, weight_bits=())  # which can skip as well
-    weights = [
-        f"{name}.{own}" if name else own
-        for name, region in find_regions(model)
-        for own, parameter in region.named_parameters()
-        if parameter.dim() == 2
-    ]
-    weights = [name for name in weights if not only.skips(name)]
+    # Without weight_bits, which can skip as well.
+    weights = [name for name, _ in _layer_weights(model, replace(recipe, weight_bits=()))]
     hints = {
         "weight_bits": "output head and token embedding have --head-bits and --embedding-bits",
         "rotate_inputs": "--method rotate asks for *.down_proj.weight where activations have fewer"
@@ -183,14 +177,19 @@ def refuse_turned(recipe: Recipe) -> None:
 
 def refuse_lost_scales(model: nn.Module, recipe: Recipe) -> None:
     """A runtime that stores scales in fp16 would turn small weights to nothing."""
+    for name, parameter in _layer_weights(model, recipe):
+        lost = minmax.why_scales_are_lost(parameter, recipe.weights_of(name))
+        if lost is not None:
+            raise ConfigError(
+                f"{name} is not for the target {recipe.target}: {lost}; choose another target"
+                f" (qatc, transformers, vllm), or keep it in float with --skip {name!r}"
+            )
+
+
+def _layer_weights(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Parameter]]:
+    """Matrices of the layers that a recipe does not skip, by their full names."""
     for name, region in find_regions(model):
         for own, parameter in region.named_parameters():
             full = f"{name}.{own}" if name else own
-            if parameter.dim() != 2 or recipe.skips(full):
-                continue
-            lost = minmax.why_scales_are_lost(parameter, recipe.weights_of(full))
-            if lost is not None:
-                raise ConfigError(
-                    f"{full} is not for the target {recipe.target}: {lost}; choose another target"
-                    f" (qatc, transformers, vllm), or keep it in float with --skip {full!r}"
-                )
+            if parameter.dim() == 2 and not recipe.skips(full):
+                yield full, parameter

@@ -28,7 +28,7 @@ from torch.fx import Node
 
 from qatc.errors import ConfigError
 from qatc.graph.capture import capture
-from qatc.graph.nodes import Linear, aten, find_linears, find_quantizable, matches
+from qatc.graph.nodes import Linear, aten, find_linears, find_quantizable
 from qatc.models.support import refuse_idle_patterns
 from qatc.models.vocabulary import End, are_tied, find_ends, untie
 from qatc.numerics.hadamard import hadamard, random_hadamard, turn
@@ -45,6 +45,7 @@ from qatc.ptq.structure import (
     users_of,
 )
 from qatc.ptq.weights import assign, owner, scale_inputs, value
+from qatc.recipe.patterns import matches
 from qatc.recipe.recipe import Recipe
 
 _OTHERWISE = "choose the method gptq or smoothquant"

@@ -6,13 +6,13 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from qatc.errors import ConfigError
 from qatc.recipe.checks import check
 from qatc.recipe.exceptions import Exceptions
+from qatc.recipe.patterns import matches
 from qatc.recipe.spec import FLOAT_BITS, KVSite, QuantSpec
 from qatc.recipe.targets import find_target
 from qatc.recipe.weight_bits import WeightBits, first_match
@@ -174,7 +174,7 @@ class Recipe:
 
     def skips(self, parameter_name: str) -> bool:
         """Whether the parameter of this (full) name stays in full precision."""
-        if any(fnmatchcase(parameter_name, pattern) for pattern in self.skip):
+        if matches(parameter_name, self.skip):
             return True
         return first_match(self.weight_bits, parameter_name) == FLOAT_BITS
 
@@ -201,8 +201,7 @@ class Recipe:
 
     def rotates(self, parameter_name: str) -> bool:
         """Whether the linear of this (full) weight name reads its input through a rotation."""
-        chosen = any(fnmatchcase(parameter_name, pattern) for pattern in self.rotate_inputs)
-        return chosen and not self.skips(parameter_name)
+        return matches(parameter_name, self.rotate_inputs) and not self.skips(parameter_name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and dictionaries.

@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache
 
 from qatc.errors import CaptureError, ConfigError
 from qatc.graph.capture import Template
-from qatc.graph.nodes import matches
 from qatc.graph.structure import Structure
 from qatc.graph.template_forward import TemplateForward
 from qatc.graph.templates import TemplateStore, same_for_all
@@ -33,6 +32,7 @@ from qatc.passes import (
     Pipeline,
 )
 from qatc.recipe.exceptions import NONE, Exceptions
+from qatc.recipe.patterns import matches
 from qatc.recipe.recipe import Recipe
 from qatc.runtime.cache import PackedLayer, packed_layer, round_up
 

@@ -18,12 +18,8 @@ from qatc.errors import ConfigError
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import FLOAT_BITS, VALID_BITS
 from qatc.recipe.weight_bits import WeightBits
-from qatc.sensitivity.weights import (
-    find_weights,
-    round_to_nearest,
-    weight_sensitivity,
-    with_bits,
-)
+from qatc.sensitivity.answers import Answers
+from qatc.sensitivity.weights import divergences, find_weights, round_to_nearest, with_bits
 
 _NOISE = 1e-9
 """KL in nats that a weight is taken to cost at least: what is measured below is rounding of fp32,
@@ -95,11 +91,10 @@ def fit_budget(
     """
     check_budget(budget, recipe)
     nearest = min(WIDTHS, key=lambda width: abs(width - budget))
-    measured = weight_sensitivity(
-        model, rows, recipe, bits=nearest, batch_size=batch_size, on_progress=on_progress
-    )
+    weights, answers = find_weights(model, recipe), Answers(model, rows, batch_size)
+    measured = divergences(weights, answers, "weight", bits=nearest, on_progress=on_progress)
     estimates, sizes = {}, {}
-    for weight in find_weights(model, recipe):
+    for weight in weights:
         values = weight.parameter.detach()
         sizes[weight.name] = values.numel()
         errors = {w: _error(values, round_to_nearest(values, with_bits(weight.spec, w)))

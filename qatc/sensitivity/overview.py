@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from qatc.data.config import CorpusConfig
-from qatc.data.corpus import Corpus, Rows, pack_rows, require_known
+from qatc.data.corpus import Corpus, Rows, require_known
 from qatc.data.generate import generate_corpus
 from qatc.errors import ConfigError
 from qatc.machine.device import pick_device
 from qatc.models import LoadedModel, load_model, load_tokenizer
 from qatc.models.load import check_length
 from qatc.recipe.recipe import Recipe
-from qatc.sensitivity.answers import probe_rows
+from qatc.sensitivity.answers import Answers, probe_rows
 from qatc.sensitivity.parts import part_sensitivity
-from qatc.sensitivity.weights import weight_sensitivity
+from qatc.sensitivity.weights import divergences, find_weights
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,9 @@ def measure_sensitivity(
     """
     layers, kinds = {}, {}
     if recipe.weights.quantizes:
-        layers = weight_sensitivity(model, rows, recipe, "layer", batch_size=batch_size)
-        kinds = weight_sensitivity(model, rows, recipe, "kind", batch_size=batch_size)
+        weights, answers = find_weights(model, recipe), Answers(model, rows, batch_size)
+        layers = divergences(weights, answers, "layer")
+        kinds = divergences(weights, answers, "kind")
     parts = part_sensitivity(model, rows, recipe, batch_size=batch_size)
     return Sensitivity(name, recipe.bits, int(rows.real.sum()), parts, layers, kinds)
 
@@ -107,7 +108,7 @@ def inspect_sensitivity(
         corpus.require_tokenizer(tokenizer)
         length = int(corpus.manifest["max_length"])
         check_length(name, loaded.model.config, length)
-        found = pack_rows(corpus.sequences(), length, corpus.prompt_tokens)
+        found = corpus.rows(length, answers_only=False)
         found = found[: probe_rows(length) if rows is None else rows]
         require_known(found.tokens, tokenizer, loaded.model, what=f"the corpus {data}", name=name)
     return measure_sensitivity(loaded.model, found, recipe, name=name)
@@ -121,4 +122,4 @@ def _written(loaded: LoadedModel, tokenizer: Any, rows: int | None) -> Rows:
     with tempfile.TemporaryDirectory() as place:
         config = CorpusConfig(sequences=count, max_length=length, batch_size=min(count, 16))
         corpus = generate_corpus(loaded, tokenizer, Path(place) / "rows", config, compile=False)
-        return pack_rows(corpus.sequences(), length, corpus.prompt_tokens)
+        return corpus.rows(length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,15 +102,27 @@ def weight_sensitivity(
         CaptureError: a layer cannot be captured.
         DataError: there is no row.
     """
+    weights, answers = find_weights(model, recipe), Answers(model, rows, batch_size)
+    return divergences(weights, answers, by, bits=bits, on_progress=on_progress)
+
+
+def divergences(
+    weights: Iterable[LayerWeight],
+    answers: Answers,
+    by: By,
+    *,
+    bits: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """:func:`weight_sensitivity` of weights that are known, by answers that are."""
     groups: dict[str, list[LayerWeight]] = {}
-    for weight in find_weights(model, recipe):
+    for weight in weights:
         name = {"weight": weight.name, "layer": weight.layer, "kind": weight.kind}[by]
         groups.setdefault(name, []).append(weight)
-    answers = Answers(model, rows, batch_size)
     found = {}
-    for done, (name, weights) in enumerate(groups.items()):
-        with rounded({w: w.spec if bits is None else with_bits(w.spec, bits) for w in weights}):
-            found[name] = answers.divergence(min(weight.number for weight in weights))
+    for done, (name, group) in enumerate(groups.items()):
+        with rounded({w: w.spec if bits is None else with_bits(w.spec, bits) for w in group}):
+            found[name] = answers.divergence(min(weight.number for weight in group))
         if on_progress is not None:
             on_progress(done + 1, len(groups))
     return found

@@ -14,11 +14,11 @@ from qatc.graph.nodes import (
     find_projections,
     is_fake_quantize,
     is_quantized,
-    matches,
     parameter_name,
     weight_sites,
 )
 from qatc.numerics import fake_quant
+from qatc.recipe.patterns import matches
 from qatc.recipe.spec import QuantSpec
 
 aten = torch.ops.aten
