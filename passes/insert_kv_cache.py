@@ -41,10 +41,12 @@ class InsertKVCache(GraphPass):
         spec: bits of the cache: those at which the graph quantizes K and V, whose fake-quant nodes
             give way to the codes.
         masked: take a mask.
+        values: spec of the values, where it is not that of the keys.
     """
 
     spec: QuantSpec = field(default_factory=lambda: QuantSpec(16))
     masked: bool = False
+    values: QuantSpec | None = None
     requires: ClassVar = (Canonicalize,)
 
     def edit(self, gm: GraphModule) -> Edits:
@@ -70,9 +72,12 @@ class InsertKVCache(GraphPass):
         key, value = attention.key, attention.value
         options: dict[str, Any] = {"scale": attention.scale}
         if self.spec.quantizes:
-            quantizers = [self._quantizer(node) for node in (key, value)]
+            quantizers = [
+                self._quantizer(node, spec)
+                for node, spec in zip((key, value), self._specs, strict=True)
+            ]
             key, value = (self._unquantized(node) for node in quantizers)
-            options["spec"] = spec_arg(self.spec)
+            options["spec"], options["value_spec"] = map(spec_arg, self._specs)
             if self.spec.learned:
                 gains = (node.kwargs["gain"] for node in quantizers)
                 options |= dict(zip(("key_gain", "value_gain"), gains, strict=True))
@@ -81,7 +86,12 @@ class InsertKVCache(GraphPass):
         replace_node(attention.node, target, (attention.query, key, value, *inputs), options)
         return Edits(matched=1, edited=1)
 
-    def _quantizer(self, node: Node) -> Node:
+    @property
+    def _specs(self) -> tuple[QuantSpec, QuantSpec]:
+        """Of keys and of values."""
+        return self.spec, self.values or self.spec
+
+    def _quantizer(self, node: Node, spec: QuantSpec) -> Node:
         """The fake-quant node of a K or V, which rounds as the cache will."""
         quantizer = quantizer_of(node)
         if quantizer is None:
@@ -94,10 +104,10 @@ class InsertKVCache(GraphPass):
             raise PassError(
                 "the KV cache stores one scale per token and head; leave kv.group_size out"
             )
-        if found != self.spec:
+        if found != spec:
             raise PassError(
-                f"the graph quantizes K and V to {spec_arg(found)}, and the cache is to have"
-                f" {spec_arg(self.spec)}"
+                f"the graph quantizes K or V to {spec_arg(found)}, and the cache is to have"
+                f" {spec_arg(spec)}"
             )
         return quantizer
 
@@ -111,7 +121,8 @@ class InsertKVCache(GraphPass):
         """The new inputs; as an example, the cache has as many slots as there are new tokens."""
         examples: dict[str, Tensor | None] = {}
         known = "val" in attention.key.meta
-        for name, node in (("key", attention.key), ("value", attention.value)):
+        sources = (("key", attention.key), ("value", attention.value))
+        for (name, node), spec in zip(sources, self._specs, strict=True):
             value = node.meta["val"] if known else None
             if not self.spec.quantizes:
                 examples[f"{name}_cache"] = None if value is None else torch.empty_like(value)
@@ -119,7 +130,7 @@ class InsertKVCache(GraphPass):
             for part, index in (("codes", 0), ("scale", 1)):
                 example = None
                 if value is not None:
-                    width, dtype = cache_shapes(self.spec, int(value.shape[-1]))[index]
+                    width, dtype = cache_shapes(spec, int(value.shape[-1]))[index]
                     example = value.new_empty((*value.shape[:-1], width), dtype=dtype)
                 examples[f"{name}_{part}"] = example
         key = attention.key.meta["val"] if known else None

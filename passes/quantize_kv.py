@@ -104,28 +104,37 @@ class QuantizeKV(GraphPass):
         site: ``"cache"``: the K and V that attention reads, so K after the rotary embedding, one
             scale per token and head. ``"projection"``: the outputs of the K and V projections, one
             scale per token over all heads (as in the code of LLM-QAT, arXiv 2305.17888).
+        values: spec of the values in a cache, where it is not that of the keys.
     """
 
     spec: QuantSpec = field(default_factory=lambda: QuantSpec(bits=4))
     site: Literal["cache", "projection"] = "cache"
+    values: QuantSpec | None = None
     requires = (Canonicalize,)
 
     def edit(self, gm: GraphModule) -> Edits:
         find = _cache_sites if self.site == "cache" else _projection_sites
-        sites: dict[Node, list[Node]] = {}
+        specs = (self.spec, self.values or self.spec)
+        sites: dict[Node, tuple[QuantSpec, list[Node]]] = {}
         done = 0
         attentions = find_attentions(gm)
         queries = [attention.query for attention in attentions]
         for attention in attentions:
-            for source, user in find(attention):
+            for (source, user), spec in zip(find(attention), specs, strict=True):
                 if is_fake_quantize(source):
                     done += 1
-                else:
-                    check_groups(self.spec, source, f"the {self.site} site of keys and values")
-                    sites.setdefault(source, []).append(user)
-        for source, users in sites.items():
-            gain = self._gain(gm, attentions, users[0], source) if self.spec.learned else None
-            insert_quantizer(source, users, self.spec, snap_scale=False, gain=gain)
+                    continue
+                check_groups(spec, source, f"the {self.site} site of keys and values")
+                known, users = sites.setdefault(source, (spec, []))
+                if known != spec:
+                    raise PassError(
+                        f"keys and values are one tensor here, and would get {known.bits} and"
+                        f" {spec.bits} bits; leave value_bits out"
+                    )
+                users.append(user)
+        for source, (spec, users) in sites.items():
+            gain = self._gain(gm, attentions, users[0], source) if spec.learned else None
+            insert_quantizer(source, users, spec, snap_scale=False, gain=gain)
         for attention, query in zip(attentions, queries, strict=True):
             attention.node.update_arg(0, query)  # which may be the key as well
         return Edits(matched=len(sites) + done, edited=len(sites))

@@ -85,8 +85,10 @@ typedef struct {
  * larger one is met.
  */
 static inline __attribute__((always_inline)) void look(const seen *s, int64_t width,
-                                                       int64_t value_width, int bits) {
-    int64_t key_bytes = packed_bytes(width, bits), value_bytes = packed_bytes(value_width, bits);
+                                                       int64_t value_width, int bits,
+                                                       int value_bits) {
+    int64_t key_bytes = packed_bytes(width, bits);
+    int64_t value_bytes = packed_bytes(value_width, value_bits);
     int64_t group = s->group, record = value_width + 2;
     float scaled[group * width], sums[group * value_width], scores[group * BLOCK];
     float floats[width > value_width ? width : value_width], largest[group], total[group];
@@ -131,7 +133,7 @@ static inline __attribute__((always_inline)) void look(const seen *s, int64_t wi
             }
             codes = s->value_codes + (h * s->capacity + block) * value_bytes;
             for (int64_t i = 0; i < count; i++) {
-                unpack_floats(codes + i * value_bytes, floats, value_width, bits);
+                unpack_floats(codes + i * value_bytes, floats, value_width, value_bits);
                 for (int64_t g = 0; g < group; g++) {
                     float weight = scores[g * BLOCK + i], *to = sums + g * value_width;
 #pragma omp simd
@@ -149,14 +151,21 @@ static inline __attribute__((always_inline)) void look(const seen *s, int64_t wi
     }
 }
 
-/* One key or value: its codes and its scale, or its scale and offset. */
-static void quantize_slot(const float *x, int8_t *codes, float *parameters, int64_t count,
-                          float steps, float low, float high, int range, float factor) {
-    if (range == 2)
-        quantize_row_asymmetric(x, codes, parameters, count, steps, low, high, factor);
+enum { RESTRICTED_RANGE, FULL_RANGE, SIGNED_RANGE, ASYMMETRIC_RANGE }; /* of keys and values */
+
+/* One key or value goes into its slot: its codes, and its scale, or its scale and offset. Least and
+ * greatest code, and the steps of a scale, are those of qatc/recipe/spec.py. */
+static void write_slot(const float *x, uint8_t *slot, float *parameters, int64_t width, int bits,
+                       int range, float factor) {
+    int8_t codes[width];
+    float half = (float)(1 << (bits - 1)), high = half - 1;
+    float low = range == RESTRICTED_RANGE ? -high : -half;
+    if (range == ASYMMETRIC_RANGE)
+        quantize_row_asymmetric(x, codes, parameters, width, 2 * half - 1, low, high, factor);
     else
-        quantize_row(x, codes, parameters, count, steps, low, high, range ? SIGNED : BY_DIVISION,
-                     factor);
+        quantize_row(x, codes, parameters, width, range == FULL_RANGE ? half - .5f : -low, low,
+                     high, range == SIGNED_RANGE ? SIGNED : BY_DIVISION, factor);
+    pack_row(codes, slot, width, bits);
 }
 
 /* Attention of one query over codes: each thread sees some of the slots, and leaves for every head
@@ -165,9 +174,8 @@ static void quantize_slot(const float *x, int8_t *codes, float *parameters, int6
  *
  * call: from i0 on, pointers to key codes [G, S, bytes of D codes], key scales [G, S], value codes and
  * value scales; G is i1, E is i2, f0 the factor on scores
- * kind, f1, b_row, b_col: bits, steps, least and greatest code of keys and values
- * i3: 1 where their scales are signed, 2 where they are asymmetric, with scales [G, S, 2]; a_row, a_col: addresses of factors [G] on those of keys and
- * of values, or none
+ * kind, i3: bits of keys and of values; b_row: their range, of which the asymmetric one has scales
+ * [G, S, 2]; a_row, a_col: addresses of factors [G] on the scales of keys and of values, or none
  * ints: slots held before, the first one that is seen, and S, at d
  */
 static void attend(const step *s, const place_of *here) {
@@ -176,28 +184,24 @@ static void attend(const step *s, const place_of *here) {
     int64_t heads = s->rows, width = s->cols, kv_heads = s->i1, value_width = s->i2;
     int64_t held = ints[0], first = ints[1], capacity = ints[2];
     int64_t group = heads / kv_heads;
-    int bits = (int)s->kind;
-    int64_t numbers = s->i3 == 2 ? 2 : 1;
-    int64_t key_bytes = packed_bytes(width, bits), value_bytes = packed_bytes(value_width, bits);
+    int bits = (int)s->kind, value_bits = (int)s->i3, range = (int)s->b_row;
+    int64_t numbers = range == ASYMMETRIC_RANGE ? 2 : 1;
+    int64_t key_bytes = packed_bytes(width, bits);
+    int64_t value_bytes = packed_bytes(value_width, value_bits);
     uint8_t *key_codes = (uint8_t *)here->call[s->i0];
     float *key_scale = (float *)here->call[s->i0 + 1];
     uint8_t *value_codes = (uint8_t *)here->call[s->i0 + 2];
     float *value_scale = (float *)here->call[s->i0 + 3];
     if (here->number == here->team - 1) {
         const float *key = at(here, s->b), *value = at(here, s->c);
-        float steps = (float)s->f1, low = (float)s->b_row, high = (float)s->b_col;
         const float *key_factor = at(here, s->a_row), *value_factor = at(here, s->a_col);
-        int8_t codes[width > value_width ? width : value_width];
         for (int64_t h = 0; h < kv_heads; h++) {
             int64_t slot = h * capacity + held;
-            float of_key = key_factor ? key_factor[h] : 1;
-            float of_value = value_factor ? value_factor[h] : 1;
-            quantize_slot(key + h * width, codes, key_scale + slot * numbers, width, steps, low,
-                          high, (int)s->i3, of_key);
-            pack_row(codes, key_codes + slot * key_bytes, width, bits);
-            quantize_slot(value + h * value_width, codes, value_scale + slot * numbers, value_width,
-                          steps, low, high, (int)s->i3, of_value);
-            pack_row(codes, value_codes + slot * value_bytes, value_width, bits);
+            write_slot(key + h * width, key_codes + slot * key_bytes, key_scale + slot * numbers,
+                       width, bits, range, key_factor ? key_factor[h] : 1);
+            write_slot(value + h * value_width, value_codes + slot * value_bytes,
+                       value_scale + slot * numbers, value_width, value_bits, range,
+                       value_factor ? value_factor[h] : 1);
         }
     }
     int64_t slots = held + 1 - first;
@@ -208,16 +212,22 @@ static void attend(const step *s, const place_of *here) {
         first + share(slots, here->number + 1, here->team), numbers, (float)s->f0
     };
     /* The usual sizes as constants: loops over a head are then unrolled, which halves the time. */
-    if (bits == 4 && width == 64 && value_width == 64)
-        look(&here_seen, 64, 64, 4);
-    else if (bits == 8 && width == 64 && value_width == 64)
-        look(&here_seen, 64, 64, 8);
-    else if (bits == 4 && width == 128 && value_width == 128)
-        look(&here_seen, 128, 128, 4);
-    else if (bits == 8 && width == 128 && value_width == 128)
-        look(&here_seen, 128, 128, 8);
+    int64_t usual = width == value_width && (width == 64 || width == 128) ? width : 0;
+    int pair = usual ? 10 * bits + value_bits : 0;
+    if (pair == 44 && usual == 64)
+        look(&here_seen, 64, 64, 4, 4);
+    else if (pair == 88 && usual == 64)
+        look(&here_seen, 64, 64, 8, 8);
+    else if (pair == 84 && usual == 64)
+        look(&here_seen, 64, 64, 8, 4);
+    else if (pair == 44)
+        look(&here_seen, 128, 128, 4, 4);
+    else if (pair == 88)
+        look(&here_seen, 128, 128, 8, 8);
+    else if (pair == 84)
+        look(&here_seen, 128, 128, 8, 4);
     else
-        look(&here_seen, width, value_width, bits);
+        look(&here_seen, width, value_width, bits, value_bits);
 }
 
 /* What the threads found in their slots, partial [team, H, E + 2], becomes the result [H, E]: their sums

@@ -224,12 +224,12 @@ class _Cache:
     Attributes:
         tensors: ``[B, Hkv, S, ...]`` each, the very memory.
         start: the slot that the first new token gets.
-        spec, widths: of the codes; 16 bits where the cache holds floats.
+        specs, widths: of keys and of values; 16 bits where the cache holds floats.
     """
 
     tensors: list[Tensor]
     start: int
-    spec: QuantSpec
+    specs: tuple[QuantSpec, QuantSpec]
     widths: tuple[int, int]
 
     def spoil(self) -> None:
@@ -240,11 +240,13 @@ class _Cache:
     def values(self, slots: int) -> list[Tensor]:
         """Keys and values in the first slots, ``[B, Hkv, slots, D]`` each."""
         held = [tensor[:, :, :slots] for tensor in self.tensors]
-        if not self.spec.quantizes:
+        if not self.specs[0].quantizes:
             return held
         return [
-            values_of(codes, scale, self.spec, width)
-            for codes, scale, width in zip(held[::2], held[1::2], self.widths, strict=True)
+            values_of(codes, scale, spec, width)
+            for codes, scale, spec, width in zip(
+                held[::2], held[1::2], self.specs, self.widths, strict=True
+            )
         ]
 
 
@@ -258,4 +260,4 @@ def _cache_of(graph: Graph, tensors: tuple[Any, ...], recipe: Recipe) -> _Cache 
     caches = [tensor for tensor in inputs if tensor.dim() == 4 and tensor.dtype is not torch.bool]
     (positions,) = (tensor for tensor in inputs if tensor.dim() == 2)
     key, value = (int(node.meta["val"].shape[3]) for node in attention.args[1:3])
-    return _Cache(caches, int(positions[0, 0]), recipe.kv, (key, value))
+    return _Cache(caches, int(positions[0, 0]), (recipe.kv, recipe.values), (key, value))

@@ -68,6 +68,7 @@ def quantized_attention(
     mask: Tensor | None = None,
     *,
     spec: str,
+    value_spec: str,
     scale: float | None = None,
     key_gain: Tensor | None = None,
     value_gain: Tensor | None = None,
@@ -82,41 +83,41 @@ def quantized_attention(
 
     Args:
         query, key, value, positions, mask, scale: as for :func:`cached_attention`.
-        key_codes, value_codes: ``[B, Hkv, S, packed_width(D, bits)]``, uint8, or int8 for 8 bits;
-            changed in place.
+        key_codes, value_codes: ``[B, Hkv, S, packed_width(D, bits)]`` of the own bits, uint8, or
+            int8 for 8 bits; changed in place.
         key_scale, value_scale: fp32 ``[B, Hkv, S, 1]``, changed in place; asymmetric
             ``[B, Hkv, S, 2]``.
-        spec: of the codes, as :func:`qatc.recipe.spec.spec_arg` writes it: 2 to 8 bits.
+        spec, value_spec: of the codes of keys and of values, as
+            :func:`qatc.recipe.spec.spec_arg` writes them: 2 to 8 bits, of one range.
         key_gain, value_gain: fp32 ``[Hkv, 1, 1]``, of learned scales.
 
     Returns:
         ``[B, Hq, T, D]``.
     """
-    own = read_spec_arg(spec)
-    bits = own.bits
+    of_keys, of_values = read_spec_arg(spec), read_spec_arg(value_spec)
     rows = torch.arange(query.shape[0], device=query.device).unsqueeze(1)
-    for new, gain, codes, scales in (
-        (key, key_gain, key_codes, key_scale),
-        (value, value_gain, value_codes, value_scale),
+    for new, own, gain, codes, scales in (
+        (key, of_keys, key_gain, key_codes, key_scale),
+        (value, of_values, value_gain, value_codes, value_scale),
     ):
         quantize = asymmetric.quantize if own.asymmetric else learned.quantize
         new_codes, new_scale = quantize(new, own, gain)
-        codes[rows, :, positions] = packing.pack(new_codes, bits).transpose(1, 2)
+        codes[rows, :, positions] = packing.pack(new_codes, own.bits).transpose(1, 2)
         scales[rows, :, positions] = new_scale.transpose(1, 2)
     visible = row_attention.visible(positions, key_codes.shape[2], mask)
     if query.shape[2] == 1:
         return _attend_to_codes(
             *(query, key_codes, key_scale, value_codes, value_scale, visible),
-            bits=bits,
+            bits=(of_keys.bits, of_values.bits),
             value_width=value.shape[-1],
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
         )
     dtype = query.dtype
     keys, values = (
         values_of(codes, scales, own, width, dtype)
-        for codes, scales, width in (
-            (key_codes, key_scale, key.shape[-1]),
-            (value_codes, value_scale, value.shape[-1]),
+        for codes, scales, own, width in (
+            (key_codes, key_scale, of_keys, key.shape[-1]),
+            (value_codes, value_scale, of_values, value.shape[-1]),
         )
     )
     return F.scaled_dot_product_attention(
@@ -150,7 +151,7 @@ def _attend_to_codes(
     value_scale: Tensor,
     visible: Tensor,
     *,
-    bits: int,
+    bits: tuple[int, int],
     value_width: int,
     scale: float,
 ) -> Tensor:
@@ -163,7 +164,7 @@ def _attend_to_codes(
     groups = key_codes.shape[1]
     query = torch.ops.qatc.materialize(query.float() * scale)
     grouped = query.view(batch, groups, heads // groups, 1, width)
-    keys = _signed_parts(key_codes, bits, width)
+    keys = _signed_parts(key_codes, bits[0], width)
     scores = sum(
         (piece.unsqueeze(2) * part).sum(-1)
         for piece, part in zip(keys, grouped.chunk(len(keys), -1), strict=True)
@@ -176,7 +177,7 @@ def _attend_to_codes(
     probabilities = scores.softmax(-1)
     weights = torch.ops.qatc.materialize(probabilities * value_scale[..., 0].unsqueeze(2))
     # [B, Hkv, G, S, 1] times [B, Hkv, 1, S, E/n], summed over the slots: [B, Hkv, G, E/n].
-    values = _signed_parts(value_codes, bits, value_width)
+    values = _signed_parts(value_codes, bits[1], value_width)
     parts = [(weights.unsqueeze(-1) * piece.unsqueeze(2)).sum(-2) for piece in values]
     out = torch.cat(parts, -1)
     if offsets:

@@ -50,7 +50,7 @@ def training_pipeline(
     if recipe.center_keys:
         passes.append(CenterKeys())
     if recipe.kv.quantizes:
-        passes.append(QuantizeKV(recipe.kv, recipe.kv_site))
+        passes.append(QuantizeKV(recipe.kv, recipe.kv_site, recipe.values))
     if linears and integer_forward:
         passes.append(UseIntegerForward())
     return Pipeline(tuple(passes))

@@ -133,6 +133,7 @@ def head_recipe(recipe: Recipe) -> Recipe:
         weights=recipe.head,
         weight_bits=(),
         kv=_UNQUANTIZED,
+        value_bits=None,
         center_keys=False,
         rotate_inputs=(),
         rotate_keys=False,

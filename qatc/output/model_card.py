@@ -80,7 +80,8 @@ def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: 
 
     free = [] if _on_text(metadata) else ["data-free"]
     trained = ["quantization-aware-training"] if _is_trained(metadata) else []
-    tags = ["qatc", *trained, *free, "w{}a{}kv{}".format(*bits.split("-"))]
+    width = "w{}a{}kv{}".format(*bits.split("-")).lower().replace("kvk", "k")
+    tags = ["qatc", *trained, *free, width]
     if reader := _reader(config):
         tags.append(reader)
     if "auto_map" in config:
@@ -141,6 +142,8 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
             codes = rule_in_words(spec["bits"], spec["range"])
             text = f"{spec['bits']} bits, one scale per {group}, {codes}"
         rows.append([title, text])
+        if key == "kv" and (own := recipe.get("value_bits")):
+            rows.append(["values in it", f"{own} bits, {rule_in_words(own, spec['range'])}"])
     others = describe(recipe.get("weight_bits", {}).items(), "`")
     rows += [["weights of other bits", others]] if others else []
     skip = ", ".join(f"`{pattern}`" for pattern in recipe["skip"]) or "nothing"

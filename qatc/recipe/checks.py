@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def check(recipe: Recipe) -> None:
     """Raise ``ConfigError`` if a value of a recipe is not valid, or does not go with another."""
-    find_target(recipe.target).check(recipe.target, recipe.kv.bits)
     _check_specs(recipe)
+    _check_value_bits(recipe)
+    find_target(recipe.target).check(recipe.target, recipe.kv.bits)
     _check_keys_and_values(recipe)
     _check_patterns(recipe)
     if recipe.rotate_inputs:
@@ -53,6 +54,23 @@ def _check_specs(recipe: Recipe) -> None:
                 f"{site}.range is 'asymmetric', and only keys and values have an offset beside"
                 " their scale; take 'restricted', 'full' or, for weights, 'signed'"
             )
+
+
+def _check_value_bits(recipe: Recipe) -> None:
+    bits = recipe.value_bits
+    if bits is None:
+        return
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ConfigError(f"value_bits must be 2 to 8, or null for those of kv; got {bits!r}")
+    if not recipe.kv.quantizes or recipe.kv_site != "cache":
+        raise ConfigError(
+            "value_bits is for a cache of codes; give kv fewer bits than 16 and take kv_site: cache"
+        )
+    if recipe.target != "qatc":
+        raise ConfigError(
+            f"value_bits is for the cache of qatc, and the target {recipe.target} has its own;"
+            " leave it out, or train for the target qatc"
+        )
 
 
 def _check_keys_and_values(recipe: Recipe) -> None:

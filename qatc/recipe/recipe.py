@@ -58,6 +58,8 @@ class Recipe:
             (``fnmatch``) of parameter names and bits; the first that matches holds. 16 bits leave a
             linear layer in full precision, as ``skip`` does, which goes before it. In YAML a
             mapping, in order.
+        value_bits: bits of the values in the cache, 2 to 8, or ``None`` for those of ``kv``, which
+            the keys have: they lose by other amounts, and may be worth other bits.
         head: the weight of the output head, one scale per token of the vocabulary; its input is
             quantized like that of every linear. 16 bits, as in the paper, by default.
         embedding: the table of the token embedding, one scale per token of the vocabulary. If
@@ -85,6 +87,7 @@ class Recipe:
     kv_site: KVSite = "cache"
     skip: tuple[str, ...] = DEFAULT_SKIP
     weight_bits: WeightBits = ()
+    value_bits: int | None = None
     head: QuantSpec = field(default_factory=_unquantized)
     embedding: QuantSpec = field(default_factory=_unquantized)
     center_keys: bool = False
@@ -160,12 +163,24 @@ class Recipe:
 
     @property
     def bits(self) -> str:
-        """The ``"W-A-KV"`` spelling of the bits; W is ``mixed`` where weights have several."""
+        """The ``"W-A-KV"`` spelling of the bits.
+
+        W is ``mixed`` where weights have several, and KV is such as ``K8V4`` where keys and values
+        differ.
+        """
         return self.bits_spelled("mixed" if self.weight_bits else f"{self.weights.bits}")
 
     def bits_spelled(self, weights: str) -> str:
         """The same with ``weights`` in the place of W."""
-        return f"{weights}-{self.activations.bits}-{self.kv.bits}"
+        keys, values = self.kv.bits, self.values.bits
+        kept = f"{keys}" if keys == values else f"K{keys}V{values}"
+        return f"{weights}-{self.activations.bits}-{kept}"
+
+    @property
+    def values(self) -> QuantSpec:
+        """How values are quantized; ``kv`` says it of the keys."""
+        bits = self.value_bits
+        return self.kv if bits is None else dataclasses.replace(self.kv, bits=bits)
 
     @property
     def quantizes(self) -> bool:
@@ -206,14 +221,14 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and dictionaries.
 
-        Bits of single weights and rotations are there if there are some, so that older versions
-        read all others.
+        Bits of single weights and of values, and rotations, are there if there are some, so that
+        older versions read all others.
         """
         plain = dataclasses.asdict(self)
         for key in ("skip", "rotate_inputs"):
             plain[key] = list(plain[key])
         plain["weight_bits"] = dict(self.weight_bits)
-        later = ("weight_bits", "rotate_inputs", "rotate_keys")
+        later = ("value_bits", "weight_bits", "rotate_inputs", "rotate_keys")
         return {key: value for key, value in plain.items() if value or key not in later}
 
     @classmethod

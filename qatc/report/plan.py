@@ -302,14 +302,14 @@ def _kv_bytes(
     before = after = 0.0
     for template, layers in groups.values():
         for attention in find_attentions(template.graph_module):
-            for node in (attention.key, attention.value):
+            for node, spec in ((attention.key, recipe.kv), (attention.value, recipe.values)):
                 heads, size = int(shape_of(node)[1]), int(shape_of(node)[3])
                 before += len(layers) * heads * size * width
-                if recipe.kv.quantizes and recipe.kv_site == "cache":
-                    held = cache_shapes(recipe.kv, size)
+                if spec.quantizes and recipe.kv_site == "cache":
+                    held = cache_shapes(spec, size)
                     after += len(layers) * heads * sum(n * dtype.itemsize for n, dtype in held)
-                elif recipe.kv.quantizes:
-                    after += len(layers) * (heads * size * recipe.kv.bits / 8 + 4)
+                elif spec.quantizes:
+                    after += len(layers) * (heads * size * spec.bits / 8 + 4)
                 else:
                     after += len(layers) * heads * size * width
     return before, after
@@ -333,9 +333,9 @@ def _operations(
             after += macs * weight_bits * input_bits
         for attention in find_attentions(template.graph_module):
             heads, size = int(shape_of(attention.query)[1]), int(shape_of(attention.query)[3])
-            macs = 2 * len(layers) * heads * size * PAPER_LENGTH * PAPER_LENGTH
-            before += macs * 16 * 16
-            after += macs * 16 * recipe.kv.bits
+            macs = len(layers) * heads * size * PAPER_LENGTH * PAPER_LENGTH
+            before += 2 * macs * 16 * 16
+            after += macs * 16 * (recipe.kv.bits + recipe.values.bits)
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None:
         macs = head.weight.numel() * PAPER_LENGTH

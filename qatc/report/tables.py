@@ -90,12 +90,14 @@ def recipe_rows(recipe: Mapping[str, Any], code: str = "") -> Rows:
     rotated = recipe.get("rotate_inputs", ())
     kv_row = {"cache": "token and head", "projection": "token"}[recipe["kv_site"]]
     others = describe(recipe.get("weight_bits", {}).items(), code)
+    value_bits = recipe.get("value_bits")
     return [
         ["setting", "value"],
         ["weights", _spec_text(recipe["weights"], "output channel")],
         *([["weights of other bits", others]] if others else []),
         ["activations", _spec_text(recipe["activations"], "token")],
         ["KV cache", _spec_text(recipe["kv"], kv_row)],
+        *([["values in it", f"{value_bits} bits"]] if value_bits else []),
         ["output head", _spec_text(recipe["head"], "token of the vocabulary")],
         ["token embedding", _spec_text(recipe["embedding"], "token of the vocabulary")],
         ["KV site", recipe["kv_site"]],
@@ -124,7 +126,7 @@ def sensitivity_rows(found: Sensitivity, recipe: Recipe) -> list[Rows]:
     A share is that of the sum of its table, which need not be what all of it together costs.
     """
     specs = {"weights": recipe.weights, "activations": recipe.activations}
-    specs |= {"keys": recipe.kv, "values": recipe.kv}
+    specs |= {"keys": recipe.kv, "values": recipe.values}
     specs |= {"head": recipe.head, "embedding": recipe.embedding}
     bits = {name: str(spec.bits) for name, spec in specs.items()}
     if recipe.weight_bits:

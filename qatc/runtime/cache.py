@@ -205,13 +205,13 @@ def cache_tensors(template: Template) -> list[tuple[tuple[int, int], torch.dtype
     """Heads, last dimension and dtype of the cache tensors that a graph takes."""
     node = cache_attention(template.graph_module.graph)
     found = []
-    for value in cache_values(template):
+    for value, name in zip(cache_values(template), ("spec", "value_spec"), strict=True):
         heads, width = int(value.shape[1]), int(value.shape[3])
         if node.target is cached_attention:
             found.append(((heads, width), value.dtype))
             continue
-        spec = spec_of(node)
-        found += [((heads, last), dtype) for last, dtype in cache_shapes(spec, width)]
+        shapes = cache_shapes(spec_of(node, name), width)
+        found += [((heads, last), dtype) for last, dtype in shapes]
     return found
 
 

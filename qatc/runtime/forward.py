@@ -62,8 +62,8 @@ class Runtime:
         self.decode: DecodeForward | None = None
         self.ends: tuple[LoweredEnd, ...] = ()
         self.scoring = self._store(None)
-        self.cached = self._store(InsertKVCache(recipe.kv))
-        self.masked = self._store(InsertKVCache(recipe.kv, masked=True))
+        self.cached = self._store(InsertKVCache(recipe.kv, False, recipe.values))
+        self.masked = self._store(InsertKVCache(recipe.kv, True, recipe.values))
         self.head = self._end_store(
             lowering_pipeline(head_recipe(recipe), device=device, kernels=kernels)
         )

@@ -265,7 +265,7 @@ class Translator:
         query, key, value = (self.dense(a) for a in args[:3])
         cache = args[3]
         assert isinstance(cache, CacheInput)
-        spec = spec_of(node)
+        spec, value_spec = spec_of(node), spec_of(node, "value_spec")
         _, heads, _, width = query.view.shape
         kv_heads, value_width = key.view.shape[1], value.view.shape[3]
         scale: Any = node.kwargs["scale"]
@@ -279,9 +279,8 @@ class Translator:
         self.steps.emit(
             Op.ATTEND, partial, a=query.start, b=key.start, c=value.start,
             d=per_call(first + 4), kind=spec.bits, rows=heads, cols=width, i0=first, i1=kv_heads,
-            i2=value_width, f0=width**-0.5 if scale is None else scale, f1=spec.steps,
-            b_row=spec.code_min, b_col=spec.code_max, i3=_KV_RANGES.get(spec.range, 0),
-            a_row=key_factor, a_col=value_factor,
+            i2=value_width, f0=width**-0.5 if scale is None else scale, i3=value_spec.bits,
+            b_row=KV_RANGES.index(spec.range), a_row=key_factor, a_col=value_factor,
         )  # fmt: skip
         out = self.new((1, heads, 1, value_width), query.view.dtype)
         self.steps.emit(
@@ -317,7 +316,7 @@ CALL_HEAD, CALL_LAYER = 3, 5
 three int64: slots held, the first one seen, and slots that there is room for."""
 
 
-_KV_RANGES = {"signed": 1, "asymmetric": 2}
-"""Ranges of keys and values that csrc/attention_steps.h tells from the symmetric ones."""
+KV_RANGES = ("restricted", "full", "signed", "asymmetric")
+"""Ranges of keys and values by the numbers that csrc/attention_steps.h knows them by."""
 
 _ON_SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv)

@@ -63,13 +63,13 @@ def _parts(recipe: Recipe) -> dict[str, Recipe]:
     """A recipe for each part of a recipe."""
     specs = ("weights", "activations", "kv", "head", "embedding")
     off: dict[str, Any] = dict.fromkeys(specs, QuantSpec())
-    off |= {"weight_bits": (), "center_keys": False, "rotate_keys": False}
+    off |= {"weight_bits": (), "value_bits": None, "center_keys": False, "rotate_keys": False}
     recipe = replace(recipe, rotate_inputs=())  # weights have not been turned
     fields = {
         "weights": ("weights", "weight_bits"),
         "activations": ("activations",),
-        "keys": ("kv", "center_keys", "rotate_keys"),
-        "values": ("kv",),
+        "keys": ("kv", "value_bits", "center_keys", "rotate_keys"),
+        "values": ("kv", "value_bits"),
         "head": ("head",),
         "embedding": ("embedding",),
     }

@@ -71,21 +71,22 @@ def test_a_position_beyond_the_cache_is_an_error() -> None:
     ratio=st.sampled_from([1, 2, 4]), kv_heads=st.integers(1, 2), width=st.integers(1, 17),
     chunks=st.lists(st.integers(1, 3), min_size=1, max_size=4), bits=st.integers(2, 8),
     rows=st.integers(1, 3), masked=st.booleans(), seed=st.integers(0, 99),
-    asymmetric=st.booleans(),
+    asymmetric=st.booleans(), value_bits=st.integers(2, 8),
 )  # fmt: skip
 def test_chunks_of_any_size_over_packed_codes(
     ratio: int, kv_heads: int, width: int, chunks: list[int], bits: int, rows: int, masked: bool,
-    seed: int, asymmetric: bool,
+    seed: int, asymmetric: bool, value_bits: int,
 ) -> None:  # fmt: skip
     """Prefill, chunked prefill and decode, against attention in fp64 over rounded K and V."""
     generator = torch.Generator().manual_seed(seed)
     total, slots, heads = sum(chunks), 16, kv_heads * ratio
     query = torch.randn(rows, heads, total, width, generator=generator)
     key, value = torch.randn(2, rows, kv_heads, total, width, generator=generator).unbind()
-    spec = QuantSpec(bits, range="asymmetric" if asymmetric else "restricted")
+    both = (bits, value_bits)
+    specs = [QuantSpec(own, range="asymmetric" if asymmetric else "restricted") for own in both]
     caches = [
         torch.full((rows, kv_heads, slots, last), 99, dtype=dtype)
-        for _ in "kv"
+        for spec in specs
         for last, dtype in cache_shapes(spec, width)
     ]
     mask = torch.rand(rows, 1, total, slots, generator=generator) > 0.4 if masked else None
@@ -98,16 +99,17 @@ def test_chunks_of_any_size_over_packed_codes(
                 *(caches[0], caches[1], caches[2], caches[3]),
                 torch.arange(start, start + new).expand(rows, new),
                 None if mask is None else mask[:, :, now],
-                spec=spec_arg(spec),
+                spec=spec_arg(specs[0]),
+                value_spec=spec_arg(specs[1]),
             )
         )
         start += new
     out = torch.cat(outs, 2)
 
-    top = 2 ** (bits - 1) - 1
     rounded = []
-    for number, exact in enumerate((key, value)):
-        held = unpack(caches[2 * number][:, :, :total], bits, width).numpy()
+    for number, (exact, own) in enumerate(zip((key, value), both, strict=True)):
+        top = 2 ** (own - 1) - 1
+        held = unpack(caches[2 * number][:, :, :total], own, width).numpy()
         numbers = caches[2 * number + 1][:, :, :total]
         if asymmetric:  # which codes these are is tested where they are made
             values = dequantize(torch.from_numpy(held), numbers).double().numpy()
@@ -144,7 +146,9 @@ def test_no_token_leaves_the_cache_alone() -> None:
     for out in (
         cached_attention(query, new, new, floats[0], floats[1], positions),
         quantized_attention(
-            query, new, new, codes[0], codes[1], codes[2], codes[3], positions, spec="int4"
+            *(query, new, new, codes[0], codes[1], codes[2], codes[3], positions),
+            spec="int4",
+            value_spec="int4",
         ),
     ):
         assert out.shape == query.shape

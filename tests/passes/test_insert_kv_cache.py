@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qatc.errors import PassError
-from qatc.kernels.cached_attention import cached_attention, quantized_attention
+from qatc.kernels.cached_attention import cache_shapes, cached_attention, quantized_attention
 from qatc.passes import Canonicalize, InsertKVCache, QuantizeKV
 from qatc.recipe.spec import QuantSpec
 from qatc.testing import check_pass
@@ -68,26 +68,30 @@ def test_attention_to_what_comes_later_is_refused() -> None:
         InsertKVCache()(gm)
 
 
-def quantized(captured: Any, spec: QuantSpec, site: Any = "cache") -> Any:
+def quantized(
+    captured: Any, spec: QuantSpec, site: Any = "cache", values: QuantSpec | None = None
+) -> Any:
     gm = Canonicalize()(captured.graph).graph_module
-    QuantizeKV(spec, site)(gm)
+    QuantizeKV(spec, site, values)(gm)
     return gm
 
 
-@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize(("bits", "value_bits"), [(2, 2), (4, 4), (5, 5), (8, 8), (8, 4), (3, 5)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_codes_are_those_of_the_trained_graph(
-    llama_layer: Any, bits: int, masked: bool
+    llama_layer: Any, bits: int, value_bits: int, masked: bool
 ) -> None:
-    gm = quantized(llama_layer, QuantSpec(bits))
+    gm = quantized(llama_layer, QuantSpec(bits), values=QuantSpec(value_bits))
     edited = check_pass(
-        InsertKVCache(QuantSpec(bits), masked),
+        InsertKVCache(QuantSpec(bits), masked, QuantSpec(value_bits)),
         gm,
         before={"qatc.fake_quantize": 2},
         after={"qatc.fake_quantize": 0, quantized_attention: 1},
     )
     inputs = [n for n in edited.graph.nodes if n.op == "placeholder"]
     caches = inputs[-5 - masked :][:4]
+    held = [shape for own in (bits, value_bits) for shape in cache_shapes(QuantSpec(own), 8)]
+    assert [(n.meta["val"].shape[-1], n.meta["val"].dtype) for n in caches] == held
     assert [n.name for n in caches] == ["key_codes", "key_scale", "value_codes", "value_scale"]
     stale = [
         torch.full((2, 2, 9, n.meta["val"].shape[-1]), 77, dtype=n.meta["val"].dtype)

@@ -85,6 +85,8 @@ def test_keys_without_a_projection() -> None:
     gm = torch.export.export(Attention(), example, strict=False).graph_module
     with pytest.raises(PassError, match=r"0 were found; use the cache site \(--kv-site cache\)"):
         QuantizeKV(site="projection")(gm)
+    with pytest.raises(PassError, match="one tensor here, and would get 8 and 4 bits"):
+        QuantizeKV(QuantSpec(8), values=QuantSpec(4))(gm)
     edited = check_pass(QuantizeKV(), gm, before={}, after={"qatc.fake_quantize": 1})
     (attention,) = find_attentions(edited)
     assert attention.key is attention.value is not attention.query

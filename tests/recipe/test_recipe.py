@@ -25,7 +25,10 @@ specs = st.builds(
 )
 quantizing = specs.filter(lambda spec: spec.quantizes)
 others = st.dictionaries(st.text(), bits).map(lambda found: tuple(found.items()))
-recipes = st.builds(Recipe, weights=quantizing, weight_bits=others) | st.builds(
+coded = bits.filter(lambda own: own != 16)
+cached = st.builds(Recipe, kv=st.builds(QuantSpec, bits=coded), value_bits=st.none() | coded)
+recipes = st.builds(Recipe, weights=quantizing, weight_bits=others) | cached
+recipes |= st.builds(
     Recipe,
     weights=specs,
     activations=specs,

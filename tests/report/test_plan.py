@@ -33,6 +33,12 @@ def test_counts_and_sizes(shared_model_path: Path) -> None:
     assert plan.size_gb == pytest.approx((full / 1e9, packed / 1e9))
     # K and V of 2 heads of 8 values in 2 layers; 4 bits each and a scale of 2 bytes.
     assert plan.kv_bytes_per_token == (2 * 2 * 2 * 8 * 4, 2 * 2 * 2 * (4 + 4))
+    other = inspect_model(str(shared_model_path), Recipe.from_bits("4-8-8", value_bits=4))
+    assert other.bits == "4-8-K8V4"
+    assert other.kv_bytes_per_token[1] == 2 * 2 * ((8 + 4) + (4 + 4))
+    assert other.operations[1] - plan.operations[1] == ATTENTION * 16 * 2
+    bits = {s.kind: s.bits for s in other.kinds[0].sites if s.kind in ("key", "value")}
+    assert bits == {"key": 8, "value": 4}
     macs, head = 2 * LINEARS * LENGTH, EMBEDDINGS * LENGTH
     assert plan.operations == (
         (macs + ATTENTION + head) * 256,

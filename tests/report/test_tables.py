@@ -45,5 +45,7 @@ def test_scales_of_the_kv_cache_depend_on_its_site() -> None:
     assert "one scale per token and head," in of(Recipe())["KV cache"]
     assert "one scale per token," in of(Recipe(kv_site="projection"))["KV cache"]
     assert "one scale per 32 values," in of(Recipe.from_bits("4-8-4", group_size=32))["weights"]
+    assert "values in it" not in of(Recipe())
+    assert of(Recipe(value_bits=2))["values in it"] == "2 bits"
     named = dict(recipe_rows(Recipe(skip=("*.a", "b")).to_dict(), "`")[1:])
     assert named["in full precision"] == "`*.a`, `b`"

@@ -23,6 +23,7 @@ RECIPES = {
     "3-6-5": Recipe.from_bits("3-6-5"),
     "4-8-16": Recipe.from_bits("4-8-16"),
     "4-16-8": Recipe.from_bits("4-16-8"),
+    "4-8-K8V3": Recipe.from_bits("4-8-8", value_bits=3),
     "16-8-2": Recipe.from_bits("16-8-2"),
     "groups": dataclasses.replace(Recipe.from_bits("4-8-4"), weights=QuantSpec(4, 16)),
     "full": dataclasses.replace(

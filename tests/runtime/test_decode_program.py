@@ -72,11 +72,25 @@ def agrees(differences: Tensor, other: float, limit: float) -> bool:
 RECIPES = ["4-8-4", "8-8-8", "3-6-2", "2-7-4", "5-5-8"]
 
 
+KEYS_AND_VALUES: list[tuple[str, str | None, int | None]] = [
+    ("4-8-4", "asymmetric", None),
+    ("4-8-4", "full", None),
+    ("4-8-4", "signed", None),
+    ("4-8-8", None, 4),
+    ("4-8-3", "asymmetric", 8),
+    ("4-8-4", "full", 2),
+]
+"""Bits, the range of keys and values, and the bits of values where keys have others."""
+
+
 @pytest.mark.parametrize(
-    ("bits", "kv_range"), [*((bits, None) for bits in RECIPES), ("4-8-4", "asymmetric")]
+    ("bits", "kv_range", "value_bits"), [*((b, None, None) for b in RECIPES), *KEYS_AND_VALUES]
 )
-def test_it_decodes_what_the_graphs_do(bits: str, kv_range: str | None, tmp_path: Path) -> None:
-    output = make_output(tmp_path / "o", Recipe.from_bits(bits, kv_range=kv_range))
+def test_it_decodes_what_the_graphs_do(
+    bits: str, kv_range: str | None, value_bits: int | None, tmp_path: Path
+) -> None:
+    recipe = Recipe.from_bits(bits, kv_range=kv_range, value_bits=value_bits)
+    output = make_output(tmp_path / "o", recipe)
     assert agrees(*compare(output, IDS, 5, torch.float32), 1e-4)
     assert agrees(*compare(output, IDS, 5, torch.bfloat16), 2e-2)
 

@@ -53,6 +53,14 @@ def test_centers_are_measured_and_head_and_embedding_have_lines() -> None:
     assert one["head"] > 0 and one["embedding"] > 0
 
 
+def test_values_of_other_bits() -> None:
+    model, rows = make_llama(), make_rows()
+    at = {bits: part_sensitivity(model, rows, Recipe.from_bits(f"16-16-{bits}")) for bits in (3, 6)}
+    mixed = part_sensitivity(model, rows, Recipe.from_bits("16-16-6", value_bits=3))
+    assert (mixed["keys"], mixed["values"]) == (at[6]["keys"], at[3]["values"])
+    assert at[6]["everything"] < mixed["everything"] < at[3]["everything"]
+
+
 def test_rotations_belong_to_the_keys_alone() -> None:
     """Weights have not been turned, so inputs are not rotated either."""
     model, rows = make_llama(), make_rows()
