@@ -15,6 +15,7 @@ COLORS = 8
 LEAST_KL = 1e-6
 """Smaller divergences are drawn there: the axis is logarithmic."""
 
+Curve = Sequence[Sequence[float]]
 Labelled = tuple[Row, str, int]
 """A row, the label of its series, and that one's number."""
 
@@ -118,7 +119,7 @@ def to_html(rows: Sequence[Row], failed: Mapping[str, str]) -> str:
 
 
 def _charts(rows: Sequence[Row], model: str) -> list[str]:
-    """The figures of one model: KL against size and operations, and curves."""
+    """The figures of one model: KL against size and operations, over steps and over layers."""
     names = [name for name in varying(rows) if name not in ("model", "bits")]
     labels = [_series(row, names) for row in rows]
     number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
@@ -128,7 +129,10 @@ def _charts(rows: Sequence[Row], model: str) -> list[str]:
         for up in _UP
         for across in _ACROSS
     ]
-    drawn.append((_curves(points), "KL on the training rows, first seed"))
+    curves = [(row, label, number, row.curve) for row, label, number in points]
+    drawn.append((_lines(curves, "step"), "KL on the training rows, first seed"))
+    by_layer = [(*point, [*enumerate(point[0].layers, start=1)]) for point in points]
+    drawn.append((_lines(by_layer, "layer"), "KL of the layers up to each one, first seed"))
     figures = "".join(
         f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
         for svg, caption in drawn
@@ -213,10 +217,11 @@ def _scatter(series: Sequence[Labelled], of_x: _Figure, of_y: _Figure) -> str:
     return _svg(x, y, of_x.title, of_y.title, "".join(marks), what)
 
 
-def _curves(series: Sequence[Labelled]) -> str:
+def _lines(series: Sequence[tuple[Row, str, int, Curve]], across: str) -> str:
+    """KL over something, a line for each row."""
     lines = [
-        (f"{_bits(row)}, {label}", number, [(step, max(kl, LEAST_KL)) for step, kl in row.curve])
-        for row, label, number in series
+        (f"{_bits(row)}, {label}", number, [(place, max(kl, LEAST_KL)) for place, kl in curve])
+        for row, label, number, curve in series
     ]
     points = [point for _, _, line in lines for point in line]
     if not points:
@@ -226,12 +231,12 @@ def _curves(series: Sequence[Labelled]) -> str:
     drawn = []
     for tip, number, line in lines:
         if line:
-            path = " ".join(f"{x(step):.1f},{y(kl):.1f}" for step, kl in line)
+            path = " ".join(f"{x(place):.1f},{y(kl):.1f}" for place, kl in line)
             drawn.append(
                 f'<polyline class="curve" style="stroke:var(--c{number % COLORS})"'
                 f' points="{path}"><title>{escape(tip)}</title></polyline>'
             )
-    return _svg(x, y, "step", "KL", "".join(drawn), "KL in training")
+    return _svg(x, y, across, "KL", "".join(drawn), f"KL by {across}")
 
 
 def _svg(x: Axis, y: Axis, title: str, up: str, marks: str, what: str) -> str:

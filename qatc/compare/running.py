@@ -212,6 +212,7 @@ def _finish(
         "training_seconds": metadata.get("training_seconds"),
         "seconds": before.get("seconds", round(seconds, 1)),
         "curve": _curve(output / "metrics.jsonl"),
+        "layers": metadata.get("divergence_by_layer", []),
         **{name: metadata.get(name) for name in ("inputs", "versions", "device")},
     }
     write_json(places.record(cell), record)

@@ -69,6 +69,9 @@ class Row:
             over the tasks of lm-eval whose items are right or wrong; sizes in bytes; operations as
             :func:`qatc.compare.running.operations_per_token` counts them.
         curve: steps and KL of the first seed's training.
+        layers: of the first seed, KL behind each layer, see
+            :meth:`qatc.sensitivity.answers.Answers.divergence_by_depth`; none where it was not
+            measured.
     """
 
     table: str
@@ -78,6 +81,7 @@ class Row:
     seeds: tuple[int, ...]
     figures: Mapping[str, Statistic | None]
     curve: Sequence[Sequence[float]]
+    layers: Sequence[float] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -109,6 +113,7 @@ def rows_of(records: Iterable[tuple[Cell, Mapping[str, Any]]]) -> list[Row]:
                     seeds=tuple(cell.seed for cell, _ in group),
                     figures={name: statistic([one[name] for one in found]) for name in FIGURES},
                     curve=first["curve"],
+                    layers=first.get("layers", []),
                 )
             )
     return rows

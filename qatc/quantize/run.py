@@ -42,6 +42,7 @@ from qatc.quantize.stages import (
     Training,
     center,
     measure_baselines,
+    measure_depth,
     measure_student,
     plain_figures,
     split,
@@ -136,6 +137,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Trained
         name, file = "QAT" if method.trains else method.name or "RTN", trained_file(config)
         figures = measure_student(setting, pair, texts, baselines, name, file)
         metadata = _metadata(setting, pair, corpus, rows, training, figures)
+        metadata["divergence_by_layer"] = measure_depth(setting, pair, held_out)
         output, masters = take_output(setting, pair, metadata)
     return setting, Trained(output, masters, given.tokenizer, figures, training)
 

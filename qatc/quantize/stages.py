@@ -11,9 +11,11 @@ from qatc.data.generate import generate_corpus
 from qatc.evaluation.metrics import Metrics
 from qatc.models.centers import center_keys
 from qatc.ptq.calibrate import batches
+from qatc.ptq.method import parse_method
 from qatc.quantize.given import Given, Setting
 from qatc.quantize.pair import Pair, evaluate_one
 from qatc.quantize.settings import QuantizeConfig
+from qatc.sensitivity.answers import Answers, probe_rows
 from qatc.storage.files import read_json, write_json
 from qatc.training.distill import Distiller, StepMetrics
 
@@ -143,6 +145,18 @@ def measure_student(
         found = {n: evaluate_one(setting, pair, pair.student, r) for n, r in texts.items()}
         write_json(file, {name: metrics.to_dict() for name, metrics in found.items()})
     return {text: {**models, name: found[text]} for text, models in before.items()}
+
+
+def measure_depth(setting: Setting, pair: Pair, rows: Rows) -> list[float]:
+    """KL of the teacher to itself behind the student's layers up to each one, on some rows.
+
+    Between the layers of a rotated student is what no other model reads: then there is none.
+    """
+    if "rotate" in parse_method(setting.config.method).steps:
+        return []
+    some = rows[: probe_rows(rows.tokens.shape[1])]
+    answers = Answers(pair.teacher.model, some, setting.config.training.batch_size)
+    return answers.divergence_by_depth(pair.student, pair.autocast)
 
 
 def plain_figures(figures: Figures) -> dict[str, dict[str, dict[str, float | None]]]:

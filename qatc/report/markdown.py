@@ -44,6 +44,7 @@ def write_report(
         _table(figure_rows(figures)),
         _held_out(data["strategy"]),
         *(_training_sections(metadata, history) if history else []),
+        *_depth_sections(metadata.get("divergence_by_layer", [])),
         *_runtime_sections(metadata),
         "## Recipe and provenance",
         _table(
@@ -111,6 +112,18 @@ def _loss_on(metadata: Mapping[str, Any]) -> str:
     if metadata["data"]["strategy"] != CHAT:
         return ""
     return " on all tokens" if metadata["run"].get("loss_on") == "all" else " on answers"
+
+
+def _depth_sections(by_layer: Sequence[float]) -> list[str]:
+    """Where in the model it is lost."""
+    if not by_layer:
+        return []
+    return [
+        "## By layer",
+        "KL (nats per token) where the layers up to one are those of the model in this directory,"
+        " and what is behind it is full precision, layer by layer:"
+        f" {', '.join(f'{kl:.3g}' for kl in by_layer)}.",
+    ]
 
 
 def _runtime_sections(metadata: Mapping[str, Any]) -> list[str]:

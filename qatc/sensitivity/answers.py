@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,11 +42,7 @@ class Answers:
         self._layers = [layer for _, layer in find_regions(model)]
         self._batches: list[tuple[Tensor, Tensor, Tensor, list[Any]]] = []
         for ids, real in batches(model, rows, batch_size):
-            outputs: list[Any] = []
-            with ExitStack() as hooks:
-                for layer in self._layers:
-                    hook = layer.register_forward_hook(partial(_note, outputs))
-                    hooks.callback(hook.remove)
+            with _noting(self._layers) as outputs:
                 scores = self._scores(ids, real)
             self._batches.append((ids, real, scores, outputs))
 
@@ -67,16 +63,68 @@ class Answers:
         total = 0.0
         for ids, real, before, outputs in self._batches:
             with _giving(self._layers[:first], outputs[:first]):
-                after = self._scores(ids, real)
-            # Term by term, and not as a difference of two entropies, beside which it is small.
-            total += float((before.exp() * (before - after)).sum(dtype=torch.float64))
+                total += _divergence(before, self._scores(ids, real))
         return total / self.tokens
+
+    @torch.no_grad()
+    def divergence_by_depth(
+        self, other: Any, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> list[float]:
+        """How far another model has moved the answers by the end of each of its layers.
+
+        What a layer of the other model gives is read on by the layers behind it, the norm and the
+        head of this one.
+
+        Args:
+            other: a model of the same layers, such as the same one quantized.
+            autocast: makes a context for its forward pass.
+
+        Returns:
+            KL(this model || this model behind the other's layers up to one), nats per token, for
+            each layer.
+        """
+        totals = [0.0] * len(self._layers)
+        layers = [layer for _, layer in find_regions(other)]
+        for ids, real, before, outputs in self._batches:
+            with autocast(), _noting(layers) as theirs:
+                other.base_model(input_ids=ids, use_cache=False)
+            given = [_like(*pair) for pair in zip(theirs, outputs, strict=True)]
+            for end in range(1, len(given) + 1):
+                with _giving(self._layers[:end], given[:end]):
+                    totals[end - 1] += _divergence(before, self._scores(ids, real))
+        return [total / self.tokens for total in totals]
 
     def _scores(self, ids: Tensor, real: Tensor) -> Tensor:
         """Log-probabilities ``[n, V]`` of the real tokens."""
         logits = self._model(input_ids=ids, use_cache=False).logits
         scores: Tensor = logits[real].float().log_softmax(-1)
         return scores
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
+    """KL of log-probabilities ``[n, V]``, summed over the tokens."""
+    # Term by term, and not as a difference of two entropies, beside which it is small.
+    return float((before.exp() * (before - after)).sum(dtype=torch.float64))
+
+
+@contextmanager
+def _noting(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """What layers give in a forward pass, in order."""
+    outputs: list[Any] = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            hook = layer.register_forward_hook(partial(_note, outputs))
+            hooks.callback(hook.remove)
+        yield outputs
+
+
+def _like(output: Any, other: Any) -> Any:
+    """An output of a layer with the dtypes of another one's."""
+    if isinstance(output, Tensor):
+        return output.to(other.dtype)
+    if isinstance(output, tuple):
+        return tuple(_like(*pair) for pair in zip(output, other, strict=True))
+    return output
 
 
 @contextmanager

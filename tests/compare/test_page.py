@@ -86,13 +86,15 @@ def test_page(kls: list[float]) -> None:
     assert "&lt;bits&gt; &amp; more" in page and "error &amp; &lt;more&gt;" in page
     drawn = svgs(page)
     charts = [svg for svg in drawn if svg.get("role") == "img"]
-    assert len(charts) == 5
+    assert len(charts) == 6
     for svg in drawn:
         _, _, width, height = map(float, svg.attrib["viewBox"].split())
         for x, y in coordinates(svg):
             assert math.isfinite(x) and math.isfinite(y)
             assert 0 <= x <= width and 0 <= y <= height
-    assert len(charts[0].findall("g")) == len(charts[-1].findall("polyline")) == len(kls)
+    assert len(charts[0].findall("g")) == len(kls)
+    assert all(len(chart.findall("polyline")) == len(kls) for chart in charts[-2:])
+    assert all(len(coordinates(line)) == 2 for line in charts[-1].findall("polyline"))
     assert page.count("<tr>") == 1 + 2 * len(kls)
 
 
@@ -106,7 +108,7 @@ def test_more_is_higher_and_further_right() -> None:
 
 
 def test_a_grid_without_training_has_no_curve_and_every_colour_both_schemes() -> None:
-    page = to_html(rows([0.1, 0.2], curve=[]), {})
+    page = to_html(rows([0.1, 0.2], curve=[], layers=[]), {})
     assert len([svg for svg in svgs(page) if svg.get("role") == "img"]) == 4
     used = set(re.findall(r"var\((--\w+)\)", page))
     light, dark = (part for part in page.split("prefers-color-scheme: dark"))

@@ -21,6 +21,7 @@ def record(kl: float, seconds: float | None = 2.0) -> dict[str, Any]:
         "operations_per_token": 3e9,
         "training_seconds": seconds,
         "curve": [[1, kl]],
+        "layers": [kl / 2, kl],
     }
 
 
@@ -44,7 +45,7 @@ def test_seeds_are_taken_together() -> None:
     assert recovered is not None and recovered.mean == pytest.approx(70)
     of_text = rows[1].figures["kl"]
     assert of_text is not None and of_text.mean == pytest.approx(0.6)
-    assert rows[0].curve == [[1, 0.1]]
+    assert rows[0].curve == [[1, 0.1]] and rows[0].layers == [0.05, 0.1]
 
 
 def test_a_single_seed_has_no_deviation_and_a_missing_figure_no_mean() -> None:

@@ -74,6 +74,7 @@ def test_rotation_unties_the_output(shared_model_path: Path, tmp_path: Path, sha
     assert (figures["rotate+smoothquant"].kl or 9) < 2 * (figures["RTN"].kl or 0)
     output = open_output(result.output)
     assert output.config.tie_word_embeddings is False
+    assert output.metadata["divergence_by_layer"] == []  # between layers it is rotated
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= output.state.keys()
 
 

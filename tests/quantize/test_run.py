@@ -45,8 +45,10 @@ def test_output(done: Any) -> None:
     assert {"torch", "qatc", "transformers"} <= set(metadata["versions"])
     assert metadata["data"]["seed"] == 0 and len(metadata["data"]["fingerprint"]) == 64
     assert open_output(done.output).recipe == Recipe.from_bits("4-8-4")
+    by_layer = metadata["divergence_by_layer"]
+    assert len(by_layer) == 2 and all(0 < kl < 1 for kl in by_layer)
     report = (done.output / "report.md").read_text()
-    assert "| RTN |" in report and "loss.png" in report
+    assert "| RTN |" in report and "loss.png" in report and "## By layer" in report
     codes = load_codes(done.output)
     assert len(codes) == 14
     for weight in codes.values():

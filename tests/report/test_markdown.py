@@ -41,6 +41,7 @@ METADATA: dict[str, Any] = {
     "learning_rate": 1.234e-4,
     "training_seconds": 2.0,
     "row_utilization": 0.875,
+    "divergence_by_layer": [0.001234, 0.5],
 }
 HISTORY = [StepMetrics(i, 3.0 / i, 1.0 / i, 1e-4, 0.5, 1000, 0.5) for i in range(1, 5)]
 
@@ -92,6 +93,7 @@ def test_tells_how_it_was_trained(report: Path) -> None:
     assert "`, peak learning rate 0.000123; 87.5% of" in text
     assert "1234 sequences of at most 99 tokens written by somebody/some-model" in text
     assert "(strategy hybrid, seed 7)" in text
+    assert "full precision, layer by layer: 0.00123, 0.5." in text
 
 
 def test_the_plot_that_it_shows_is_there(report: Path) -> None:
