@@ -273,5 +273,9 @@ def _line(name: str, before: float, after: float) -> list[str]:
 def _flat(options: dict[str, object]) -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in options.items():
-        flat |= value if isinstance(value, dict) else {key: value}
+        if not isinstance(value, dict):
+            flat[key] = value
+            continue
+        prefix = "" if key == "spec" else f"{key}."  # there may be another spec beside it
+        flat |= {f"{prefix}{name}": own for name, own in value.items()}
     return {key: value for key, value in flat.items() if value not in (None, (), [])}

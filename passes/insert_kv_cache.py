@@ -22,6 +22,7 @@ from qatc.graph.nodes import (
 from qatc.kernels.cached_attention import cache_shapes, cached_attention, quantized_attention
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
+from qatc.passes.quantize_kv import check_one_rule
 from qatc.recipe.spec import QuantSpec, spec_arg
 
 
@@ -89,7 +90,7 @@ class InsertKVCache(GraphPass):
     @property
     def _specs(self) -> tuple[QuantSpec, QuantSpec]:
         """Of keys and of values."""
-        return self.spec, self.values or self.spec
+        return self.spec, check_one_rule(self.spec, self.values)
 
     def _quantizer(self, node: Node, spec: QuantSpec) -> Node:
         """The fake-quant node of a K or V, which rounds as the cache will."""

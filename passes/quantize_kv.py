@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch.fx import GraphModule, Node
@@ -24,7 +24,7 @@ from qatc.numerics.hadamard import HADAMARD
 from qatc.passes.base import Edits, GraphPass
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.quantize_linear_inputs import check_groups
-from qatc.recipe.spec import QuantSpec
+from qatc.recipe.spec import QuantSpec, spec_arg
 
 KEY_CENTER, KEY_GAIN, VALUE_GAIN = "key_center", "key_gain", "value_gain"
 """Names of what a layer holds of its keys and values: the constant that is taken off its keys
@@ -114,13 +114,14 @@ class QuantizeKV(GraphPass):
 
     def edit(self, gm: GraphModule) -> Edits:
         find = _cache_sites if self.site == "cache" else _projection_sites
-        specs = (self.spec, self.values or self.spec)
+        values = check_one_rule(self.spec, self.values)
         sites: dict[Node, tuple[QuantSpec, list[Node]]] = {}
         done = 0
         attentions = find_attentions(gm)
         queries = [attention.query for attention in attentions]
         for attention in attentions:
-            for (source, user), spec in zip(find(attention), specs, strict=True):
+            for source, user, is_value in find(attention):
+                spec = values if is_value else self.spec
                 if is_fake_quantize(source):
                     done += 1
                     continue
@@ -153,20 +154,36 @@ class QuantizeKV(GraphPass):
         )
 
 
-def _cache_sites(attention: Attention) -> list[tuple[Node, Node]]:
-    return [(attention.key, attention.node), (attention.value, attention.node)]
+def check_one_rule(keys: QuantSpec, values: QuantSpec | None) -> QuantSpec:
+    """The spec of values, which may differ from that of keys in its bits.
+
+    Raises:
+        PassError: it differs in something else, or one of the two is not quantized.
+    """
+    values = values or keys
+    if replace(keys, bits=values.bits) != values or keys.quantizes != values.quantizes:
+        raise PassError(
+            f"values ({spec_arg(values)}) differ from keys ({spec_arg(keys)}) in more than their"
+            " bits, of 2 to 8; a cache has one rule for both"
+        )
+    return values
 
 
-def _projection_sites(attention: Attention) -> list[tuple[Node, Node]]:
+def _cache_sites(attention: Attention) -> list[tuple[Node, Node, bool]]:
+    return [(attention.key, attention.node, False), (attention.value, attention.node, True)]
+
+
+def _projection_sites(attention: Attention) -> list[tuple[Node, Node, bool]]:
     sites = []
-    for source in (attention.key, attention.value):
+    for source, is_value in ((attention.key, False), (attention.value, True)):
         projections = find_projections(source)
         if len(projections) != 1:
             raise PassError(
                 f"the projection site needs one linear behind each of K and V, but"
                 f" {len(projections)} were found; use the cache site (--kv-site cache)"
             )
-        sites += [_site_after(projections[0], user) for user in list(projections[0].users)]
+        users = list(projections[0].users)
+        sites += [(*_site_after(projections[0], user), is_value) for user in users]
     if sites and sites[0][0] is sites[-1][0]:
         raise PassError(
             f"K and V come from one projection ({parameter_name_of_linear(sites[0][0])});"

@@ -148,7 +148,7 @@ def _charts(rows: Sequence[Row], model: str) -> list[str]:
 
 
 def _bits(row: Row) -> str:
-    return shown(row.setting.get("bits", "4-8-4"))
+    return row.bits or shown(row.setting.get("bits", "4-8-4"))
 
 
 def _series(row: Row, names: Sequence[str]) -> str:

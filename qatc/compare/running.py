@@ -207,6 +207,7 @@ def _finish(
         "options": dict(cell.options),
         "figures": metadata["figures"],
         "evaluated": before.get("evaluated", {}) | collect(cell, output, metadata, places.models),
+        "bits": _bits(metadata),
         "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
         "operations_per_token": operations(metadata, bool(cell.options.get("trust-remote-code"))),
         "training_seconds": metadata.get("training_seconds"),
@@ -221,6 +222,14 @@ def _finish(
         for path in output.iterdir():
             if path.is_file() and path.name not in KEPT:
                 path.unlink()
+
+
+def _bits(metadata: Mapping[str, Any]) -> str | None:
+    """What the bits of an output's recipe are called."""
+    from qatc.recipe.recipe import Recipe
+
+    recipe = metadata.get("recipe")
+    return None if recipe is None else Recipe.from_dict(recipe).bits
 
 
 def operations_per_token(metadata: Mapping[str, Any], trust_remote_code: bool) -> float:

@@ -69,6 +69,7 @@ class Row:
             over the tasks of lm-eval whose items are right or wrong; sizes in bytes; operations as
             :func:`qatc.compare.running.operations_per_token` counts them.
         curve: steps and KL of the first seed's training.
+        bits: of its recipe, where they are known.
         layers: of the first seed, KL behind each layer, see
             :meth:`qatc.sensitivity.answers.Answers.divergence_by_depth`; none where it was not
             measured.
@@ -82,6 +83,7 @@ class Row:
     figures: Mapping[str, Statistic | None]
     curve: Sequence[Sequence[float]]
     layers: Sequence[float] = ()
+    bits: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -114,6 +116,7 @@ def rows_of(records: Iterable[tuple[Cell, Mapping[str, Any]]]) -> list[Row]:
                     figures={name: statistic([one[name] for one in found]) for name in FIGURES},
                     curve=first["curve"],
                     layers=first.get("layers", []),
+                    bits=first.get("bits"),
                 )
             )
     return rows

@@ -43,7 +43,7 @@ typedef struct {
     int64_t op, kind, rounds, out, a, b, c, d; /* kind: function, dtype or bits */
     int64_t rows, cols, a_row, a_col, b_row, b_col;
     int64_t i0, i1, i2, i3;
-    double f0, f1;
+    double f0;
 } step;
 
 typedef struct {

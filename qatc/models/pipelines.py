@@ -50,7 +50,8 @@ def training_pipeline(
     if recipe.center_keys:
         passes.append(CenterKeys())
     if recipe.kv.quantizes:
-        passes.append(QuantizeKV(recipe.kv, recipe.kv_site, recipe.values))
+        values = None if recipe.value_bits is None else recipe.values
+        passes.append(QuantizeKV(recipe.kv, recipe.kv_site, values))
     if linears and integer_forward:
         passes.append(UseIntegerForward())
     return Pipeline(tuple(passes))

@@ -108,9 +108,8 @@ def _what(metadata: Mapping[str, Any], stored: Stored) -> list[str]:
         how += f"post-training quantization (`{metadata['run']['method']}`)"
     text = (
         f"A causal language model of {numbers:,} parameters in {size:,} bytes"
-        f" ({8 * size / numbers:.2f} bits a parameter), quantized by {how} with qatc. The three"
-        " numbers of its name are the bits of weights, activations and KV cache; 16 means not"
-        " quantized."
+        f" ({8 * size / numbers:.2f} bits a parameter), quantized by {how} with qatc. Its"
+        " name ends with the bits of weights, activations and KV cache; 16 means not quantized."
     )
     local = "model" in metadata and not _is_hub_name(metadata)
     note = (
@@ -270,7 +269,7 @@ def _differences(recipe: Mapping[str, Any], reader: str | None) -> list[str]:
     activations, kv = recipe["activations"], recipe["kv"]
     found = []
     if kv["bits"] != 16:
-        found.append(f"no KV quantization ({kv['bits']} bits here)")
+        found.append(f"no KV quantization ({Recipe.from_dict(recipe).kv_bits} bits here)")
     if activations["bits"] != 16 and recipe["weights"]["bits"] == 16:
         found.append(f"no quantized inputs of linear layers ({activations['bits']} bits here)")
     elif activations["bits"] != 16 and activations["range"] == "restricted":

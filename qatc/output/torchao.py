@@ -77,7 +77,7 @@ def differences(recipe: Recipe) -> list[str]:
     """What torchao computes in another way than the model was trained for, each in some words."""
     inputs, found = recipe.activations, []
     if recipe.kv.quantizes:
-        found.append(f"no KV quantization ({recipe.kv.bits} bits here)")
+        found.append(f"no KV quantization ({recipe.kv_bits} bits here)")
     if inputs.quantizes and not rounds_like_torchao(inputs):
         rule = "another rounding" if inputs.range == "full" else f"max / {inputs.code_max}"
         found.append(

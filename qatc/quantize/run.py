@@ -135,9 +135,10 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Trained
     with _kept(setting):
         round_unquantized(pair)
         name, file = "QAT" if method.trains else method.name or "RTN", trained_file(config)
+        by_layer = measure_depth(setting, pair, held_out)
         figures = measure_student(setting, pair, texts, baselines, name, file)
         metadata = _metadata(setting, pair, corpus, rows, training, figures)
-        metadata["divergence_by_layer"] = measure_depth(setting, pair, held_out)
+        metadata["divergence_by_layer"] = by_layer
         output, masters = take_output(setting, pair, metadata)
     return setting, Trained(output, masters, given.tokenizer, figures, training)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,13 +151,27 @@ def measure_student(
 def measure_depth(setting: Setting, pair: Pair, rows: Rows) -> list[float]:
     """KL of the teacher to itself behind the student's layers up to each one, on some rows.
 
-    Between the layers of a rotated student is what no other model reads: then there is none.
+    It is kept with the run. Between the layers of a rotated student is what no other model reads:
+    then there is none. Nor is there where it fails, which is told, and is no reason to end a run
+    that has trained for hours.
     """
     if "rotate" in parse_method(setting.config.method).steps:
         return []
-    some = rows[: probe_rows(rows.tokens.shape[1])]
-    answers = Answers(pair.teacher.model, some, setting.config.training.batch_size)
-    return answers.divergence_by_depth(pair.student, pair.autocast)
+    file = setting.config.partial / "depth.json"
+    if file.exists():
+        kept: list[float] = read_json(file)
+        return kept
+    some = rows[: max(2, probe_rows(rows.tokens.shape[1]))]
+    setting.observer.stage(f"Measuring KL layer by layer on {some.tokens.size:,} tokens")
+    try:
+        answers = Answers(pair.teacher.model, some, setting.config.training.batch_size)
+        found = answers.divergence_by_depth(pair.student, pair.autocast)
+    except Exception as error:
+        setting.observer.note(f"KL layer by layer was not measured: {error}")
+        found = []
+    found = found if all(map(math.isfinite, found)) else []
+    write_json(file, found)
+    return found
 
 
 def plain_figures(figures: Figures) -> dict[str, dict[str, dict[str, float | None]]]:

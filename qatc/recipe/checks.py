@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 def check(recipe: Recipe) -> None:
     """Raise ``ConfigError`` if a value of a recipe is not valid, or does not go with another."""
+    target = find_target(recipe.target)
     _check_specs(recipe)
     _check_value_bits(recipe)
-    find_target(recipe.target).check(recipe.target, recipe.kv.bits)
+    target.check(recipe.target, recipe.kv.bits)
     _check_keys_and_values(recipe)
     _check_patterns(recipe)
     if recipe.rotate_inputs:

@@ -172,9 +172,13 @@ class Recipe:
 
     def bits_spelled(self, weights: str) -> str:
         """The same with ``weights`` in the place of W."""
+        return f"{weights}-{self.activations.bits}-{self.kv_bits}"
+
+    @property
+    def kv_bits(self) -> str:
+        """The bits of the KV cache: one number, or such as ``K8V4``."""
         keys, values = self.kv.bits, self.values.bits
-        kept = f"{keys}" if keys == values else f"K{keys}V{values}"
-        return f"{weights}-{self.activations.bits}-{kept}"
+        return f"{keys}" if keys == values else f"K{keys}V{values}"
 
     @property
     def values(self) -> QuantSpec:

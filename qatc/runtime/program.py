@@ -67,7 +67,7 @@ BINARY = ("add", "sub", "mul", "div")
 """``enum binary`` in C."""
 
 _ABSOLUTE, _PRIVATE, _SHARED, _CALL = range(4)
-_LAYOUT = struct.Struct("<18q2d")
+_LAYOUT = struct.Struct("<18qd")
 
 
 @dataclass(eq=False)
@@ -236,7 +236,7 @@ _NUMBERS = ("rows", "cols", "a_row", "a_col", "b_row", "b_col", "i0", "i1", "i2"
 
 
 def _encode(step: dict[str, Any]) -> bytes:
-    assert step.keys() <= {"op", "kind", "rounds", "f0", "f1", *_ADDRESSES, *_NUMBERS}
+    assert step.keys() <= {"op", "kind", "rounds", "f0", *_ADDRESSES, *_NUMBERS}
     addresses = [step[name].encode() if step.get(name) is not None else 0 for name in _ADDRESSES]
     return _LAYOUT.pack(
         int(step["op"]),
@@ -244,7 +244,7 @@ def _encode(step: dict[str, Any]) -> bytes:
         int(step.get("rounds", 0)),
         *addresses,
         *(int(step.get(name, 0)) for name in _NUMBERS),
-        *(float(step.get(name, 0)) for name in ("f0", "f1")),
+        float(step.get("f0", 0)),
     )
 
 

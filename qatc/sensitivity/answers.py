@@ -19,6 +19,10 @@ PROBE_TOKENS = 1024
 compared, so that few tell parts apart."""
 
 
+_TOKENS = 64
+"""Whose distributions are compared at once."""
+
+
 def probe_rows(length: int) -> int:
     """How many rows of this length have about :data:`PROBE_TOKENS` tokens; at least one."""
     return max(1, PROBE_TOKENS // length)
@@ -29,7 +33,7 @@ class Answers:
 
     Args:
         model: a transformers causal LM whose layers run in float.
-        rows: text.
+        rows: text; of conversations whose answers alone count, those count here.
         batch_size: rows at a time.
 
     Raises:
@@ -41,14 +45,16 @@ class Answers:
         self._model = model
         self._layers = [layer for _, layer in find_regions(model)]
         self._batches: list[tuple[Tensor, Tensor, Tensor, list[Any]]] = []
-        for ids, real in batches(model, rows, batch_size):
+        for number, (ids, _) in enumerate(batches(model, rows, batch_size)):
+            part = rows[number * batch_size : (number + 1) * batch_size]
+            counted = torch.from_numpy(part.counted).to(ids.device)
             with _noting(self._layers) as outputs:
-                scores = self._scores(ids, real)
-            self._batches.append((ids, real, scores, outputs))
+                scores = self._scores(ids, counted)
+            self._batches.append((ids, counted, scores, outputs))
 
     @property
     def tokens(self) -> int:
-        """How many real tokens there are."""
+        """How many tokens count."""
         return sum(len(scores) for _, _, scores, _ in self._batches)
 
     @torch.no_grad()
@@ -58,12 +64,12 @@ class Answers:
         Those are not computed again: they give what they gave.
 
         Returns:
-            KL(as it was || as it is), nats per token, over all real tokens.
+            KL(as it was || as it is), nats per token, over all tokens that count.
         """
         total = 0.0
-        for ids, real, before, outputs in self._batches:
+        for ids, counted, before, outputs in self._batches:
             with _giving(self._layers[:first], outputs[:first]):
-                total += _divergence(before, self._scores(ids, real))
+                total += _divergence(before, self._scores(ids, counted))
         return total / self.tokens
 
     @torch.no_grad()
@@ -85,26 +91,28 @@ class Answers:
         """
         totals = [0.0] * len(self._layers)
         layers = [layer for _, layer in find_regions(other)]
-        for ids, real, before, outputs in self._batches:
+        for ids, counted, before, outputs in self._batches:
             with autocast(), _noting(layers) as theirs:
                 other.base_model(input_ids=ids, use_cache=False)
             given = [_like(*pair) for pair in zip(theirs, outputs, strict=True)]
             for end in range(1, len(given) + 1):
                 with _giving(self._layers[:end], given[:end]):
-                    totals[end - 1] += _divergence(before, self._scores(ids, real))
+                    totals[end - 1] += _divergence(before, self._scores(ids, counted))
         return [total / self.tokens for total in totals]
 
-    def _scores(self, ids: Tensor, real: Tensor) -> Tensor:
-        """Log-probabilities ``[n, V]`` of the real tokens."""
+    def _scores(self, ids: Tensor, counted: Tensor) -> Tensor:
+        """Log-probabilities ``[n, V]`` of the tokens that count."""
         logits = self._model(input_ids=ids, use_cache=False).logits
-        scores: Tensor = logits[real].float().log_softmax(-1)
+        scores: Tensor = logits[counted].float().log_softmax(-1)
         return scores
 
 
 def _divergence(before: Tensor, after: Tensor) -> float:
     """KL of log-probabilities ``[n, V]``, summed over the tokens."""
-    # Term by term, and not as a difference of two entropies, beside which it is small.
-    return float((before.exp() * (before - after)).sum(dtype=torch.float64))
+    # Term by term, and not as a difference of two entropies, beside which it is small; some tokens
+    # at a time, since each term is as large as all the logits.
+    pairs = zip(before.split(_TOKENS), after.split(_TOKENS), strict=True)
+    return sum(float((b.exp() * (b - a)).sum(dtype=torch.float64)) for b, a in pairs)
 
 
 @contextmanager

@@ -58,6 +58,15 @@ def test_an_output(output: Path) -> None:
     assert plain["stored"]["weights"] == 14
 
 
+def test_values_of_other_bits(shared_model_path: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("kv: {bits: 8}\nvalue_bits: 4\n")
+    shown = inspect(shared_model_path, "--recipe", recipe).stdout
+    passed = shown.partition("QuantizeKV")[2]
+    assert "bits=8" in passed and "values.bits=4" in passed
+    assert "values.bits" not in inspect(shared_model_path).stdout
+
+
 def test_figures_and_the_reason_of_an_output(output: Path, tmp_path: Path) -> None:
     told = Path(shutil.copytree(output, tmp_path / "told"))
     metadata = json.loads((told / "qatc.json").read_text())

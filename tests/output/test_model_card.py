@@ -34,6 +34,7 @@ RECIPES = {
     "groups": Recipe.from_bits("4-16-4", group_size=16),
     "float": Recipe.from_bits("16-8-4"),
     "transformers": Recipe.from_bits("4-8-16", target="transformers"),
+    "4-8-K8V4": Recipe.from_bits("4-8-8", value_bits=4),
     "projection": dataclasses.replace(Recipe.from_bits("4-8-4"), kv_site="projection"),
 }
 
@@ -143,7 +144,12 @@ def test_the_recipe_is_that_of_the_codes(name: str, outputs: dict[str, Path]) ->
         per = "one scale per 16 values" if scales == {16} else "one scale per output channel"
         assert per in told["weights of linear layers"]
     assert f"# A model at {recipe.bits}\n" in text
-    assert "w{}a{}kv{}".format(*recipe.bits.split("-")) in front["tags"]
+    tag = "w4a8k8v4" if name == "4-8-K8V4" else "w{}a{}kv{}".format(*recipe.bits.split("-"))
+    assert tag in front["tags"]
+    assert ("values in it" in told) == (name == "4-8-K8V4")
+    assert told.get("values in it", "4 bits, codes -7 to 7, scale = max / 7") == (
+        "4 bits, codes -7 to 7, scale = max / 7"
+    )
     declared = "quantization_config" in json.loads((outputs[name] / "config.json").read_text())
     assert ("compressed-tensors" in front["tags"]) == declared == bool(codes)
 
@@ -153,6 +159,7 @@ def test_the_recipe_is_that_of_the_codes(name: str, outputs: dict[str, Path]) ->
     [
         ("4-8-4", ["no KV quantization (4 bits here)", "max / 127.5, where"], []),
         ("3-6-16", ["max / 31.5, where this model was trained with max / 31"], ["no KV"]),
+        ("4-8-K8V4", ["no KV quantization (K8V4 bits here)"], []),
         ("groups", ["no KV quantization (4 bits here)"], ["another activation rule"]),
         ("float", ["no KV quantization", "no quantized inputs of linear layers (8 bits"], []),
         ("transformers", [], ["no KV", "other numerics"]),

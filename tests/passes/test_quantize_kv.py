@@ -12,6 +12,7 @@ from qatc.numerics.hadamard import HADAMARD
 from qatc.passes import (
     Canonicalize,
     CenterKeys,
+    InsertKVCache,
     Pipeline,
     QuantizeKV,
     QuantizeWeights,
@@ -74,6 +75,40 @@ def test_a_group_size_that_does_not_divide(llama_layer: Any) -> None:
 def test_a_graph_without_attention(plain: Any) -> None:
     with pytest.raises(PassError, match="or leave K and V alone with 16 KV bits"):
         QuantizeKV()(plain.graph)
+
+
+def test_a_projection_that_several_read() -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (torch.nn.Linear(4, 4) for _ in "qkv")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            key = self.k(x)
+            key = key / key.norm(dim=-1, keepdim=True)
+            return torch.nn.functional.scaled_dot_product_attention(self.q(x), key, self.v(x))
+
+    example = (torch.randn(2, 2, 3, 4),)
+    gm = torch.export.export(Attention(), example, strict=False).graph_module
+    check_pass(
+        QuantizeKV(site="projection"),
+        Canonicalize()(gm).graph_module,
+        before={},
+        after={"qatc.fake_quantize": 2},
+    )
+
+
+@pytest.mark.parametrize(
+    "values", [QuantSpec(), QuantSpec(8, range="full"), QuantSpec(4, clip="learned")]
+)
+def test_values_have_the_rule_of_keys(llama_layer: Any, values: QuantSpec) -> None:
+    gm = Canonicalize()(llama_layer.graph).graph_module
+    for pass_ in (
+        QuantizeKV(QuantSpec(4), values=values),
+        InsertKVCache(QuantSpec(4), False, values),
+    ):
+        with pytest.raises(PassError, match="in more than their bits"):
+            pass_(gm)
 
 
 def test_keys_without_a_projection() -> None:

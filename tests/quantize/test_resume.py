@@ -102,7 +102,9 @@ class TestAfterTraining:
         assert ("--no-verify" in said) == (error is ParityError)
         assert {p.name for p in tmp_path.iterdir()} == {"out.data", "out.partial"}
         shards = written_at(config.data_directory)
-        result = quantize(config, NothingComputed())
+        with monkeypatch.context() as patch:
+            patch.setattr("qatc.quantize.stages.Answers", no_more)
+            result = quantize(config, NothingComputed())
         assert shards and written_at(config.data_directory) == shards
         assert weights(result.output) == weights(done.output)
         assert result.figures == done.figures
@@ -110,6 +112,19 @@ class TestAfterTraining:
         metadata = json.loads((result.output / "qatc.json").read_text())
         assert metadata["parity"]["passed"] is (True if gate else None)
         assert (why_unverified(result.output) is None) == gate
+
+    def test_what_keeps_layers_from_being_measured_ends_no_run(
+        self, done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config, notes = make(shared_model_path, tmp_path / "out", data=done.data), Notes()
+        monkeypatch.setattr("qatc.quantize.stages.Answers", bug)
+        result = quantize(config, notes)
+        assert weights(result.output) == weights(done.output)
+        assert any("KL layer by layer was not measured: " in note for note in notes.notes)
+        report = (result.output / "report.md").read_text()
+        assert (
+            "## By layer" not in report and "## By layer" in (done.output / "report.md").read_text()
+        )
 
     def test_a_failing_evaluation_keeps_the_training_too(
         self, shared_model_path: Path, tmp_path: Path

@@ -93,7 +93,7 @@ def test_tells_how_it_was_trained(report: Path) -> None:
     assert "`, peak learning rate 0.000123; 87.5% of" in text
     assert "1234 sequences of at most 99 tokens written by somebody/some-model" in text
     assert "(strategy hybrid, seed 7)" in text
-    assert "full precision, layer by layer: 0.00123, 0.5." in text
+    assert "what is behind them is full precision: 0.00123, 0.5. What" in text
 
 
 def test_the_plot_that_it_shows_is_there(report: Path) -> None:

@@ -18,7 +18,7 @@ from qatc.report.usage import decoding_report
 from qatc.runtime import program
 from qatc.runtime.decode_program import DecodeProgram
 from qatc.runtime.forward import runtime_of
-from tests.conftest import make_output
+from tests.conftest import make_llama, make_output
 
 pytestmark = pytest.mark.skipif(program.obstacle() is not None, reason="no C compiler")
 
@@ -93,6 +93,16 @@ def test_it_decodes_what_the_graphs_do(
     output = make_output(tmp_path / "o", recipe)
     assert agrees(*compare(output, IDS, 5, torch.float32), 1e-4)
     assert agrees(*compare(output, IDS, 5, torch.bfloat16), 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("width", "bits", "value_bits"), [(64, 8, 4), (128, 8, 4), (128, 4, 4), (64, 8, 8), (64, 4, 8)]
+)
+def test_heads_of_the_usual_sizes(width: int, bits: int, value_bits: int, tmp_path: Path) -> None:
+    """For which the program in C has loops of its own."""
+    recipe = Recipe.from_bits(f"4-8-{bits}", value_bits=value_bits)
+    output = make_output(tmp_path / "o", recipe, make_llama(head_dim=width))
+    assert agrees(*compare(output, IDS, 5, torch.float32), 1e-4)
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
