@@ -37,6 +37,7 @@ from qatc.evaluation.global_parity import Texts, exact_sums, score
 from qatc.evaluation.layer_parity import LIMITS, compare_in_float, compare_on_integers
 from qatc.evaluation.reference import prepare_reference
 from qatc.evaluation.vocabulary_parity import compare_ends
+from qatc.graph import captures
 from qatc.kernels.site import Kernels
 from qatc.models.pipelines import recipe_allows_integers
 from qatc.models.preparation import restore
@@ -53,6 +54,7 @@ PROGRAM_ROWS, PROGRAM_STEPS = 5, 12
 KL_SHARE = 0.02
 
 
+@captures.shared()
 def verify(
     directory: Path | str | Output,
     *,

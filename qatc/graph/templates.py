@@ -19,13 +19,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from qatc.errors import PassError
-from qatc.graph.capture import Number, Template, capture, serves
+from qatc.graph import captures
+from qatc.graph.capture import Template, serves
+from qatc.graph.captures import Known, constants_of
 from qatc.graph.constants import comparable
 from qatc.graph.edits import insert_between
 from qatc.graph.nodes import aten, is_fake_quantize, reads_master
@@ -38,29 +40,6 @@ if TYPE_CHECKING:
 _CAPTURING = compile_lock
 """Held while a layer is captured. Capturing and compiling change the same globals of torch, so that
 the lock that torch itself holds while it compiles is the one that keeps several threads apart."""
-
-
-@dataclass
-class _Known:
-    """A template, and which calls of which modules it is known to serve.
-
-    Attributes:
-        numbers: the layer numbers that were read while capturing, once for every layer that was
-            captured, of one structure, and gave this graph.
-        constants: the values of the arguments that were read, by their position.
-    """
-
-    template: Template
-    numbers: list[dict[Number, Any]]
-    constants: dict[int, Any]
-
-    def serves(self, module: nn.Module, leaves: Sequence[Any]) -> bool:
-        """Whether a call of ``module``, of the structure that was captured, is one of these."""
-        return (
-            self.template.fits(leaves)
-            and all(comparable(leaves[i]) == value for i, value in self.constants.items())
-            and serves(self.numbers, module)
-        )
 
 
 @dataclass
@@ -80,8 +59,8 @@ class TemplateStore:
     compile: Callable[[GraphModule], Callable[..., Any]] | None = None
     compute_dtype: torch.dtype | None = None
     dry_run: bool = False
-    _known: dict[Structure, dict[Any, list[_Known]]] = field(default_factory=dict)
-    _captured: dict[str, list[tuple[Structure, Any, _Known]]] = field(default_factory=dict)
+    _known: dict[Structure, dict[Any, list[Known]]] = field(default_factory=dict)
+    _captured: dict[str, list[tuple[Structure, Any, Known]]] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
     def __iter__(self) -> Iterator[Template]:
@@ -118,8 +97,7 @@ class TemplateStore:
     def _capture(
         self, owner: TemplateForward, structure: Structure, call: Any, leaves: Sequence[Any]
     ) -> Template:
-        args, kwargs = pytree.tree_unflatten(list(leaves), call[0])
-        template = capture(owner.twin(), args, kwargs, owner.name)
+        template = captures.find(owner, structure, self.compute_dtype, call, leaves)
         try:
             self.transform(template.graph_module, owner)
         except PassError as error:
@@ -127,12 +105,12 @@ class TemplateStore:
         if self.compute_dtype is not None:
             _cast_parameters(template.graph_module, self.compute_dtype)
         template.find_parameters()
-        constants = {i: comparable(leaves[i]) for i in template.read}
+        constants = constants_of(template, leaves)
         candidates = self._known.setdefault(structure, {}).setdefault(call, [])
         equal = next((t for t in self if t.computes_like(template)), None)
         if equal is None and self.compile is not None:
             template.call = self.compile(template.graph_module)
-        known = _Known(equal or template, [template.numbers], constants)
+        known = Known(equal or template, [template.numbers], constants)
         for other in candidates:
             if other.template is equal and other.constants == constants:
                 other.numbers.append(template.numbers)
@@ -141,7 +119,7 @@ class TemplateStore:
         self._bound(owner, (structure, call, known))
         return known.template
 
-    def _bound(self, owner: TemplateForward, new: tuple[Structure, Any, _Known]) -> None:
+    def _bound(self, owner: TemplateForward, new: tuple[Structure, Any, Known]) -> None:
         """Drop the oldest graph of a module that keeps needing another one, and say so once."""
         captured = self._captured.setdefault(owner.name, [])
         captured.append(new)
@@ -190,7 +168,7 @@ GRAPHS_PER_MODULE = 16
 training or not need a few; more are needed only where a constant changes all the time."""
 
 
-def _what_changed(captured: Sequence[tuple[Structure, Any, _Known]]) -> str:
+def _what_changed(captured: Sequence[tuple[Structure, Any, Known]]) -> str:
     """What differs between two calls of one module, in words."""
     (before, old_call, old), (after, call, new) = captured
     names = before.differences(after)

@@ -27,6 +27,7 @@ from qatc.data.corpus import Corpus, Rows, is_complete
 from qatc.data.generate import check_corpus, corpus_place, describe
 from qatc.errors import ParityError, QatcError
 from qatc.evaluation.metrics import Metrics
+from qatc.graph import captures
 from qatc.machine.device import device_name
 from qatc.progress import Observer
 from qatc.ptq.method import parse_method
@@ -71,6 +72,7 @@ class QuantizeResult:
     figures: Mapping[str, Mapping[str, Metrics]]
 
 
+@captures.shared()
 def quantize(config: QuantizeConfig, observer: Observer | None = None) -> QuantizeResult:
     """Quantize a model by data-free quantization-aware training.
 
