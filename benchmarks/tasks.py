@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common, models
+from benchmarks.methods import call
 
 
 def main() -> None:
@@ -49,8 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         "--output": arguments.raw,
     }
     given = [str(p) for pair in options.items() if pair[1] is not None for p in pair]
-    command = [sys.executable, "-m", "qatc.cli", "evaluate", arguments.output, *given]
-    subprocess.run(command, check=True)
+    print(call(["evaluate", arguments.output, *given]))
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:

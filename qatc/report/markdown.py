@@ -120,7 +120,7 @@ def _depth_sections(by_layer: Sequence[float]) -> list[str]:
         return []
     return [
         "## By layer",
-        "KL (nats per token, on about a thousand held-out tokens) where the layers up to one, and"
+        "KL (nats per token, on some of the held-out rows) where the layers up to one, and"
         " the token embedding, are those of the model in this directory, and what is behind them is"
         f" full precision: {', '.join(f'{kl:.3g}' for kl in by_layer)}. What training has put right"
         " in later layers, or in the head, does not show.",
