@@ -4,7 +4,8 @@
         --include-path ../shared/eval/tasks --limit 250 --raw packed.json
 
 ``--raw`` is where ``qatc evaluate`` writes all that lm-eval returned; what is there already is not
-run again. The result, scores, standard errors and flips, is ``results/tasks-NAME.json``.
+run again, and the file of another model can stand for the teacher. The result, scores, standard
+errors and flips, is ``results/tasks-NAME.json``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 from benchmarks import common, models
 from benchmarks.methods import call
+from qatc.evaluation.evaluate import TaskComparison
+from qatc.evaluation.scores import TaskResults
 
 
 def main() -> None:
@@ -29,10 +32,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--raw", required=True)
     parser.add_argument("--name", help="of the result; default: that of the output")
+    parser.add_argument("--ran-on", help="where --raw is from, if not from this machine")
     arguments = parser.parse_args()
     if not Path(arguments.raw).exists():
         run(arguments)
     found = json.loads(Path(arguments.raw).read_text())
+    if "teacher" not in found:
+        both = (TaskResults.read(Path(file)) for file in (arguments.raw, arguments.teacher))
+        found = TaskComparison(*both).to_dict()
     name = arguments.name or Path(arguments.output).name
     common.save(f"tasks-{name}", {"settings": settings(arguments), **compact(found)})
 
@@ -53,8 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, with the names of places only."""
-    asked = {name: getattr(arguments, name) for name in ("tasks", "runtime", "limit")}
-    return {"model": Path(arguments.output).name, "teacher": arguments.teacher, **asked}
+    asked = {name: getattr(arguments, name) for name in ("tasks", "runtime", "limit", "ran_on")}
+    return {"model": Path(arguments.output).name, "teacher": Path(arguments.teacher).stem, **asked}
 
 
 def compact(found: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def evaluate(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Full-precision model, for KL and agreement, or for its answers to the tasks.",
+            help="Full-precision model, for KL and agreement, or for its answers to the tasks;"
+            " with --tasks also the --output of an earlier run, whose model is then compared with.",
             show_default=False,
         ),
     ] = None,

@@ -18,9 +18,9 @@ from qatc.data.corpus import (
 from qatc.data.documents import read_text
 from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
-from qatc.evaluation.pairing import Pairing, pair
 from qatc.evaluation.reference import prepare_reference
-from qatc.evaluation.tasks import TaskResults, evaluate_tasks, load_tasks
+from qatc.evaluation.scores import Pairing, TaskResults, pair
+from qatc.evaluation.tasks import evaluate_tasks, load_tasks
 from qatc.machine.device import pick_device
 from qatc.models import load_model, load_tokenizer
 from qatc.models.load import check_length
@@ -154,6 +154,8 @@ class TasksConfig(Evaluated):
             :func:`qatc.evaluation.tasks.evaluate_tasks`.
         runtime: what runs an output: ``trained``, the graph that was trained, or ``packed``, the
             integer model of :func:`qatc.load`.
+        teacher: a full-precision model, or the file of results of a model that has answered these
+            tasks before.
     """
 
     tasks: tuple[str, ...] = ()
@@ -207,7 +209,7 @@ class TaskComparison:
             return {}
         found = {}
         for own, other in zip(self.model.scores, self.teacher.scores, strict=True):
-            assert (own.task, own.items) == (other.task, other.items), "the same questions"
+            assert own.asked == other.asked, "the same questions"
             if own.right_or_wrong and own.scores and other.scores:
                 found[own.task] = pair(own.scores, other.scores)
         return found
@@ -232,8 +234,11 @@ def assess_tasks(config: TasksConfig, observer: Observer | None = None) -> TaskC
     """
     observer = observer or Observer()
     observer.stage("Reading the tasks")
-    load_tasks(config.tasks, config.include_path)  # a wrong name ends it before hours of work
-    names = [config.model] if config.teacher is None else [config.model, config.teacher]
+    asked = load_tasks(config.tasks, config.include_path)  # a wrong name ends it before hours
+    earlier = _answered_before(config, list(asked))
+    names = [config.model]
+    if config.teacher is not None and earlier is None:
+        names.append(config.teacher)
     trust = config.trust_remote_code
     tokenizers = [load_tokenizer(name, trust_remote_code=trust) for name in names]
     results = list[TaskResults]()
@@ -256,7 +261,38 @@ def assess_tasks(config: TasksConfig, observer: Observer | None = None) -> TaskC
         )
         ran = {"model": name, "runtime": "full precision" if is_teacher else config.ran_by}
         results.append(replace(found, numerics=ran | found.numerics))
+    if earlier is not None:
+        if changed := _other_questions(results[0], earlier):
+            observer.note(f"not compared with {config.teacher}: other questions, in {changed}")
+        else:
+            results.append(earlier)
     return TaskComparison(*results)
+
+
+def _answered_before(config: TasksConfig, tasks: list[str]) -> TaskResults | None:
+    """What the teacher answered, if a file of its results is given for it.
+
+    Raises:
+        ConfigError: it answered something else.
+    """
+    if config.teacher is None or not Path(config.teacher).is_file():
+        return None
+    found = TaskResults.read(Path(config.teacher))
+    if missing := [task for task in tasks if task not in found.raw]:
+        raise ConfigError(
+            f"{config.teacher} has no answers to {', '.join(missing)}; leave them out, or give the"
+            " teacher itself"
+        )
+    if (limit := found.numerics["limit"]) != config.limit:
+        items = "all items" if limit is None else f"--limit {limit}"
+        raise ConfigError(f"{config.teacher} has the answers to {items}; ask for the same here")
+    return TaskResults.of({task: found.raw[task] for task in tasks}, found.numerics)
+
+
+def _other_questions(model: TaskResults, teacher: TaskResults) -> str:
+    """Tasks in which the two were asked different things; empty if they were not."""
+    pairs = zip(model.scores, teacher.scores, strict=True)
+    return ", ".join(own.task for own, other in pairs if own.asked != other.asked)
 
 
 def _require_one_vocabulary(config: AssessConfig, tokenizer: Any) -> None:

@@ -11,16 +11,14 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
-from numbers import Real
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import qatc
 from qatc.errors import ConfigError, DataError
+from qatc.evaluation.scores import TaskResults
 from qatc.progress import Observer
 
 _COMMON_SENSE = "boolq piqa social_iqa hellaswag winogrande arc_easy arc_challenge openbookqa"
@@ -37,80 +35,10 @@ LOCAL = "_local"
 
 _ALSO_CALLED = {"social_iqa": "siqa", "wikitext": "wikitext2"}
 
-METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity")
-"""What is shown of a task: the first of these that it has, else its first metric. Accuracy is
-normalized by the answer's length in bytes where the task offers it, as in LLaMA's tables."""
-
 LONGEST = 2048
 """Tokens that a model is given at once unless told otherwise, if it takes that many."""
 
 _SEED = 1234  # of the choice of few-shot examples: lm-eval's own default
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One task, or a group of tasks such as mmlu.
-
-    Attributes:
-        task: its name.
-        metric: which of its metrics, see :data:`METRICS`.
-        value: the metric over all items.
-        stderr: its standard error over the choice of items; None where lm-eval gives none.
-        shots: examples in the prompt that were drawn by lm-eval.
-        items: hash of every item that was asked.
-        scores: the metric of each item; None where it has none of its own, as in a perplexity.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    shots: int
-    items: tuple[str, ...] = field(repr=False)
-    scores: tuple[float, ...] | None = field(repr=False)
-
-    @property
-    def right_or_wrong(self) -> bool:
-        """Whether each item is either answered (1) or not (0)."""
-        return self.scores is not None and set(self.scores) <= {0, 1}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without that of each item."""
-        own = {name: getattr(self, name) for name in ("task", "metric", "value", "stderr", "shots")}
-        return own | {"items": len(self.items)}
-
-
-@dataclass(frozen=True)
-class TaskResults:
-    """What :func:`evaluate_tasks` found.
-
-    Attributes:
-        scores: of each task.
-        numerics: how it was computed: dtypes, batch size, lengths, limit, versions.
-        raw: what lm-eval returned for each name that was asked for, every item included.
-    """
-
-    scores: tuple[TaskScore, ...]
-    numerics: dict[str, Any]
-    raw: dict[str, Any] = field(repr=False)
-
-    @property
-    def average(self) -> tuple[float, float | None] | None:
-        """Mean and standard error over the tasks whose items are right or wrong; None if none."""
-        counted = [score for score in self.scores if score.right_or_wrong]
-        if not counted:
-            return None
-        errors = [score.stderr for score in counted if score.stderr is not None]
-        known = len(errors) == len(counted)
-        stderr = sum(error**2 for error in errors) ** 0.5 / len(counted) if known else None
-        return fmean(score.value for score in counted), stderr
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without that of each item."""
-        average = dict(zip(("value", "stderr"), self.average or (None, None), strict=True))
-        average["tasks"] = sum(score.right_or_wrong for score in self.scores)
-        scores = [score.to_dict() for score in self.scores]
-        return {"tasks": scores, "average": average, "numerics": self.numerics}
 
 
 def evaluate_tasks(
@@ -162,13 +90,12 @@ def evaluate_tasks(
         max_length=max_length or min(LONGEST, takes),
         on_progress=observer.evaluated,
     )
-    scores, raw = list[TaskScore](), dict[str, Any]()
+    raw = dict[str, Any]()
     for name, loaded in chosen.items():
         observer.stage(f"Evaluating on {name}")
         found = lm_eval.evaluator.evaluate(
             language_model, loaded, limit=limit, bootstrap_iters=1000, log_samples=True
         )
-        scores += _scores(name, found)
         raw[name] = json.loads(json.dumps(found, default=lm_eval.utils.handle_non_serializable))
     numerics = {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -180,7 +107,7 @@ def evaluate_tasks(
         "versions": {"qatc": qatc.__version__}
         | {name: version(name) for name in ("lm_eval", "torch", "transformers")},
     }
-    return TaskResults(tuple(scores), numerics, raw)
+    return TaskResults.of(raw, numerics)
 
 
 def load_tasks(
@@ -315,36 +242,3 @@ def _no_waiting_for_the_hub() -> Iterator[None]:
     finally:
         for holder, value in zip(holders, before, strict=True):
             holder.HF_HUB_OFFLINE = value
-
-
-def _scores(name: str, found: Mapping[str, Any]) -> Iterator[TaskScore]:
-    """The rows of a table for what lm-eval returned when it was asked for ``name``."""
-    samples = found["samples"]
-    figures = found.get("groups", {}).get(name)
-    if figures is not None:
-        yield _score(name, figures, sorted(samples), found)
-    else:
-        for task in sorted(samples):
-            yield _score(task, found["results"][task], [task], found)
-
-
-def _score(
-    name: str, figures: Mapping[str, Any], tasks: Sequence[str], found: Mapping[str, Any]
-) -> TaskScore:
-    known = [tuple(key.split(",")) for key in figures if "," in key and "_stderr," not in key]
-    metric, kind = min(
-        known, key=lambda each: METRICS.index(each[0]) if each[0] in METRICS else len(METRICS)
-    )
-    items = [item for task in tasks for item in found["samples"][task] if item["filter"] == kind]
-    scores = [item.get(metric) for item in items]
-    numbers = all(isinstance(score, Real) for score in scores)
-    stderr = figures.get(f"{metric}_stderr,{kind}")
-    return TaskScore(
-        task=name,
-        metric=metric,
-        value=float(figures[f"{metric},{kind}"]),
-        stderr=float(stderr) if isinstance(stderr, Real) else None,
-        shots=max(found["n-shot"][task] for task in tasks),
-        items=tuple(item["doc_hash"] for item in items),
-        scores=tuple(map(float, scores)) if numbers else None,
-    )

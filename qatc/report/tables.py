@@ -10,8 +10,7 @@ from qatc.data.corpus import TEXT
 from qatc.evaluation.checks import Check
 from qatc.evaluation.evaluate import TaskComparison
 from qatc.evaluation.metrics import Metrics, recovery
-from qatc.evaluation.pairing import Pairing
-from qatc.evaluation.tasks import TaskScore
+from qatc.evaluation.scores import Pairing, TaskScore
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.weight_bits import describe
 from qatc.report.contents import CorpusContents, OutputContents

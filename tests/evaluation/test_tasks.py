@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,9 @@ import torch
 import qatc
 from qatc.errors import ConfigError, DataError, EvaluationError
 from qatc.evaluation.evaluate import TaskComparison, TasksConfig, assess_tasks
-from qatc.evaluation.pairing import Pairing
+from qatc.evaluation.scores import Pairing, TaskResults, TaskScore
 from qatc.evaluation.tasks import (
     PRESETS,
-    TaskResults,
-    TaskScore,
     _with_those_of_lm_eval,
     evaluate_tasks,
     load_tasks,
@@ -28,9 +27,11 @@ from qatc.evaluation.tasks import (
 from qatc.models import load_tokenizer
 from qatc.models.preparation import prepare
 from qatc.output import load_reference
+from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
 from qatc.report.tables import numerics_text, task_rows
 from qatc.runtime.forward import RUNTIME
+from qatc.storage.files import write_json
 from tests.conftest import make_llama, make_output
 from tests.evaluation.local_tasks import CHOICE, QUESTIONS, TEXTS, write_task, write_tasks
 
@@ -186,6 +187,48 @@ def test_beside_a_teacher(tasks_path: Path, out: Path, shared_model_path: Path) 
     )
     assert "lm_eval" in text
     assert all(len(row) == 7 for row in task_rows(compared))
+
+
+def test_beside_the_results_of_an_earlier_run(
+    tasks_path: Path, out: Path, shared_model_path: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"include_path": tasks_path, "compile": False, "limit": 2}
+    names, file = ("tiny_choice", "tiny_text", "tiny_answer"), tmp_path / "teacher.json"
+    teacher = assess_tasks(TasksConfig(str(shared_model_path), tasks=names, **options))
+    write_json(file, teacher.to_dict(raw=True))
+
+    def compared(tasks: tuple[str, ...] = names, **changed: Any) -> TaskComparison:
+        notes.clear()
+        config = TasksConfig(str(out), tasks=tasks, **options | {"teacher": str(file)} | changed)
+        return assess_tasks(config, Notes())
+
+    notes: list[str] = []
+
+    class Notes(Observer):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    beside = compared()
+    run_again = compared(teacher=str(shared_model_path))
+    assert beside.teacher is not None and run_again.teacher is not None
+    assert beside.teacher.scores == run_again.teacher.scores
+    assert beside.to_dict()["flips"] == run_again.to_dict()["flips"]
+    assert set(beside.pairings) == {"tiny_choice", "tiny_answer"} and not notes
+    assert set(compared(names[:1]).pairings) == {"tiny_choice"}
+
+    with pytest.raises(ConfigError, match="has the answers to --limit 2"):
+        compared(limit=1)
+    with pytest.raises(ConfigError, match="no answers to tiny_letter"):
+        compared(tuple(NAMES[:2]))
+    plain = json.loads(file.read_text())
+    plain["lm_eval"]["tiny_choice"]["samples"]["tiny_choice"][0]["doc_hash"] = "another"
+    write_json(file, plain)
+    assert compared().teacher is None
+    assert notes == [f"not compared with {file}: other questions, in tiny_choice"]
+    for damaged in ("[]", '{"lm_eval": {}}', '{"lm_eval": {"a": {}}, "numerics": {"limit": 1}}'):
+        file.write_text(damaged)
+        with pytest.raises(DataError, match="does not hold what qatc evaluate"):
+            compared()
 
 
 def score(task: str, right: list[int], metric: str = "acc", stderr: float = 0.1) -> TaskScore:

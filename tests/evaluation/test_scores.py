@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qatc.errors import ConfigError
-from qatc.evaluation.pairing import Pairing, mcnemar, pair
+from qatc.evaluation.scores import Pairing, mcnemar, pair
 
 COUNTS = st.integers(0, 300)
 
