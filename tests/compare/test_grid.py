@@ -184,10 +184,15 @@ def test_the_grids_of_the_paper_name_options_that_there_are(path: Path) -> None:
 
 def test_the_small_grid_has_what_it_is_for() -> None:
     (path,) = [p for p in PAPER if p.stem == "small"]
+    activations = "4-bit activations"
     assert {
-        *("bits", "KV cache alone", "quantizer", "keys and values", "data", "loss", "groups")
+        *("bits", "KV cache alone", "quantizer", "keys and values", "data", "loss", activations),
+        f"{activations}, groups of 32",
     } == {grid["name"] for grid in yaml.safe_load(path.read_text())["grids"]}
     cells = read_grid(path, quantize_options_of_the_command())
+    # They do not divide the 172 inputs of a down projection of stories260K.
+    in_groups = [cell.options["model"] for cell in cells if cell.options.get("group-size")]
+    assert set(in_groups) == {"examples/demo-model"}
     assert {cell.seed for cell in cells} == {0, 1, 2}
     of_bits = [cell for cell in cells if cell.table in ("bits", "KV cache alone")]
     assert len({cell.options["bits"] for cell in of_bits}) == 10
