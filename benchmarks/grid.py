@@ -31,15 +31,15 @@ def main() -> None:
     context = typer.main.get_command(app).make_context("qatc", [], resilient_parsing=True)
     cells = read_grid(grid, quantize_options(typer.Context(context.command, parent=context)))
     finished, others = records(cells, out)
+    ran, missing = unique(cell for cell, _ in finished), len(unique(others))
     places = Places(out)
-    ran_by = Counter(provenance(places, cell) for cell in unique(c for c, _ in finished))
-    print(f"{len(unique(c for c, _ in finished))} cells, {len(unique(others))} not finished")
+    print(f"{len(ran)} cells, {missing} not finished")
     common.save(
         name,
         {
             "grid": grid.name,
-            "cells": ran_by,
-            "not finished": len(unique(others)),
+            "cells": Counter(provenance(places, cell) for cell in ran),
+            "not finished": missing,
             "rows": [plain(row) for row in rows_of(finished)],
         },
     )

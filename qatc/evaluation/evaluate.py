@@ -291,8 +291,8 @@ def _answered_before(config: TasksConfig, tasks: list[str]) -> TaskResults | Non
 
 def _other_questions(model: TaskResults, teacher: TaskResults) -> str:
     """Tasks in which the two were asked different things; empty if they were not."""
-    pairs = zip(model.scores, teacher.scores, strict=True)
-    return ", ".join(own.task for own, other in pairs if own.asked != other.asked)
+    own, others = ({score.task: score.asked for score in r.scores} for r in (model, teacher))
+    return ", ".join(task for task in own | others if own.get(task) != others.get(task))
 
 
 def _require_one_vocabulary(config: AssessConfig, tokenizer: Any) -> None:

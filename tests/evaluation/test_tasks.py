@@ -225,6 +225,14 @@ def test_beside_the_results_of_an_earlier_run(
     write_json(file, plain)
     assert compared().teacher is None
     assert notes == [f"not compared with {file}: other questions, in tiny_choice"]
+    # A group that had other members has other rows; hours of answers are kept all the same.
+    found = plain["lm_eval"]["tiny_choice"]
+    found["samples"]["gone"] = found["samples"]["tiny_choice"]
+    for told in ("results", "n-shot"):
+        found[told]["gone"] = found[told]["tiny_choice"]
+    write_json(file, plain)
+    assert compared().teacher is None
+    assert notes == [f"not compared with {file}: other questions, in tiny_choice, gone"]
     for damaged in ("[]", '{"lm_eval": {}}', '{"lm_eval": {"a": {}}, "numerics": {"limit": 1}}'):
         file.write_text(damaged)
         with pytest.raises(DataError, match="does not hold what qatc evaluate"):
