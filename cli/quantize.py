@@ -166,7 +166,7 @@ def quantize(
         from qatc.quantize.run import quantize as run
         from qatc.quantize.settings import QuantizeConfig
         from qatc.report.tables import figure_rows
-        from qatc.training.distill import TrainingConfig
+        from qatc.training.config import TrainingConfig
 
         config = QuantizeConfig(
             model=model,

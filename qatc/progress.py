@@ -18,7 +18,7 @@ class Observer:
         """Sequences and tokens of the corpus so far; tokens include unfinished sequences."""
 
     def trained(self, metrics: Any, total: int) -> None:
-        """One optimizer step (:class:`qatc.training.distill.StepMetrics`) of ``total``."""
+        """One optimizer step (:class:`qatc.training.config.StepMetrics`) of ``total``."""
 
     def evaluated(self, done: int, total: int) -> None:
         """Rows evaluated so far."""

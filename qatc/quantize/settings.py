@@ -17,7 +17,7 @@ from qatc.ptq.method import parse_method
 from qatc.recipe.recipe import Recipe
 from qatc.sensitivity.budget import check_budget
 from qatc.storage.directories import refuse_overlap
-from qatc.training.distill import TrainingConfig
+from qatc.training.config import TrainingConfig
 from qatc.training.objective import parse_loss
 
 LossOn = Literal["answers", "all"]

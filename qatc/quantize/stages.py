@@ -18,7 +18,8 @@ from qatc.quantize.pair import Pair, evaluate_one
 from qatc.quantize.settings import QuantizeConfig
 from qatc.sensitivity.answers import Answers, probe_rows
 from qatc.storage.files import read_json, write_json
-from qatc.training.distill import Distiller, StepMetrics
+from qatc.training.config import StepMetrics
+from qatc.training.distill import Distiller
 
 CENTERING_ROWS = 16
 """Rows of the corpus on which the mean of the keys is measured; more moves it by little."""

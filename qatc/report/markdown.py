@@ -21,7 +21,7 @@ from qatc.report.tables import (
     recipe_rows,
 )
 from qatc.report.usage import KernelUse, Memory
-from qatc.training.distill import StepMetrics
+from qatc.training.config import StepMetrics
 
 LOSS_PLOT = "loss.png"
 

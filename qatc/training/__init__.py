@@ -1,5 +1,5 @@
 """The student learns: distillation, its losses, its checkpoints."""
 
-from qatc.training.distill import TrainingConfig
+from qatc.training.config import TrainingConfig
 
 __all__ = ["TrainingConfig"]

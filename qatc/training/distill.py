@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,91 +33,8 @@ from qatc.errors import CheckpointError, ConfigError, TrainingError
 from qatc.machine.signals import StopRequest
 from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
+from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
 from qatc.training.objective import distillation_losses, parse_loss
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How the student is trained.
-
-    Args:
-        steps: optimizer steps.
-        batch_size: rows per forward pass.
-        accumulate: forward passes per optimizer step.
-        learning_rate: peak rate; ``None`` follows the model's width, see
-            :func:`default_learning_rate`.
-        warmup_steps: steps of linear warm-up before the cosine decay.
-        gradient_clip: greatest norm of the gradient.
-        seed: of the order of the data, any number from 0.
-        checkpoint_every: steps between checkpoints.
-        keep_checkpoints: how many of the last checkpoints to keep.
-        loss: what the student lowers, such as ``logits`` or ``logits+0.5*hidden:decay``; see
-            :mod:`qatc.training.objective`.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    steps: int = 1500
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float | None = None
-    warmup_steps: int = 0
-    gradient_clip: float = 1.0
-    seed: int = 0
-    checkpoint_every: int = 250
-    keep_checkpoints: int = 2
-    loss: str = "logits"
-
-    def __post_init__(self) -> None:
-        parse_loss(self.loss)
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("warmup_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
-        for name in ("learning_rate", "gradient_clip"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} must be a positive number; got {value}")
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimizer step saw.
-
-    Attributes:
-        step: number of the step, from 1.
-        loss: what was lowered; of ``logits``, soft-label cross-entropy in nats per token.
-        kl: KL(teacher || student), nats per token.
-        learning_rate: rate of the step.
-        gradient_norm: norm before clipping.
-        tokens: real tokens of the step.
-        seconds: wall-clock time.
-    """
-
-    step: int
-    loss: float
-    kl: float
-    learning_rate: float
-    gradient_norm: float
-    tokens: int
-    seconds: float
-
-
-def default_learning_rate(width: int, rounding_kl: float = 1.0) -> float:
-    """The peak learning rate for a model of this hidden size and this loss by rounding.
-
-    It is inverse in the width, through the paper's 2e-5 at 4096; at 64 that is 1.3e-3, where 5e-4
-    learned measurably less in the same number of steps. A model that rounding hardly moved has
-    little to learn and much to lose, so below a KL of 1 the rate falls with its square root.
-
-    Args:
-        width: hidden size.
-        rounding_kl: KL(teacher || model) after rounding and before training, nats per token.
-    """
-    return 2e-5 * 4096 / width * math.sqrt(min(max(rounding_kl, 1e-4), 1.0))
 
 
 class Distiller:
@@ -196,7 +113,7 @@ class Distiller:
         batches = [self.rows[rows] for rows in self._batches(step)]
         tokens = sum(int(batch.real.sum()) for batch in batches)
         counted = sum(int(batch.counted.sum()) for batch in batches)
-        rate = self.rate * _schedule(step, self.config)
+        rate = self.rate * schedule(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         counts = {term.name: counted for term in self.terms}
@@ -283,14 +200,6 @@ class Distiller:
             self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(record)) + "\n")
-
-
-def _schedule(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then cosine decay to zero, as a factor on the peak rate."""
-    if step <= config.warmup_steps:
-        return step / (config.warmup_steps + 1)
-    progress = (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _width(model: nn.Module) -> int:

@@ -25,7 +25,7 @@ from qatc.quantize.run import quantize
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from qatc.runtime.model import load
-from qatc.training.distill import TrainingConfig
+from qatc.training.config import TrainingConfig
 from tests.conftest import make_llama, make_small, save
 from tests.quantize.conftest import make
 

@@ -24,7 +24,7 @@ from qatc.output.stored import measure
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
 from qatc.recipe.recipe import Recipe
-from qatc.training.distill import TrainingConfig
+from qatc.training.config import TrainingConfig
 from tests.conftest import make_llama, make_output
 
 RECIPES = {

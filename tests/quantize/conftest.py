@@ -13,7 +13,7 @@ from qatc.progress import Observer
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
 from qatc.recipe.recipe import Recipe
-from qatc.training.distill import TrainingConfig
+from qatc.training.config import TrainingConfig
 
 
 def make(model: Path, output: Path, **changes: Any) -> QuantizeConfig:

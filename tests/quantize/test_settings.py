@@ -12,7 +12,7 @@ from qatc.data.config import CorpusConfig
 from qatc.errors import CheckpointError, ConfigError
 from qatc.quantize.settings import QuantizeConfig, check_places
 from qatc.recipe.recipe import Recipe
-from qatc.training.distill import TrainingConfig
+from qatc.training.config import TrainingConfig
 
 
 def test_places(config: QuantizeConfig) -> None:

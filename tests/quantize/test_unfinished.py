@@ -24,7 +24,7 @@ from qatc.quantize.unfinished import (
 from qatc.recipe.recipe import Recipe
 from qatc.storage import markers
 from qatc.storage.markers import Mark
-from qatc.training.distill import TrainingConfig
+from qatc.training.config import TrainingConfig
 from tests.conftest import at_disk_call, contents, run_until_killed
 
 

@@ -11,7 +11,7 @@ from qatc.evaluation.metrics import Metrics
 from qatc.recipe.recipe import Recipe
 from qatc.report.markdown import write_report
 from qatc.report.tables import figure_rows, recovery_text
-from qatc.training.distill import StepMetrics
+from qatc.training.config import StepMetrics
 
 FIGURES = {
     "generated": {

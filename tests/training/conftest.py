@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qatc.data.corpus import Rows
-from qatc.training.distill import Distiller, StepMetrics, TrainingConfig
+from qatc.training.config import StepMetrics, TrainingConfig
+from qatc.training.distill import Distiller
 from tests.conftest import make_llama
 
 CONFIG = TrainingConfig(steps=12, batch_size=4, learning_rate=1e-2, checkpoint_every=4)

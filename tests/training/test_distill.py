@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qatc.data.corpus import Rows, derived_seed, pack_rows
 from qatc.errors import CheckpointError, ConfigError, TrainingError
-from qatc.training.distill import Distiller, StepMetrics, TrainingConfig, default_learning_rate
+from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate
+from qatc.training.distill import Distiller
 from tests.training.conftest import (
     CONFIG,
     VOCABULARY,

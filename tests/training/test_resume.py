@@ -15,7 +15,7 @@ import pytest
 from qatc.errors import CheckpointError
 from qatc.machine.signals import Terminated, raising
 from qatc.training.checkpoint import Checkpoints
-from qatc.training.distill import StepMetrics
+from qatc.training.config import StepMetrics
 from tests.conftest import kill_at_call, run_until_killed
 from tests.training.conftest import CONFIG, assert_equal, distiller, losses, weights
 
