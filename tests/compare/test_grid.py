@@ -187,7 +187,7 @@ def test_the_small_grid_has_what_it_is_for() -> None:
     activations = "4-bit activations"
     assert {
         *("bits", "KV cache alone", "quantizer", "keys and values", "data", "loss", activations),
-        f"{activations}, groups of 32",
+        *(f"{activations}, groups of 32", "data, demonstration model"),
     } == {grid["name"] for grid in yaml.safe_load(path.read_text())["grids"]}
     cells = read_grid(path, quantize_options_of_the_command())
     # They do not divide the 172 inputs of a down projection of stories260K.
