@@ -12,11 +12,11 @@ import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
+from qatc.cli.quantize import quantize
 from qatc.errors import ConfigError, QatcError
 
 
 def compare(
-    context: typer.Context,
     grid: Annotated[Path, typer.Argument(help="YAML file of options and lists of their values.")],
     output: Annotated[
         Path | None,
@@ -55,7 +55,7 @@ def compare(
         from qatc.compare.grid import read_grid
         from qatc.compare.running import failures, run_cells, unique
 
-        cells = read_grid(grid, quantize_options(context))
+        cells = read_grid(grid, quantize_options())
         part = _shard(shard)
         out = output or Path(f"{grid.stem}-results")
         if dry_run:
@@ -89,13 +89,13 @@ def compare(
             )
 
 
-def quantize_options(context: typer.Context) -> dict[str, Any]:
-    """The options of ``qatc quantize`` and their defaults."""
+def quantize_options() -> dict[str, Any]:
+    """The options of ``qatc quantize`` and their defaults; None is none."""
     from qatc.recipe.recipe import Recipe
 
-    assert context.parent is not None
-    command = context.parent.command.commands["quantize"]  # type: ignore[attr-defined]
-    found = {parameter.name: parameter.default for parameter in command.params}
+    parameters = signature(quantize).parameters
+    found = {n: None if p.default is p.empty else p.default for n, p in parameters.items()}
+    found.pop("context")
     of_recipe = signature(Recipe.from_bits).parameters  # left out, these options leave it to that
     found |= {name: of_recipe[name].default for name in found if name in of_recipe}
     return found | {"bits": options.BITS}

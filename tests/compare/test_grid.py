@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -151,14 +150,8 @@ def test_a_default_that_is_spelled_out_makes_no_other_cell() -> None:
         assert Cell("a", {**plain.options, name: value}, defaults).name != plain.name
 
 
-def quantize_options_of_the_command() -> dict[str, Any]:
-    group = typer.main.get_command(app)
-    with typer.Context(group) as parent:
-        return quantize_options(typer.Context(group.commands["compare"], parent))  # type: ignore[attr-defined]
-
-
 def test_the_defaults_are_those_of_quantize() -> None:
-    options = quantize_options_of_the_command()
+    options = quantize_options()
     wanted = {
         "bits": "4-8-4",
         "preset": "paper",
@@ -176,7 +169,7 @@ def test_the_defaults_are_those_of_quantize() -> None:
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_the_grids_of_the_paper_name_options_that_there_are(path: Path) -> None:
-    cells = read_grid(path, quantize_options_of_the_command())
+    cells = read_grid(path, quantize_options())
     assert len({cell.name for cell in cells}) > 1
     for cell in cells:
         assert not cell.options.keys() & set(SET_BY_THE_GRID)
@@ -189,7 +182,7 @@ def test_the_small_grid_has_what_it_is_for() -> None:
         *("bits", "KV cache alone", "quantizer", "keys and values", "data", "loss", activations),
         *(f"{activations}, groups of 32", "data, demonstration model"),
     } == {grid["name"] for grid in yaml.safe_load(path.read_text())["grids"]}
-    cells = read_grid(path, quantize_options_of_the_command())
+    cells = read_grid(path, quantize_options())
     # They do not divide the 172 inputs of a down projection of stories260K.
     in_groups = [cell.options["model"] for cell in cells if cell.options.get("group-size")]
     assert set(in_groups) == {"examples/demo-model"}
