@@ -148,7 +148,7 @@ def unpack_row(
         arrays.append(np.ascontiguousarray(planes.T).view(kind).reshape(shape))
         start = end
     head, log_head, steps, tail, entropy = arrays
-    found = (head.astype(np.int64), log_head, steps.astype(np.int64).cumsum(1), tail)
+    found = (head.astype(np.int64), log_head.copy(), steps.astype(np.int64).cumsum(1), tail.copy())
     return Sampled(*map(torch.from_numpy, found)), entropy
 
 
