@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from qatc.cli import options
 from qatc.cli.errors import readable_errors
-from qatc.data.config import CHAT, CorpusConfig
+from qatc.data.config import CHAT, CorpusConfig, Recording
 from qatc.errors import ConfigError
 
 if TYPE_CHECKING:  # it loads NumPy
@@ -43,6 +44,7 @@ def generate_data(
     shard_size: Annotated[int, typer.Option(help="Sequences per file.")] = (
         CorpusConfig.shard_size
     ),
+    record_logits: options.RecordLogits = None,
     seed: options.Seed = CorpusConfig.seed,
     preview: Annotated[int, typer.Option(help="Print this many samples at the end.")] = 0,
     dtype: options.DType = "auto",
@@ -64,6 +66,8 @@ def generate_data(
       qatc generate-data --model ./my-chat-model --output chat.data --strategy chat
 
       qatc generate-data --model ./my-model --output c4.data --from-text c4.jsonl
+
+      qatc generate-data --model ./my-model --output my.data --record-logits 32+32
     """
     from qatc.cli import terminal
 
@@ -72,13 +76,14 @@ def generate_data(
         terminal.quiet_libraries()
         from qatc.data.chat import ChatFormat
         from qatc.data.generate import corpus_place, generate_corpus
-        from qatc.data.text import corpus_from_text
+        from qatc.data.text import corpus_from_text, record_on_text
         from qatc.models import load_config, load_tokenizer
         from qatc.models.load import check_length, load_teacher
         from qatc.models.preparation import can_compile
 
         if from_text is not None:
-            _refuse_writing(context)
+            recording = None if record_logits is None else Recording.parse(record_logits)
+            _refuse_writing(context, ("dtype", "device") if recording is not None else ())
             check_length(model, load_config(model, trust_remote_code=trust_remote_code), max_length)
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             corpus = corpus_from_text(
@@ -88,6 +93,14 @@ def generate_data(
                 max_length=max_length,
                 shard_size=shard_size,
             )
+            if recording is not None:
+                with terminal.RunDisplay().live() as display:
+                    display.stage(f"Loading {model}")
+                    teacher = load_teacher(
+                        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+                    )
+                    display.stage(f"Recording what it says of the text, in {output}")
+                    record_on_text(teacher, tokenizer, corpus, recording, display.recorded)
             _show(corpus, tokenizer, preview, json)
             return
         config = CorpusConfig(
@@ -99,6 +112,7 @@ def generate_data(
             batch_size=options.parse_slots(batch_size),
             shard_size=shard_size,
             turns=turns,
+            record_logits=record_logits,
         )
         with corpus_place(output, model), terminal.RunDisplay().live() as display:
             display.stage(f"Loading {model}")
@@ -116,13 +130,15 @@ def generate_data(
                 config,
                 compile=can_compile() if compile is None else compile,
                 on_progress=lambda done, tokens: display.generated(done, samples, tokens),
+                on_recorded=display.recorded,
             )
     _show(corpus, tokenizer, preview, json)
 
 
-def _refuse_writing(context: typer.Context) -> None:
-    """Raise if the command line says how a model is to write, where none does."""
-    sources = {name: context.get_parameter_source(name) for name in WRITING}
+def _refuse_writing(context: typer.Context, but: Sequence[str]) -> None:
+    """Raise if the command line says how a model is to write, where none does, ``but`` for some."""
+    told = [name for name in WRITING if name not in but]
+    sources = {name: context.get_parameter_source(name) for name in told}
     given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -132,12 +148,16 @@ def _refuse_writing(context: typer.Context) -> None:
 def _show(corpus: Corpus, tokenizer: Any, preview: int, json: bool) -> None:
     """Print what was made."""
     from qatc.cli import terminal
+    from qatc.data.teacher_logits import Recorded, recorded_as
 
+    what = recorded_as(corpus.path)
+    recorded = None if what is None else Recorded.open(corpus)
     manifest = corpus.manifest
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     answers = sum(shard.get("answer_tokens", 0) for shard in manifest["shards"])
     if json:
-        terminal.print_json({"output": str(corpus.path), "tokens": tokens, **manifest})
+        found = {"output": str(corpus.path), "tokens": tokens, **manifest}
+        terminal.print_json(found | ({} if recorded is None else {"recorded": recorded.manifest}))
         return
     for number, sequence in enumerate(corpus.sequences()[:preview]):
         terminal.out.rule(f"sample {number}, {len(sequence)} tokens", align="left")
@@ -149,3 +169,8 @@ def _show(corpus: Corpus, tokenizer: Any, preview: int, json: bool) -> None:
         " shards",
         highlight=False,
     )
+    if recorded is not None:
+        terminal.out.print(
+            f"teacher recorded: {what}, {recorded.bytes_per_token:.0f} bytes a token",
+            highlight=False,
+        )

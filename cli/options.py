@@ -123,6 +123,16 @@ Turns = Annotated[
         show_default=False,
     ),
 ]
+RecordLogits = Annotated[
+    str | None,
+    typer.Option(
+        "--record-logits",
+        help="Record of the teacher, at each token, its most likely ones and draws of the others,"
+        " such as 32+32, for quantize --teacher recorded. Default: nothing, or 32+32 if that is"
+        " asked for.",
+        show_default=False,
+    ),
+]
 Slots = Annotated[
     str, typer.Option(help="Sequences side by side; auto: as many as are fast and fit into memory.")
 ]

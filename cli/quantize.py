@@ -64,6 +64,7 @@ def quantize(
     greedy_tokens: options.GreedyTokens = options.GREEDY_TOKENS,
     turns: options.Turns = None,
     generation_batch_size: options.Slots = "auto",
+    record_logits: options.RecordLogits = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1500,
     batch_size: options.Rows = 8,
     accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
@@ -80,6 +81,13 @@ def quantize(
             " logits+0.5*hidden:decay."
         ),
     ] = "logits",
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="online: it runs in every step; or recorded: what --record-logits recorded of it"
+            " is read, and it is not in memory."
+        ),
+    ] = "online",
     loss_on: Annotated[
         str | None,
         typer.Option(
@@ -180,6 +188,7 @@ def quantize(
                 seed=seed,
                 batch_size=options.parse_slots(generation_batch_size),
                 turns=turns,
+                record_logits=record_logits,
             ),
             training=TrainingConfig(
                 steps=steps,
@@ -192,6 +201,7 @@ def quantize(
                 checkpoint_every=checkpoint_every,
                 keep_checkpoints=keep_checkpoints,
                 loss=loss,
+                teacher=teacher,  # type: ignore[arg-type]  # checked by the config
             ),
             method=method,
             budget=budget,

@@ -144,6 +144,9 @@ class RunDisplay(Observer):
         self._show(tokens, sequences / total, done, "tokens/s")
         self._last = done
 
+    def recorded(self, done: int, total: int) -> None:
+        self._show(done, done / total, f"teacher recorded of {done}/{total} rows")
+
     def trained(self, metrics: Any, total: int) -> None:
         text = f"step {metrics.step}/{total}, loss {metrics.loss:.4f}, KL {metrics.kl:.4f}"
         rate = metrics.tokens / max(metrics.seconds, 1e-9)

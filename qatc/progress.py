@@ -17,6 +17,9 @@ class Observer:
     def generated(self, sequences: int, total: int, tokens: int) -> None:
         """Sequences and tokens of the corpus so far; tokens include unfinished sequences."""
 
+    def recorded(self, done: int, total: int) -> None:
+        """Rows of the corpus whose teacher is recorded so far."""
+
     def trained(self, metrics: Any, total: int) -> None:
         """One optimizer step (:class:`qatc.training.config.StepMetrics`) of ``total``."""
 

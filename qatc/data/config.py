@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from qatc.errors import ConfigError
 
@@ -16,6 +17,47 @@ CHAT: Strategy = "chat"
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of sequences and of tokens written or generated so far."""
+
+
+RECORDING = "32+32"
+"""What is recorded of the teacher where that is not said."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How much of the teacher's distribution is recorded at each token.
+
+    Attributes:
+        top: how many of the most likely tokens, with their probabilities.
+        draws: how many are drawn of all others.
+    """
+
+    top: int
+    draws: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read it as it is written: ``32+32``.
+
+        Raises:
+            ConfigError: it is no such sum, or has no draws.
+        """
+        match = re.fullmatch(r"\s*(\d+)\s*(?:\+\s*(\d+)\s*)?", text)
+        if match is None or not int(match[1]):
+            raise ConfigError(
+                f"what is recorded of the teacher is written as the number of most likely tokens"
+                f" and that of draws of the others, such as {RECORDING}; got {text!r}"
+            )
+        if not int(match[2] or 0):
+            raise ConfigError(
+                f"{text!r} records the {match[1]} most likely tokens alone: a distribution without"
+                " its tail is another one, and what is trained on it is worse, measured with every"
+                f" seed; add draws of the tail, such as {match[1]}+{match[1]}"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.top}+{self.draws}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +76,9 @@ class CorpusConfig:
             into half of the free memory. The manifest says how many they were (``slots``).
         shard_size: sequences per shard, the unit of resuming.
         turns: answers in a conversation at most; ``None``: as many as fit into ``max_length``.
+        record_logits: what is recorded of the teacher's distribution, as :meth:`Recording.parse`
+            reads it, see :mod:`qatc.data.teacher_logits`; ``None`` for nothing. It leaves the
+            sequences as they are.
 
     Raises:
         ConfigError: a value is out of range.
@@ -47,8 +92,11 @@ class CorpusConfig:
     batch_size: int | Literal["auto"] = "auto"
     shard_size: int = 1024
     turns: int | None = None
+    record_logits: str | None = None
 
     def __post_init__(self) -> None:
+        if self.record_logits is not None:
+            Recording.parse(self.record_logits)
         for name in ("sequences", "shard_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")

@@ -18,7 +18,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from qatc.data.config import CHAT
 from qatc.data.shards import Marks, Tokens, read_answers, read_shard, shard_is_whole
 from qatc.errors import DataError
 from qatc.storage.files import read_json
+
+if TYPE_CHECKING:  # which imports this module
+    from qatc.data.teacher_logits import RecordedRows
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -142,19 +145,22 @@ class Rows:
             chosen by the model that wrote the text, so that predicting it can be scored; of
             conversations, whether it is part of an answer.
         answers_only: whether nothing counts but what is labelled.
+        recorded: what the teacher said of these very rows, where that is on the disk.
     """
 
     tokens: Tokens
     sequence: Tokens
     labelled: Marks
     answers_only: bool = False
+    recorded: RecordedRows | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: Any) -> Rows:
         parts = (self.tokens[rows], self.sequence[rows], self.labelled[rows])
-        return Rows(*parts, self.answers_only)
+        recorded = None if self.recorded is None else self.recorded[rows]
+        return Rows(*parts, self.answers_only, recorded)
 
     @property
     def real(self) -> Marks:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 
 import qatc
 from qatc.data.chat import ChatFormat, Conversation
-from qatc.data.config import CHAT, CorpusConfig, OnProgress
+from qatc.data.config import CHAT, CorpusConfig, OnProgress, Recording
 from qatc.data.corpus import (
     FORMAT_VERSION,
     MANIFEST,
@@ -36,11 +33,19 @@ from qatc.data.corpus import (
     tokenizer_fingerprint,
 )
 from qatc.data.decode import Decoder, decoding
-from qatc.data.plans import plan_chat, plan_text
 from qatc.data.shards import Marks, Tokens, shard_is_whole, write_shard
-from qatc.data.slots import Plan, Slots, Vocabulary, choose_slots, measure_rate
+from qatc.data.slots import (
+    Plan,
+    Slots,
+    Vocabulary,
+    choose_slots,
+    measure_rate,
+    plan_chat,
+    plan_text,
+)
+from qatc.data.teacher_logits import record_teacher
 from qatc.errors import ConfigError, DataError
-from qatc.models.load import LoadedModel, check_length
+from qatc.models.load import LoadedModel, check_length, model_fingerprint
 from qatc.storage.directories import refuse_overlap
 from qatc.storage.files import write_json, writing_to
 from qatc.storage.locks import locked
@@ -56,6 +61,7 @@ def generate_corpus(
     compile: bool = True,
     slots: int | None = None,
     on_progress: OnProgress | None = None,
+    on_recorded: OnProgress | None = None,
 ) -> Corpus:
     """Let the teacher write a corpus, or complete one that was interrupted.
 
@@ -68,6 +74,8 @@ def generate_corpus(
         slots: sequences side by side of a new corpus whose config leaves that to be measured, if
             it has been measured already, see :func:`measure_speed`.
         on_progress: called now and then.
+        on_recorded: called with the number of rows whose teacher is recorded, if that is asked for,
+            and of all.
 
     Raises:
         ConfigError: ``output`` holds something else or is being written by another run, or the
@@ -80,7 +88,18 @@ def generate_corpus(
     description = describe(teacher, tokenizer, config, compile)
     with corpus_place(output, teacher.name):
         manifest = begin_corpus(output, description)
-        return _generate(teacher, tokenizer, output, config, manifest, compile, slots, on_progress)
+        corpus = _generate(
+            *(teacher, tokenizer, output, config, manifest, compile, slots, on_progress)
+        )
+        if config.record_logits is not None:
+            record_teacher(
+                teacher,
+                corpus,
+                Recording.parse(config.record_logits),
+                fingerprint=description["model_fingerprint"],
+                on_progress=on_recorded,
+            )
+        return corpus
 
 
 def _generate(
@@ -177,6 +196,7 @@ def describe(
         ConfigError: conversations cannot be written by this tokenizer, or not in ``max_length``.
     """
     settings = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they come back
+    del settings["record_logits"]  # which leaves the corpus as it is
     prompt, of_chat = len(prefix_tokens(tokenizer)) + 1, {}
     if config.strategy == CHAT:
         format = ChatFormat.of(tokenizer, teacher.name)
@@ -273,37 +293,6 @@ def check_corpus(output: Path, description: dict[str, Any]) -> dict[str, Any] | 
 def _is_empty(directory: Path) -> bool:
     """Whether there is nothing in it but what a killed run may have left of a first manifest."""
     return all(path.name == f"{MANIFEST}.writing" for path in directory.iterdir())
-
-
-def model_fingerprint(model: Any) -> str:
-    """A hash of a model's configuration and of every value of its parameters and buffers.
-
-    The values are read as fp32, so that a bf16 checkpoint has one fingerprint in whatever dtype it
-    was loaded. Every byte counts: a sample would miss a change in place. That takes a second per
-    4 GB on each core (with SHA instructions), beside which loading the model takes longer.
-    """
-    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _VOLATILE}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    stored = model.state_dict()
-    tensors = dict(model.named_parameters()) | {
-        name: buffer for name, buffer in model.named_buffers() if name in stored
-    }
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
-        for name, found in zip(tensors, pool.map(_tensor_digest, tensors.values()), strict=True):
-            digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + found)
-    return digest.hexdigest()
-
-
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-"""Entries of a config that say how it was loaded, and not what the model computes."""
-
-
-def _tensor_digest(tensor: Tensor) -> bytes:
-    """Hash of a tensor's values, some at a time, so that no second copy of it is made."""
-    digest = hashlib.sha256()
-    for part in tensor.detach().reshape(-1).split(1 << 22):
-        digest.update((part.float() if part.is_floating_point() else part).cpu().numpy())
-    return digest.digest()
 
 
 class _Shard:

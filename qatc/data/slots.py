@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qatc.data.chat import Conversation
+from qatc.data.chat import ChatFormat, Conversation
+from qatc.data.config import CorpusConfig
 from qatc.data.corpus import prefix_tokens
 from qatc.data.decode import Decoder
-from qatc.data.sampling import sample
+from qatc.data.sampling import sample, sequence_random
 from qatc.data.shards import Tokens
 from qatc.errors import DataError
 from qatc.machine.device import available_memory
@@ -293,3 +294,27 @@ def _measure(decoder: Decoder, rows: int, length: int, device: Any) -> tuple[flo
         choose(logits, uniform, greedy, nothing)
         seconds, width = min(seconds, time.perf_counter() - started), logits.shape[1]
     return seconds, decoder.row_bytes + width * (logits.element_size() + 4)
+
+
+def plan_text(config: CorpusConfig, vocabulary: Vocabulary, number: int) -> Plan:
+    """Of sequence ``number``, which begins with an ordinary token."""
+    random = sequence_random(config.seed, number)
+    first = vocabulary.ordinary[int(random.random() * len(vocabulary.ordinary))]
+    prompt = [*vocabulary.prefix, first]
+    greedy = _greedy(config, random)
+    sample_from = (
+        len(prompt) + {"hybrid": greedy, "sample": 0, "greedy": config.max_length}[config.strategy]
+    )
+    return Plan(prompt, sample_from, random.random(config.max_length))
+
+
+def plan_chat(config: CorpusConfig, format: ChatFormat, number: int) -> Plan:
+    """Of conversation ``number``, whose first message is sampled from its first token on."""
+    random = sequence_random(config.seed, number)
+    conversation = Conversation(format, _greedy(config, random), config.turns)
+    return Plan(format.opening, 0, random.random(config.max_length), conversation)
+
+
+def _greedy(config: CorpusConfig, random: np.random.Generator) -> int:
+    low, high = config.greedy_tokens
+    return low + int(random.random() * (high - low + 1))

@@ -17,18 +17,22 @@ import numpy as np
 import transformers
 
 import qatc
+from qatc.data.config import OnProgress, Recording
 from qatc.data.corpus import (
     FORMAT_VERSION,
     MANIFEST,
     TEXT,
     Corpus,
     prefix_tokens,
+    require_known,
     tokenizer_fingerprint,
 )
 from qatc.data.documents import documents, is_documents, read_text
 from qatc.data.generate import begin_corpus, corpus_place
 from qatc.data.shards import Tokens, write_shard
+from qatc.data.teacher_logits import Recorded, record_teacher
 from qatc.errors import ConfigError, DataError
+from qatc.models.load import LoadedModel, model_fingerprint
 from qatc.storage.directories import refuse_overlap
 from qatc.storage.files import write_json
 
@@ -90,6 +94,35 @@ def corpus_from_text(
         manifest["shards"] = [write_shard(output, n, part) for n, part in enumerate(parts)]
         write_json(output / MANIFEST, {**manifest, "complete": True})
         return Corpus.open(output)
+
+
+def record_on_text(
+    teacher: LoadedModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    recording: Recording,
+    on_progress: OnProgress | None = None,
+) -> Recorded:
+    """Record what a teacher says of a corpus that no model wrote, or complete that.
+
+    Args:
+        teacher: the full-precision model.
+        tokenizer: of the corpus.
+        corpus: complete.
+        recording: how much.
+        on_progress: called with the number of rows recorded so far, and of all.
+
+    Raises:
+        DataError: the model has no embedding for a token of the text.
+        ConfigError, CheckpointError: as of :func:`qatc.data.teacher_logits.record_teacher`.
+    """
+    tokens, what = np.concatenate(corpus.sequences()), f"the corpus {corpus.path}"
+    require_known(tokens, tokenizer, teacher.model, what=what, name=teacher.name)
+    with corpus_place(corpus.path, teacher.name):
+        fingerprint = model_fingerprint(teacher.model)
+        return record_teacher(
+            teacher, corpus, recording, fingerprint=fingerprint, on_progress=on_progress
+        )
 
 
 def _sequences(file: Path, tokenizer: Any, length: int) -> Iterator[Tokens]:

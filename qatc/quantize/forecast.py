@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qatc.data.config import RECORDING, Recording
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import Speed, measure_speed
+from qatc.data.teacher_rows import Targets
 from qatc.machine.device import peak_memory, total_memory
 from qatc.ptq.method import parse_method
 from qatc.quantize.given import Setting
@@ -22,7 +25,7 @@ from qatc.report.estimate import (
     training_floor,
 )
 from qatc.training.checkpoint import Checkpoints
-from qatc.training.objective import distillation_losses, parse_loss
+from qatc.training.objective import distillation_losses, parse_loss, recorded_losses
 
 _LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
 
@@ -51,11 +54,13 @@ def forecast(
     terms = [term.name for term in parse_loss(training.loss)]
 
     def loss(ids: Tensor, real: Tensor) -> Tensor:
-        losses, _ = distillation_losses(
-            *(pair.student, teacher, ids, real, real, terms),
-            autocast=pair.autocast,
-            compile=setting.compile,
-        )
+        how: Any = {"autocast": pair.autocast, "compile": setting.compile}
+        if training.teacher == "recorded":
+            recording = Recording.parse(config.generation.record_logits or RECORDING)
+            targets = Targets.arbitrary(ids.numel(), recording, vocabulary).to(ids.device)
+            losses, _ = recorded_losses(pair.student, targets, ids, real, real, terms, **how)
+        else:
+            losses, _ = distillation_losses(pair.student, teacher, ids, real, real, terms, **how)
         return torch.stack(list(losses.values())).sum()
 
     cost = measure_step(

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from qatc.data.chat import ChatFormat
-from qatc.data.config import CHAT
+from qatc.data.config import CHAT, Recording
 from qatc.data.corpus import Corpus, Rows, is_complete, require_known, text_rows
 from qatc.data.documents import read_text
+from qatc.data.teacher_logits import Recorded
 from qatc.errors import ConfigError
 from qatc.machine.device import pick_device, pick_dtype
-from qatc.models import load_config, load_tokenizer
-from qatc.models.load import check_length
+from qatc.models import LoadedModel, load_config, load_tokenizer
+from qatc.models.load import check_length, model_fingerprint
 from qatc.models.preparation import can_compile
 from qatc.progress import Observer
 from qatc.quantize.settings import QuantizeConfig
@@ -55,13 +56,15 @@ class Given:
         compute: dtype that the run computes in.
         texts: rows of the evaluation text, if there is one, by its name.
         corpus: a complete corpus of the user's; None if the teacher is to write or complete one.
-        inputs: fingerprints of text and corpus by what they are called in a message.
+        recorded: what is recorded of the teacher beside that corpus, if it is to be learned from.
+        inputs: fingerprints of all these by what they are called in a message.
     """
 
     tokenizer: Any
     compute: torch.dtype
     texts: Mapping[str, Rows]
     corpus: Corpus | None
+    recorded: Recorded | None
     inputs: Mapping[str, str]
 
 
@@ -85,11 +88,13 @@ def read_given(setting: Setting) -> Given:
         digest = hashlib.sha256(text.encode() + rows.tokens.tobytes())  # of the tokenizer as well
         inputs[f"the evaluation text {config.eval_text}"] = digest.hexdigest()
         texts[str(config.eval_text)] = rows
-    corpus, sequences = None, config.generation.sequences
+    corpus, recorded, sequences = None, None, config.generation.sequences
     if config.data is not None and is_complete(config.data):
         corpus = Corpus.open(config.data)
         corpus.require_tokenizer(tokenizer)
         inputs[f"the corpus {config.data}"] = corpus.fingerprint
+        recorded = open_recorded(config, corpus)
+        inputs |= recorded_teacher(recorded)
         sequences = int(corpus.manifest["sequences"])
         setting.observer.note(f"training on the corpus {config.data}, {sequences:,} sequences")
     chat = config.generation.strategy == CHAT if corpus is None else corpus.is_chat
@@ -100,12 +105,50 @@ def read_given(setting: Setting) -> Given:
             "the corpus holds no conversations, so that the loss cannot count their answers alone;"
             " leave out --loss-on answers, or let them be written: --strategy chat"
         )
+    if config.loss_on == "all" and chat and config.training.teacher == "recorded":
+        raise ConfigError(
+            "of conversations, the teacher is recorded where answers are; leave out --loss-on all,"
+            " or --teacher recorded"
+        )
     if sequences < 2 * config.eval_sequences:
         raise ConfigError(
             f"{sequences} sequences are too few to hold out {config.eval_sequences} for"
             " evaluation; generate more (--samples), or lower --eval-samples"
         )
-    return Given(tokenizer, compute, texts, corpus, inputs)
+    return Given(tokenizer, compute, texts, corpus, recorded, inputs)
+
+
+def open_recorded(config: QuantizeConfig, corpus: Corpus) -> Recorded | None:
+    """What is recorded of the teacher beside a corpus, if the student is to learn from that.
+
+    Raises:
+        DataError: there is none, or it is of other rows than those of the run.
+        ConfigError: it is not the one that was asked for.
+    """
+    if config.training.teacher != "recorded":
+        return None
+    recorded = Recorded.open(corpus)
+    recorded.require_rows(config.generation.max_length)
+    asked, found = config.generation.record_logits, recorded.manifest["record_logits"]
+    if asked is not None and Recording.parse(asked) != Recording.parse(found):
+        raise ConfigError(
+            f"the corpus {corpus.path} has {found} of its teacher recorded, not {asked}; leave out"
+            " --record-logits"
+        )
+    return recorded
+
+
+def recorded_teacher(recorded: Recorded | None) -> dict[str, str]:
+    """The fingerprint of a recorded teacher by what it is called in a message."""
+    if recorded is None:
+        return {}
+    return {f"the recorded teacher in {recorded.path}": recorded.fingerprint}
+
+
+def require_recorded(recorded: Recorded, teacher: LoadedModel) -> None:
+    """Raise ``DataError`` unless it is this teacher that was recorded."""
+    model = teacher.model
+    recorded.require_teacher(model_fingerprint(model), model.dtype, teacher.name)
 
 
 def require_known_tokens(given: Given, model: Any, name: str) -> None:

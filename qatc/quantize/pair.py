@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qatc.data.corpus import Rows
-from qatc.data.generate import model_fingerprint
 from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.graph import compilation
 from qatc.models import LoadedModel, load_model
+from qatc.models.load import model_fingerprint
 from qatc.models.pipelines import why_no_integer_forward
 from qatc.models.preparation import prepare, prepared_state, quantized_specs, restore
 from qatc.models.scales import of_attention, of_weight
@@ -176,6 +176,26 @@ def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:
         own.weight.requires_grad_(False)
         if own.weight.dtype is source.weight.dtype:
             own.weight.data = source.weight.data
+
+
+def drop_teacher(pair: Pair) -> None:
+    """Let go of the memory of a teacher that is not run for a while, but for what is shared."""
+    pair.teacher.model.to("meta")
+
+
+def load_dropped_teacher(setting: Setting, pair: Pair) -> Pair:
+    """The pair with its teacher loaded again, if it was dropped."""
+    if not next(pair.teacher.model.parameters()).is_meta:
+        return pair
+    teacher = load_model(
+        setting.config.model,
+        dtype=pair.compute,
+        device=setting.device,
+        trust_remote_code=setting.config.trust_remote_code,
+    )
+    if not setting.config.train_embeddings:
+        _share_embeddings(pair.student, teacher.model)
+    return replace(pair, teacher=teacher)
 
 
 def evaluate_one(setting: Setting, pair: Pair, model: nn.Module, rows: Rows) -> Metrics:

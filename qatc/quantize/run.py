@@ -33,8 +33,16 @@ from qatc.progress import Observer
 from qatc.ptq.method import parse_method
 from qatc.quantize.bit_budget import choose_weight_bits, chosen
 from qatc.quantize.forecast import forecast
-from qatc.quantize.given import Given, Setting, read_given, require_known_tokens
-from qatc.quantize.pair import Pair, load_models, make_pair, round_unquantized
+from qatc.quantize.given import (
+    Given,
+    Setting,
+    open_recorded,
+    read_given,
+    recorded_teacher,
+    require_known_tokens,
+    require_recorded,
+)
+from qatc.quantize.pair import Pair, load_dropped_teacher, load_models, make_pair, round_unquantized
 from qatc.quantize.post_training import apply_method
 from qatc.quantize.provenance import provenance, versions
 from qatc.quantize.settings import QuantizeConfig, check_places
@@ -109,6 +117,8 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Trained
     loaded = load_models(setting, given.compute)
     inputs |= loaded.inputs
     check_run(config, inputs)
+    if given.recorded is not None:
+        require_recorded(given.recorded, loaded.teacher)
     require_known_tokens(given, loaded.teacher.model, config.model)
     observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
     pair = make_pair(setting, loaded, given.compute)
@@ -116,8 +126,9 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Trained
     slots = forecast(setting, pair, given.corpus, given.texts)
     corpus = given.corpus or write_corpus(setting, given, pair, slots)
     corpus_lock.close()
-    _begin(setting, given, pair, inputs, corpus)
-    rows, held_out = split(corpus, config)
+    recorded = given.recorded or open_recorded(config, corpus)
+    _begin(setting, given, pair, inputs | recorded_teacher(recorded), corpus)
+    rows, held_out = split(corpus, config, recorded)
     texts = {corpus.held_out_name: held_out, **given.texts}
     setting, pair = choose_weight_bits(setting, pair, rows)
     config = setting.config
@@ -135,6 +146,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Trained
         *_, rounded = baselines[corpus.held_out_name].values()
         training = train(setting, pair, rows, rounded.kl or 0.0)
     with _kept(setting):
+        pair = load_dropped_teacher(setting, pair)
         round_unquantized(pair)
         name, file = "QAT" if method.trains else method.name or "RTN", trained_file(config)
         by_layer = measure_depth(setting, pair, held_out)

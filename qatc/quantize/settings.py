@@ -106,6 +106,17 @@ class QuantizeConfig:
                 f" method {self.method} turns no weights for them; begin the method with rotate,"
                 " or leave rotate_inputs out of the recipe"
             )
+        recorded = self.training.teacher == "recorded"
+        if recorded and not method.trains:
+            raise ConfigError(
+                f"the method {self.method} does not train, so that nothing learns from a recorded"
+                " teacher; leave out --teacher recorded, or end the method with qat"
+            )
+        if self.generation.record_logits is not None and not recorded:
+            raise ConfigError(
+                f"nothing reads what --record-logits {self.generation.record_logits} records while"
+                " the teacher runs; add --teacher recorded, or leave it out"
+            )
         if "gptq" in method.steps and not self.recipe.weights.quantizes:
             raise ConfigError(
                 f"the method {self.method} rounds weights, and {self.recipe.bits} leaves them at 16"
@@ -159,6 +170,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "turns": generation.turns,
         "greedy-tokens": f"{low}-{high}",
         "generation-batch-size": str(generation.batch_size),
+        "record-logits": generation.record_logits,
         "steps": training.steps,
         "batch-size": training.batch_size,
         "accumulate": training.accumulate,
@@ -166,6 +178,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "warmup": training.warmup_steps,
         "gradient-clip": training.gradient_clip,
         "loss": training.loss,
+        "teacher": training.teacher,
         "loss-on": config.loss_on,
         "train-embeddings": config.train_embeddings,
         "seed": training.seed,

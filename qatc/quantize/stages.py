@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qatc.data.config import RECORDING
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import generate_corpus
+from qatc.data.teacher_logits import Recorded, recorded_as
 from qatc.evaluation.metrics import Metrics
 from qatc.models.centers import center_keys
 from qatc.ptq.calibrate import batches
 from qatc.ptq.method import parse_method
 from qatc.quantize.given import Given, Setting
-from qatc.quantize.pair import Pair, evaluate_one
+from qatc.quantize.pair import Pair, drop_teacher, evaluate_one
 from qatc.quantize.settings import QuantizeConfig
 from qatc.sensitivity.answers import Answers, probe_rows
 from qatc.storage.files import read_json, write_json
@@ -57,16 +59,20 @@ def write_corpus(setting: Setting, given: Given, pair: Pair, slots: int | None) 
         slots: sequences to write side by side; None: as many as are fast.
     """
     config, observer = setting.config, setting.observer
-    total = config.generation.sequences
+    generation, total = config.generation, config.generation.sequences
+    if config.training.teacher == "recorded" and generation.record_logits is None:
+        there = recorded_as(config.data_directory)
+        generation = replace(generation, record_logits=there or RECORDING)
     observer.stage(f"The teacher writes {total} sequences to {config.data_directory}")
     return generate_corpus(
         pair.teacher,
         given.tokenizer,
         config.data_directory,
-        config.generation,
+        generation,
         compile=setting.compile,
         slots=slots,
         on_progress=lambda sequences, tokens: observer.generated(sequences, total, tokens),
+        on_recorded=observer.recorded,
     )
 
 
@@ -78,13 +84,17 @@ def center(setting: Setting, pair: Pair, rows: Rows) -> None:
     center_keys(pair.student, pair.teacher.model, ids, real)
 
 
-def split(corpus: Corpus, config: QuantizeConfig) -> tuple[Rows, Rows]:
+def split(
+    corpus: Corpus, config: QuantizeConfig, recorded: Recorded | None = None
+) -> tuple[Rows, Rows]:
     """Rows to train on, and rows of the corpus' last sequences, which are held out.
 
-    Of conversations, the figures are those of answers, whatever the loss counts.
+    Of conversations, the figures are those of answers, whatever the loss counts. Rows to train on
+    come with what is recorded of the teacher, if that is given.
     """
     length, held = config.generation.max_length, config.eval_sequences
     train = corpus.rows(length, slice(None, -held), answers_only=config.loss_on != "all")
+    train = train if recorded is None else recorded.attach(train)
     return train, corpus.rows(length, slice(-held, None))
 
 
@@ -107,7 +117,7 @@ def measure_baselines(setting: Setting, pair: Pair, texts: Mapping[str, Rows]) -
 
 
 def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Training:
-    """Train the student; its optimizer is gone afterwards.
+    """Train the student; its optimizer is gone afterwards, and so is a teacher that is recorded.
 
     Args:
         setting: the run.
@@ -118,6 +128,8 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
     """
     config, steps = setting.config, setting.config.training.steps
     setting.observer.stage(f"Training for {steps} steps")
+    if config.training.teacher == "recorded":
+        drop_teacher(pair)
     distiller = Distiller(
         pair.student,
         pair.teacher.model,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from qatc.errors import ConfigError
-from qatc.training.objective import parse_loss
+from qatc.training.objective import parse_loss, refuse_unrecorded
+
+Teacher = Literal["online", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class TrainingConfig:
         keep_checkpoints: how many of the last checkpoints to keep.
         loss: what the student lowers, such as ``logits`` or ``logits+0.5*hidden:decay``; see
             :mod:`qatc.training.objective`.
+        teacher: ``online``: it computes its answer to every batch; or ``recorded``: that is read
+            from beside the corpus, see :mod:`qatc.data.teacher_logits`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -41,9 +46,14 @@ class TrainingConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     loss: str = "logits"
+    teacher: Teacher = "online"
 
     def __post_init__(self) -> None:
-        parse_loss(self.loss)
+        terms = [term.name for term in parse_loss(self.loss)]
+        if self.teacher not in get_args(Teacher):
+            raise ConfigError(f"teacher must be online or recorded; got {self.teacher!r}")
+        if self.teacher == "recorded":
+            refuse_unrecorded(terms)
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")

@@ -34,7 +34,7 @@ from qatc.machine.signals import StopRequest
 from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
-from qatc.training.objective import distillation_losses, parse_loss
+from qatc.training.objective import distillation_losses, parse_loss, recorded_losses
 
 
 class Distiller:
@@ -42,8 +42,8 @@ class Distiller:
 
     Args:
         student: the prepared model; parameters that require a gradient are trained.
-        teacher: the full-precision model.
-        rows: the training corpus, packed.
+        teacher: the full-precision model; of a config whose teacher is recorded, None will do.
+        rows: the training corpus, packed, and with what is recorded of the teacher in that case.
         config: how to train.
         directory: where checkpoints and ``metrics.jsonl`` go.
         rounding_kl: KL of the untrained student, for the default learning rate.
@@ -54,7 +54,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         rows: Rows,
         config: TrainingConfig,
         directory: Path,
@@ -67,6 +67,11 @@ class Distiller:
             raise ConfigError(
                 f"the corpus has {len(rows)} rows to train on, fewer than one batch of"
                 f" {config.batch_size}; generate more, or lower --batch-size"
+            )
+        if (rows.recorded if config.teacher == "recorded" else teacher) is None:
+            raise ConfigError(
+                "there is no teacher to learn from; give it, or for teacher='recorded' rows with"
+                " what is recorded of it (qatc.data.teacher_logits)"
             )
         self.student, self.teacher, self.rows, self.config = student, teacher, rows, config
         self.terms = parse_loss(config.loss)
@@ -139,11 +144,15 @@ class Distiller:
         counted, labelled = (
             torch.from_numpy(mask).to(self.device) for mask in (batch.counted, batch.labelled)
         )
+        terms = [term.name for term in self.terms]
+        how: Any = {"autocast": self.autocast, "compile": self.compile}
+        if self.config.teacher == "recorded":
+            assert batch.recorded is not None
+            targets = batch.recorded.read(batch.counted).to(self.device)
+            return recorded_losses(self.student, targets, ids, counted, labelled, terms, **how)
+        assert self.teacher is not None
         return distillation_losses(
-            *(self.student, self.teacher, ids, counted, labelled),
-            [term.name for term in self.terms],
-            autocast=self.autocast,
-            compile=self.compile,
+            *(self.student, self.teacher, ids, counted, labelled), terms, **how
         )
 
     def _batches(self, step: int) -> Iterator[Any]:

@@ -41,6 +41,30 @@ def soft_cross_entropy(
     return cross_entropy.sum(), kl.sum()
 
 
+def sampled_cross_entropy(
+    student: Tensor, ids: Tensor, weights: Tensor, entropy: Tensor, real: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Soft-label cross-entropy with a target that has E entries, and an estimate of KL; summed.
+
+    Args:
+        student: logits ``[N, V]``.
+        ids: int64 ``[N, E]``: tokens; see :class:`qatc.data.teacher_rows.Targets`.
+        weights: ``[N, E]``: what they weigh.
+        entropy: ``[N]``: cross-entropy of the target and the teacher, in nats.
+        real: bool ``[N]``: which tokens count.
+
+    Returns:
+        ``(cross_entropy, kl)``: scalars in nats, summed over the tokens that count, in fp32 (of
+        fp64 logits in fp64); only the first carries a gradient.
+    """
+    scores = student if student.dtype is torch.float64 else student.float()
+    # Unlike that of log_softmax, this gradient needs no sum over the vocabulary of the entries'.
+    whole = weights.sum(-1) * scores.logsumexp(-1)
+    cross_entropy = (whole - (weights * scores.gather(-1, ids)).sum(-1)).where(real, 0)
+    kl = (cross_entropy.detach() - entropy).where(real, 0)
+    return cross_entropy.sum(), kl.sum()
+
+
 def reverse_divergence(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
     """KL(student || teacher), summed over the real tokens.
 

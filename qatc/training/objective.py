@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatc.data.teacher_rows import Targets
 from qatc.errors import ConfigError
 from qatc.models import find_regions
 from qatc.models.attention import AttentionCalls, AttentionMap
@@ -40,10 +41,14 @@ from qatc.training.losses import (
     negative_log_likelihood,
     relative_error,
     reverse_divergence,
+    sampled_cross_entropy,
     soft_cross_entropy,
 )
 
 TERMS = ("logits", "label", "hidden", "attention", "reverse")
+
+RECORDED_TERMS = ("logits", "label")
+"""Those that a recorded teacher (:mod:`qatc.data.teacher_logits`) is enough for."""
 
 _TERM = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[a-z]+)(?P<decay>:decay)?")
 
@@ -158,6 +163,54 @@ def distillation_losses(
         maps = _pairs(inside.attention, wanted_inside.attention, "attention maps")
         losses["attention"] = torch.stack([attention_divergence(*m, real) for m in maps]).mean()
     return losses, kl
+
+
+def recorded_losses(
+    student: nn.Module,
+    targets: Targets,
+    ids: Tensor,
+    real: Tensor,
+    labelled: Tensor,
+    terms: Collection[str] = ("logits",),
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    compile: bool = False,
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """:func:`distillation_losses` with what is recorded of the teacher in its place.
+
+    Args:
+        targets: of the ``B * T`` tokens, on the device of ``ids``.
+
+    Returns:
+        As of :func:`distillation_losses`; KL is an estimate. Both are unbiased over what was drawn
+        when the teacher was recorded.
+
+    Raises:
+        ConfigError: a term needs the teacher itself.
+    """
+    refuse_unrecorded(terms)
+    with autocast():
+        logits = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+    own = logits if "logits" in terms else logits.detach()
+    entries = (targets.ids, targets.weights, targets.entropy)
+    cross_entropy, kl = compiled(sampled_cross_entropy, compile)(own, *entries, real.flatten())
+    losses = {"logits": cross_entropy} if "logits" in terms else {}
+    if "label" in terms:
+        following = ids.roll(-1, dims=1).flatten()
+        likelihood = compiled(negative_log_likelihood, compile)
+        losses["label"] = likelihood(logits, following, labelled.flatten())
+    return losses, kl
+
+
+def refuse_unrecorded(terms: Collection[str]) -> None:
+    """Raise ``ConfigError`` if a term compares what is not recorded of a teacher."""
+    for name in terms:
+        if name not in RECORDED_TERMS:
+            raise ConfigError(
+                f"the loss's term {name} compares what is not recorded of the teacher; leave it out"
+                f" (--loss takes {' and '.join(RECORDED_TERMS)} then), or let the teacher run:"
+                " --teacher online"
+            )
 
 
 @dataclass(frozen=True)

@@ -94,3 +94,22 @@ def test_from_text(shared_model_path: Path, tmp_path: Path) -> None:
     assert "logits+0.5*hidden:decay" in (out / "run.yaml").read_text()
     shown = " ".join(run("inspect", out).stdout.split())
     assert f"{count} sequences of at most 24 tokens of the text" in shown
+
+
+@pytest.mark.parametrize("of_text", [False, True])
+def test_the_teacher_is_recorded(shared_model_path: Path, tmp_path: Path, of_text: bool) -> None:
+    target = tmp_path / "corpus"
+    command = ["generate-data", "--model", shared_model_path, "--output", target]
+    command += ["--samples", "6", "--max-length", "12"]
+    if of_text:
+        (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+        command += ["--from-text", tmp_path / "text.txt"]
+    else:
+        command += ["--no-compile", "--batch-size", "4"]
+    refused(2, "32 most likely tokens alone", *command, "--record-logits", "32")
+    assert run(*command).exit_code == 0 and not (target / "recorded.json").exists()
+    told = run(*command, "--record-logits", "8+4")
+    assert told.exit_code == 0 and "teacher recorded: 8+4, " in told.stdout
+    found = json.loads(run(*command, "--record-logits", "8+4", "--json").stdout)["recorded"]
+    assert found["record_logits"] == "8+4" and found["dtype"] == "float32"
+    refused(2, "already, with record_logits '8+4'", *command, "--record-logits", "8+8")

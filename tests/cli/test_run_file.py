@@ -53,17 +53,18 @@ def config_of(tmp_path: Path) -> QuantizeConfig:
         ),
         generation=dataclasses.replace(
             generation, sequences=77, max_length=99, strategy="chat", greedy_tokens=(2, 9),
-            seed=8, batch_size=3, turns=2,
+            seed=8, batch_size=3, turns=2, record_logits="8+4",
         ),
         training=TrainingConfig(
             **{
                 field.name: other(getattr(training, field.name))
                 for field in dataclasses.fields(training)
-                if field.name not in ("seed", "learning_rate", "loss")
+                if field.name not in ("seed", "learning_rate", "loss", "teacher")
             },
             seed=8,
             learning_rate=0.25,
-            loss="label+2*hidden:decay",
+            loss="label+2*logits:decay",
+            teacher="recorded",
         ),
         loss_on="all",
         budget=2.5,
