@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qatc.errors import ConfigError
 from qatc.training.objective import parse_loss
+from qatc.training.parts import parse_train
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class TrainingConfig:
         keep_checkpoints: how many of the last checkpoints to keep.
         loss: what the student lowers, such as ``logits`` or ``logits+0.5*hidden:decay``; see
             :mod:`qatc.training.objective`.
+        train: what is trained, and in what order, see :mod:`qatc.training.parts`.
+        blockwise_steps: optimizer steps of every decoder layer, where they are trained one after
+            the other; ``None``: ``steps`` where nothing follows, which takes about as long as
+            those end to end, and else a quarter of them, besides those end to end.
+        blockwise_rows: rows of the corpus that layers are trained on, at most: hidden states of so
+            many are kept in host memory, twice.
 
     Raises:
         ConfigError: a value is out of range.
@@ -41,10 +48,28 @@ class TrainingConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     loss: str = "logits"
+    train: str = "full"
+    blockwise_steps: int | None = None
+    blockwise_rows: int = 1024
 
     def __post_init__(self) -> None:
-        parse_loss(self.loss)
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints"):
+        terms = [term.name for term in parse_loss(self.loss)]
+        stages = parse_train(self.train)
+        if stages.by_layer and stages.parts is None and terms not in (["logits"], ["hidden"]):
+            raise ConfigError(
+                f"the loss {self.loss} is one of the whole model, and --train {self.train} lowers"
+                " that of hidden states, layer by layer; leave out --loss, or let it be lowered end"
+                " to end afterwards (--train blockwise+full)"
+            )
+        if self.blockwise_steps is not None and not stages.by_layer:
+            raise ConfigError(
+                f"blockwise_steps says how long layers are trained one after the other, and train"
+                f" is {self.train}; choose --train blockwise or blockwise+full, or leave it out"
+            )
+        if self.blockwise_steps is not None and self.blockwise_steps < 1:
+            raise ConfigError(f"blockwise_steps must be at least 1; got {self.blockwise_steps}")
+        counts = ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints")
+        for name in (*counts, "blockwise_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("warmup_steps", "seed"):
@@ -54,6 +79,13 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a positive number; got {value}")
+
+    @property
+    def layer_steps(self) -> int:
+        """Steps of every decoder layer, where they are trained one after the other."""
+        if self.blockwise_steps is not None:
+            return self.blockwise_steps
+        return self.steps if parse_train(self.train).parts is None else max(1, self.steps // 4)
 
 
 @dataclass(frozen=True)
