@@ -55,7 +55,8 @@ class LayerMetrics:
         learning_rate: rate of the step.
         gradient_norm: norm before clipping.
         tokens: real tokens of the step.
-        seconds: wall-clock time.
+        seconds: wall-clock time since the step before; the first step of a layer bears what it
+            takes to compute what the layer reads.
     """
 
     layer: int
@@ -108,6 +109,7 @@ class BlockwiseTrainer:
         self.directory = directory / "layers"
         self.records = Records(directory / RECORDS, LayerMetrics)
         self._real = torch.from_numpy(self.rows.real)
+        self._clock = 0.0
 
     def run(self, on_step: Callable[[LayerMetrics], None] | None = None) -> list[LayerMetrics]:
         """Train from where an earlier run has come to, if there was one, to the end.
@@ -123,6 +125,7 @@ class BlockwiseTrainer:
             for number in range(len(self.layers)):
                 self._restore(number)
             return self.records.history
+        self._clock = time.perf_counter()
         with StopRequest() as stop:
             dtype = next(self.teacher.parameters()).dtype
             target = Stream(self.teacher, self.rows, self.config.batch_size, dtype)
@@ -186,7 +189,6 @@ class BlockwiseTrainer:
         trained: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
     ) -> LayerMetrics:
-        started = time.perf_counter()
         batches = list(self._batches(number, step))
         tokens = int(sum(self._real[rows].sum() for rows in batches))
         device = next(iter(trained.values())).device
@@ -201,7 +203,8 @@ class BlockwiseTrainer:
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad()
-        rate, seconds = optimizer.param_groups[0]["lr"], time.perf_counter() - started
+        before, self._clock = self._clock, time.perf_counter()
+        rate, seconds = optimizer.param_groups[0]["lr"], self._clock - before
         return LayerMetrics(number + 1, step, loss, rate, norm, tokens, seconds)
 
     def _batches(self, number: int, step: int) -> Iterator[Tensor]:

@@ -15,11 +15,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
 
 from qatc.errors import ConfigError
+from qatc.models import find_regions
 from qatc.models.scales import is_gain
 from qatc.passes.quantize_weights import SCALE_GAIN
 from qatc.recipe.recipe import Recipe
@@ -105,6 +107,27 @@ def choose_parts(model: nn.Module, parts: str) -> None:
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in chosen)
+
+
+@contextmanager
+def trained_at_once(model: nn.Module, train: str) -> Iterator[None]:
+    """Inside the block, what a step of the largest stage trains requires a gradient, and no more.
+
+    Of layers that are trained one after the other it is the last one.
+    """
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    stages = parse_train(train)
+    if stages.parts is None:
+        last = {id(p) for p in find_regions(model)[-1][1].parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in last)
+    else:
+        choose_parts(model, stages.parts)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
 
 
 def _scales(model: nn.Module) -> Iterator[str]:

@@ -186,7 +186,7 @@ class TestResume:
         lines = (directory / "blockwise.jsonl").read_text().splitlines()
         assert len(lines) == 18 and json.loads(lines[-1])["layer"] == 3
 
-    @pytest.mark.parametrize("step", [1, 5, 6, 9, 18])
+    @pytest.mark.parametrize("step", [1, 6, 9])
     def test_killed_after_a_step(self, tmp_path: Path, whole: Any, step: int) -> None:
         kill = kill_at_call(lambda _: None, step)
         run_until_killed(lambda: trainer(tmp_path).run(kill))

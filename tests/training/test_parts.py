@@ -15,7 +15,8 @@ from qatc.quantize.settings import QuantizeConfig
 from qatc.recipe.recipe import Recipe
 from qatc.training.config import TrainingConfig
 from qatc.training.distill import Distiller
-from qatc.training.parts import choose_parts, parse_train
+from qatc.training.parts import choose_parts, parse_train, trained_at_once
+from tests.conftest import make_llama
 from tests.training.conftest import CONFIG, make, make_rows, weights
 
 LEARNED = Recipe.from_bits("4-8-4", preset="best")
@@ -54,6 +55,22 @@ def test_what_is_frozen_stays_so(tmp_path: Path) -> None:
     student.get_parameter("model.norm.weight").requires_grad_(False)
     choose_parts(student, "norms")
     assert changed(student, tmp_path) == NORMS - {"model.norm.weight"}
+
+
+@pytest.mark.parametrize(
+    ("train", "begin"),
+    [("blockwise", {"model"}), ("norms", {"model"}), ("blockwise+full", {"model", "lm_head"})],
+)
+def test_what_a_step_trains_at_once(train: str, begin: set[str]) -> None:
+    model = make_llama(num_hidden_layers=3, tie_word_embeddings=False)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    with trained_at_once(model, train):
+        found = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert {n.split(".")[0] for n in found} == begin
+    if train == "blockwise":
+        assert {n.split(".")[2] for n in found} == {"2"} and len(found) == 9
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
 
 
 def test_nothing_to_train() -> None:
