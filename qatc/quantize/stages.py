@@ -48,7 +48,8 @@ class Training:
     @property
     def seconds(self) -> float:
         """Of all steps."""
-        return sum(step.seconds for step in (*self.layers, *self.history))
+        end_to_end = sum(step.seconds for step in self.history)
+        return sum(step.seconds for step in self.layers) + end_to_end
 
 
 def write_corpus(setting: Setting, given: Given, pair: Pair, slots: int | None) -> Corpus:
@@ -155,6 +156,11 @@ def _train_layers(
     )
     layers, steps = len(trainer.layers), trainer.steps
     setting.observer.stage(f"Training {layers} layers, one after the other, for {steps} steps each")
+    tokens, width = trainer.rows.tokens.size, pair.teacher.model.config.hidden_size
+    held = 2 * tokens * width * pair.compute.itemsize / 1e9
+    setting.observer.note(
+        f"hidden states of {len(trainer.rows):,} rows are kept in host memory: {held:.1f} GB"
+    )
     return trainer.run(lambda step: setting.observer.trained_layer(step, layers, steps))
 
 

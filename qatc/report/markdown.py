@@ -104,7 +104,7 @@ def _written(figures: Mapping[str, Mapping[str, Metrics]]) -> str:
 def _training_sections(
     metadata: Mapping[str, Any], history: Sequence[StepMetrics], layers: Sequence[LayerMetrics]
 ) -> list[str]:
-    tokens = sum(record.tokens for record in (*layers, *history))
+    tokens = sum(step.tokens for step in layers) + sum(step.tokens for step in history)
     seconds = max(metadata["training_seconds"], 1e-9)
     how = metadata["run"]["training"]
     stages = f"{len(history)} steps{_only(how)}, " if history else "In all "

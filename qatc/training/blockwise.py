@@ -155,7 +155,7 @@ class BlockwiseTrainer:
         trained, checkpoints = self._trained(number), self._checkpoints(number)
         width = source.hidden.shape[-1]
         peak = self.config.learning_rate or default_learning_rate(width, self.rounding_kl)
-        optimizer = torch.optim.AdamW(
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             trained.values(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         step = checkpoints.restore(self.student, trained, optimizer)

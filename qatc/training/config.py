@@ -29,8 +29,9 @@ class TrainingConfig:
             :mod:`qatc.training.objective`.
         train: what is trained, and in what order, see :mod:`qatc.training.parts`.
         blockwise_steps: optimizer steps of every decoder layer, where they are trained one after
-            the other; ``None``: ``steps`` where nothing follows, which takes about as long as
-            those end to end, and else a quarter of them, besides those end to end.
+            the other, over a cosine without warm-up; ``None``: ``steps`` where nothing follows,
+            which takes about as long as those end to end, and else a quarter of them, besides those
+            end to end.
         blockwise_rows: rows of the corpus that layers are trained on, at most: hidden states of so
             many are kept in host memory, twice.
 

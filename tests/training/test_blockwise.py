@@ -85,7 +85,8 @@ def test_a_stream_is_what_layers_read(quantized: bool) -> None:
 
 
 def test_layers_that_read_the_text_itself_are_refused() -> None:
-    model, text = make(0), {}
+    model = make(0)
+    text: dict[str, Any] = {}
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: text.update(text=kwargs["input_ids"].float()), with_kwargs=True
     )
@@ -222,7 +223,7 @@ class TestResume:
 
 
 def test_an_error_that_is_no_number_keeps_the_layers_before(tmp_path: Path) -> None:
-    student = prepare(make(0), Recipe.from_bits("4-8-4"), compile=False)
+    student: Any = prepare(make(0), Recipe.from_bits("4-8-4"), compile=False)
     with torch.no_grad():
         student.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
     run = trainer(tmp_path, student=student)
@@ -236,3 +237,14 @@ def test_an_error_that_is_no_number_keeps_the_layers_before(tmp_path: Path) -> N
 def test_fewer_rows_than_a_batch(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there are 3 rows .* fewer than one batch of 4"):
         trainer(tmp_path, replace(CONFIG, blockwise_rows=3))
+
+
+def test_every_epoch_has_every_row_once(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    epochs = [
+        torch.cat([rows for step in steps for rows in run._batches(number, step)]).tolist()
+        for number in (0, 1)
+        for steps in ((1, 2, 3), (4, 5, 6))
+    ]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({*map(tuple, epochs)}) == 4, "orders of their own"
