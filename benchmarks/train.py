@@ -240,12 +240,12 @@ def load(arguments: argparse.Namespace, dtype: torch.dtype) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.model not in SHAPES:
         return load_model(models.find(arguments.model), dtype=dtype, device=device).model
-    shape: dict[str, Any] = dict(SHAPES[arguments.model])
+    shape: dict[str, Any] = {**SHAPES[arguments.model], "attn_implementation": "sdpa"}
     if arguments.layers:
         shape["num_hidden_layers"] = arguments.layers
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, attn_implementation="sdpa")
-    return LlamaForCausalLM(config).eval().to(device, dtype)
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape))
+    return model.eval().to(device, dtype)
 
 
 def change(student: Any, way: str, dtype: torch.dtype) -> None:
@@ -329,7 +329,8 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     """Rows on a grid, with the gradient of the identity."""
     top = 2 ** (bits - 1) - 1
     scale = x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-8) / top
-    return x + ((x / scale).round().clamp(-top, top) * scale - x).detach()
+    near: Tensor = (x / scale).round().clamp(-top, top) * scale
+    return x + (near - x).detach()
 
 
 def as_modules(layer: nn.Module) -> None:

@@ -96,6 +96,27 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    train: Annotated[
+        str,
+        typer.Option(
+            help="What is trained: full, scales or norms (only those), blockwise (layer after"
+            " layer), or blockwise+full."
+        ),
+    ] = "full",
+    blockwise_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of each layer with --train blockwise. Default: --steps, and a quarter of"
+            " them before full.",
+            show_default=False,
+        ),
+    ] = None,
+    blockwise_rows: Annotated[
+        int,
+        typer.Option(
+            help="Rows whose hidden states are kept in host memory for --train blockwise."
+        ),
+    ] = 1024,
     train_embeddings: Annotated[
         bool,
         typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
@@ -202,6 +223,9 @@ def quantize(
                 keep_checkpoints=keep_checkpoints,
                 loss=loss,
                 teacher=teacher,  # type: ignore[arg-type]  # checked by the config
+                train=train,
+                blockwise_steps=blockwise_steps,
+                blockwise_rows=blockwise_rows,
             ),
             method=method,
             budget=budget,

@@ -153,6 +153,14 @@ class RunDisplay(Observer):
         self._show(metrics.step, metrics.step / total, f"{text}, {rate:,.0f} tokens/s")
         self._last = text
 
+    def trained_layer(self, metrics: Any, layers: int, steps: int) -> None:
+        done = (metrics.layer - 1) * steps + metrics.step
+        text = f"layer {metrics.layer}/{layers}, step {metrics.step}/{steps}"
+        text += f", error {metrics.loss:.4g}"
+        rate = metrics.tokens / max(metrics.seconds, 1e-9)
+        self._show(done, done / (layers * steps), f"{text}, {rate:,.0f} tokens/s")
+        self._last = text
+
     def evaluated(self, done: int, total: int) -> None:
         self._show(done, done / total, f"{done}/{total} rows")
 

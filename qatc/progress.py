@@ -23,5 +23,9 @@ class Observer:
     def trained(self, metrics: Any, total: int) -> None:
         """One optimizer step (:class:`qatc.training.config.StepMetrics`) of ``total``."""
 
+    def trained_layer(self, metrics: Any, layers: int, steps: int) -> None:
+        """One optimizer step (:class:`qatc.training.blockwise.LayerMetrics`) of so many for each
+        layer."""
+
     def evaluated(self, done: int, total: int) -> None:
         """Rows evaluated so far."""

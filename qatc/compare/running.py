@@ -27,7 +27,10 @@ from qatc.storage import markers
 from qatc.storage.files import read_json, write_atomically, write_json, writing_to
 from qatc.storage.locks import locked
 
-KEPT = ("qatc.json", "report.md", "loss.png", "metrics.jsonl", "run.yaml", "cell.json")
+KEPT = (
+    *("qatc.json", "report.md", "loss.png", "metrics.jsonl", "blockwise.jsonl"),
+    *("run.yaml", "cell.json"),
+)
 """What stays of a finished cell, whose weights are removed."""
 
 CURVE_POINTS = 200

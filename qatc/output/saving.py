@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MEASURED = ("figures", "parity", "memory", "kernels")
 """What ``qatc.json`` says of the very model that was written, and of no other."""
 
-_REPORTS = ("report.md", "loss.png", "metrics.jsonl")
+_REPORTS = ("report.md", "loss.png", "metrics.jsonl", "blockwise.jsonl")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ from qatc.quantize.unfinished import begin_run, check_run, end_run, recorded_inp
 from qatc.quantize.writing import Trained, take_output, write
 from qatc.storage.directories import refuse_existing
 from qatc.storage.locks import locked
+from qatc.training.parts import trained_at_once
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Trained
     observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
     pair = make_pair(setting, loaded, given.compute)
     _begin(setting, given, pair, inputs, given.corpus)
-    slots = forecast(setting, pair, given.corpus, given.texts)
+    with trained_at_once(pair.student, config.training.train):
+        slots = forecast(setting, pair, given.corpus, given.texts)
     corpus = given.corpus or write_corpus(setting, given, pair, slots)
     corpus_lock.close()
     recorded = given.recorded or open_recorded(config, corpus)

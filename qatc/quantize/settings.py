@@ -19,6 +19,7 @@ from qatc.sensitivity.budget import check_budget
 from qatc.storage.directories import refuse_overlap
 from qatc.training.config import TrainingConfig
 from qatc.training.objective import parse_loss
+from qatc.training.parts import check_parts
 
 LossOn = Literal["answers", "all"]
 
@@ -94,8 +95,10 @@ class QuantizeConfig:
         if self.budget is not None:
             check_budget(self.budget, self.recipe)
         method = parse_method(self.method)
+        rotates = "rotate" in method.steps
+        check_parts(self.training.train, self.method, method.trains, rotates, self.recipe)
         terms = [term.name for term in parse_loss(self.training.loss)]
-        if "rotate" in method.steps and method.trains and "hidden" in terms:
+        if rotates and method.trains and "hidden" in terms:
             raise ConfigError(
                 f"the loss {self.training.loss} compares hidden states with the teacher's, and"
                 f" {self.method} turns those of the student; leave out hidden or rotate"
@@ -180,6 +183,9 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "loss": training.loss,
         "teacher": training.teacher,
         "loss-on": config.loss_on,
+        "train": training.train,
+        "blockwise-steps": training.blockwise_steps,
+        "blockwise-rows": training.blockwise_rows,
         "train-embeddings": config.train_embeddings,
         "seed": training.seed,
         "checkpoint-every": training.checkpoint_every,

@@ -20,8 +20,10 @@ from qatc.quantize.pair import Pair, drop_teacher, evaluate_one
 from qatc.quantize.settings import QuantizeConfig
 from qatc.sensitivity.answers import Answers, probe_rows
 from qatc.storage.files import read_json, write_json
+from qatc.training.blockwise import BlockwiseTrainer, LayerMetrics
 from qatc.training.config import StepMetrics
 from qatc.training.distill import Distiller
+from qatc.training.parts import choose_parts, parse_train
 
 CENTERING_ROWS = 16
 """Rows of the corpus on which the mean of the keys is measured; more moves it by little."""
@@ -37,16 +39,19 @@ class Training:
 
     Attributes:
         rate: the learning rate at its highest.
-        history: every step.
+        history: every step end to end.
+        layers: every step of a single layer, before those.
     """
 
     rate: float
     history: Sequence[StepMetrics]
+    layers: Sequence[LayerMetrics] = ()
 
     @property
     def seconds(self) -> float:
         """Of all steps."""
-        return sum(step.seconds for step in self.history)
+        end_to_end = sum(step.seconds for step in self.history)
+        return sum(step.seconds for step in self.layers) + end_to_end
 
 
 def write_corpus(setting: Setting, given: Given, pair: Pair, slots: int | None) -> Corpus:
@@ -127,7 +132,13 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
             chosen by.
     """
     config, steps = setting.config, setting.config.training.steps
-    setting.observer.stage(f"Training for {steps} steps")
+    stages = parse_train(config.training.train)
+    layers = _train_layers(setting, pair, rows, rounding_kl) if stages.by_layer else []
+    if stages.parts is None:
+        return Training(max(step.learning_rate for step in layers), (), layers)
+    choose_parts(pair.student, stages.parts)
+    what = "" if stages.parts == "full" else f" its {stages.parts}"
+    setting.observer.stage(f"Training{what} for {steps} steps")
     if config.training.teacher == "recorded":
         drop_teacher(pair)
     distiller = Distiller(
@@ -142,7 +153,27 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
     )
     history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
     pair.student.zero_grad(set_to_none=True)
-    return Training(distiller.rate, history)
+    return Training(distiller.rate, history, layers)
+
+
+def _train_layers(
+    setting: Setting, pair: Pair, rows: Rows, rounding_kl: float
+) -> list[LayerMetrics]:
+    """Train the student's decoder layers one after the other."""
+    config = setting.config
+    trainer = BlockwiseTrainer(
+        *(pair.student, pair.teacher.model, rows, config.training, config.partial),
+        rounding_kl=rounding_kl,
+        autocast=pair.autocast,
+    )
+    layers, steps = len(trainer.layers), trainer.steps
+    setting.observer.stage(f"Training {layers} layers, one after the other, for {steps} steps each")
+    tokens, width = trainer.rows.tokens.size, pair.teacher.model.config.hidden_size
+    held = 2 * tokens * width * pair.compute.itemsize / 1e9
+    setting.observer.note(
+        f"hidden states of {len(trainer.rows):,} rows are kept in host memory: {held:.1f} GB"
+    )
+    return trainer.run(lambda step: setting.observer.trained_layer(step, layers, steps))
 
 
 def measure_student(

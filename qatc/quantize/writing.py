@@ -27,6 +27,7 @@ from qatc.report.usage import decoding_report, kernel_report, memory
 from qatc.runtime.model import load
 from qatc.storage.directories import complete_directory
 from qatc.storage.files import read_json, write_json
+from qatc.training.blockwise import RECORDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +95,17 @@ def write(setting: Setting, trained: Trained) -> None:
                 else "head and embedding are stored as qatc alone loads them; for transformers:"
                 " qatc export"
             )
-        if trained.training.history:
-            shutil.copyfile(config.partial / "metrics.jsonl", staging / "metrics.jsonl")
+        training = trained.training
+        for name, steps in (("metrics.jsonl", training.history), (RECORDS, training.layers)):
+            if steps:
+                shutil.copyfile(config.partial / name, staging / name)
         if (options := as_options(config)) is not None:
             (staging / "run.yaml").write_text(yaml.safe_dump(options, sort_keys=False), "utf-8")
         found = _verify(setting, staging, trained.masters)
         write_json(staging / "qatc.json", read_json(staging / "qatc.json") | found)
         write_card(staging)
         metadata = {**trained.output.metadata, **found}
-        write_report(staging, metadata, trained.figures, trained.training.history)
+        write_report(staging, metadata, trained.figures, training.history, training.layers)
 
 
 def _verify(setting: Setting, staging: Path, masters: Mapping[str, Tensor]) -> dict[str, Any]:

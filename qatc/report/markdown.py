@@ -21,6 +21,7 @@ from qatc.report.tables import (
     recipe_rows,
 )
 from qatc.report.usage import KernelUse, Memory
+from qatc.training.blockwise import LayerMetrics
 from qatc.training.config import StepMetrics
 
 LOSS_PLOT = "loss.png"
@@ -31,8 +32,17 @@ def write_report(
     metadata: Mapping[str, Any],
     figures: Mapping[str, Mapping[str, Metrics]],
     history: Sequence[StepMetrics],
+    layers: Sequence[LayerMetrics] = (),
 ) -> None:
-    """Write ``report.md`` and the loss plot into ``directory``."""
+    """Write ``report.md`` and the loss plot into ``directory``.
+
+    Args:
+        directory: of the output.
+        metadata: what ``qatc.json`` says.
+        figures: text name -> model name -> metrics.
+        history: every step end to end.
+        layers: every step of a single layer.
+    """
     recipe, data = metadata["run"]["recipe"], metadata["data"]
     bits = Recipe.from_dict(recipe).bits
     sections = [
@@ -43,7 +53,7 @@ def write_report(
         " precision).",
         _table(figure_rows(figures)),
         _held_out(data["strategy"]),
-        *(_training_sections(metadata, history) if history else []),
+        *(_training_sections(metadata, history, layers) if history or layers else []),
         *_depth_sections(metadata.get("divergence_by_layer", [])),
         *_runtime_sections(metadata),
         "## Recipe and provenance",
@@ -91,20 +101,46 @@ def _written(figures: Mapping[str, Mapping[str, Metrics]]) -> str:
     return [*next(iter(figures.values()))][-1]
 
 
-def _training_sections(metadata: Mapping[str, Any], history: Sequence[StepMetrics]) -> list[str]:
-    tokens = sum(record.tokens for record in history)
+def _training_sections(
+    metadata: Mapping[str, Any], history: Sequence[StepMetrics], layers: Sequence[LayerMetrics]
+) -> list[str]:
+    tokens = sum(step.tokens for step in layers) + sum(step.tokens for step in history)
     seconds = max(metadata["training_seconds"], 1e-9)
+    how = metadata["run"]["training"]
+    stages = f"{len(history)} steps{_only(how)}, " if history else "In all "
+    lowered = f" loss `{how['loss']}`{_loss_on(metadata)}," if history else ""
     return [
         "## Training",
-        f"![KL divergence and loss by step]({LOSS_PLOT})",
-        f"{len(history)} steps, {tokens:,} tokens in {seconds:.0f} s"
+        *([f"![KL divergence and loss by step]({LOSS_PLOT})"] if history else []),
+        *([_layers_trained(layers, bool(history))] if layers else []),
+        f"{stages}{tokens:,} tokens in {seconds:.0f} s"
         f" ({tokens / seconds:,.0f} tokens/s) on {metadata['device']}, computing in"
         f" {metadata['compute_dtype']}, quantized linears"
-        f" {'on int8 codes' if metadata['integer_forward'] else 'in float'}; loss"
-        f" `{metadata['run']['training']['loss']}`{_loss_on(metadata)}, peak learning rate"
-        f" {metadata['learning_rate']:.3g};"
+        f" {'on int8 codes' if metadata['integer_forward'] else 'in float'};{lowered}"
+        f" peak learning rate {metadata['learning_rate']:.3g};"
         f" {metadata['row_utilization']:.1%} of the training tokens were no padding.",
     ]
+
+
+def _only(how: Mapping[str, Any]) -> str:
+    """What alone was trained, if not everything."""
+    return f" of {how['train']} alone" if how.get("train") in ("scales", "norms") else ""
+
+
+def _layers_trained(layers: Sequence[LayerMetrics], followed: bool) -> str:
+    """How layers were trained one after the other, and what each came to."""
+    ends = [
+        s
+        for s, after in zip(layers, (*layers[1:], None), strict=True)
+        if after is None or after.layer != s.layer
+    ]
+    then = "First, each" if followed else "Each"
+    return (
+        f"{then} of {len(ends)} decoder layers was trained for {ends[0].step} steps, one after the"
+        " other, to give what the teacher's gives, on what the trained layers before it give."
+        " Squared error of the last step, relative to the teacher's squared norm:"
+        f" {', '.join(f'{end.loss:.3g}' for end in ends)}."
+    )
 
 
 def _loss_on(metadata: Mapping[str, Any]) -> str:

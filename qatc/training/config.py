@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from qatc.errors import ConfigError
 from qatc.training.objective import parse_loss, refuse_unrecorded
+from qatc.training.parts import parse_train
 
 Teacher = Literal["online", "recorded"]
 
@@ -31,6 +32,13 @@ class TrainingConfig:
             :mod:`qatc.training.objective`.
         teacher: ``online``: it computes its answer to every batch; or ``recorded``: that is read
             from beside the corpus, see :mod:`qatc.data.teacher_logits`.
+        train: what is trained, and in what order, see :mod:`qatc.training.parts`.
+        blockwise_steps: optimizer steps of every decoder layer, where they are trained one after
+            the other, over a cosine without warm-up; ``None``: ``steps`` where nothing follows,
+            which takes about as long as those end to end, and else a quarter of them, besides those
+            end to end.
+        blockwise_rows: rows of the corpus that layers are trained on, at most: hidden states of so
+            many are kept in host memory, twice.
 
     Raises:
         ConfigError: a value is out of range.
@@ -47,14 +55,37 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     loss: str = "logits"
     teacher: Teacher = "online"
+    train: str = "full"
+    blockwise_steps: int | None = None
+    blockwise_rows: int = 1024
 
     def __post_init__(self) -> None:
         terms = [term.name for term in parse_loss(self.loss)]
+        stages = parse_train(self.train)
         if self.teacher not in get_args(Teacher):
             raise ConfigError(f"teacher must be online or recorded; got {self.teacher!r}")
         if self.teacher == "recorded":
             refuse_unrecorded(terms)
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints"):
+        if self.teacher == "recorded" and stages.by_layer:
+            raise ConfigError(
+                f"--train {self.train} compares layers with the teacher's, of which nothing is"
+                " recorded; let the teacher run (--teacher online), or train end to end"
+            )
+        if stages.by_layer and stages.parts is None and terms not in (["logits"], ["hidden"]):
+            raise ConfigError(
+                f"the loss {self.loss} is one of the whole model, and --train {self.train} lowers"
+                " that of hidden states, layer by layer; leave out --loss, or let it be lowered end"
+                " to end afterwards (--train blockwise+full)"
+            )
+        if self.blockwise_steps is not None and not stages.by_layer:
+            raise ConfigError(
+                f"blockwise_steps says how long layers are trained one after the other, and train"
+                f" is {self.train}; choose --train blockwise or blockwise+full, or leave it out"
+            )
+        if self.blockwise_steps is not None and self.blockwise_steps < 1:
+            raise ConfigError(f"blockwise_steps must be at least 1; got {self.blockwise_steps}")
+        counts = ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints")
+        for name in (*counts, "blockwise_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("warmup_steps", "seed"):
@@ -64,6 +95,13 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a positive number; got {value}")
+
+    @property
+    def layer_steps(self) -> int:
+        """Steps of every decoder layer, where they are trained one after the other."""
+        if self.blockwise_steps is not None:
+            return self.blockwise_steps
+        return self.steps if parse_train(self.train).parts is None else max(1, self.steps // 4)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from qatc.evaluation.metrics import Metrics
 from qatc.recipe.recipe import Recipe
 from qatc.report.markdown import write_report
 from qatc.report.tables import figure_rows, recovery_text
+from qatc.training.blockwise import LayerMetrics
 from qatc.training.config import StepMetrics
 
 FIGURES = {
@@ -99,3 +100,16 @@ def test_tells_how_it_was_trained(report: Path) -> None:
 def test_the_plot_that_it_shows_is_there(report: Path) -> None:
     assert "(loss.png)" in (report / "report.md").read_text()
     assert (report / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("history", [HISTORY, []])
+def test_tells_what_layers_came_to(tmp_path: Path, history: list[StepMetrics]) -> None:
+    layers = [LayerMetrics(n, s, 0.1 * n / s, 1e-4, 0.5, 500, 0.25) for n in (1, 2) for s in (1, 2)]
+    write_report(tmp_path, METADATA, FIGURES, history, layers)
+    text = (tmp_path / "report.md").read_text()
+    first = "First, each" if history else "Each"
+    assert f"{first} of 2 decoder layers was trained for 2 steps, one after the other" in text
+    assert "relative to the teacher's squared norm: 0.05, 0.1." in text
+    tokens = "4 steps, 6,000" if history else "In all 2,000"
+    assert f"\n{tokens} tokens in 2 s" in text
+    assert (tmp_path / "loss.png").exists() == bool(history) == ("loss `" in text)
