@@ -56,6 +56,14 @@ class StopRequest:
         """Whether the process is to end."""
         return self._number is not None
 
+    def agree(self, greatest: Callable[[int], int]) -> None:
+        """End together with others of which one is to end.
+
+        Args:
+            greatest: gives the greatest of a number among all of them.
+        """
+        self._number = greatest(self._number or 0) or None
+
     def __enter__(self) -> StopRequest:
         self._block.enter_context(_handling(self._handle, _is_obeyed))
         return self
