@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,8 @@ from qatc.cli import options
 from qatc.cli.errors import readable_errors
 from qatc.data.config import CHAT, CorpusConfig
 from qatc.errors import ConfigError
+from qatc.machine.world import joined
+from qatc.progress import Observer
 
 if TYPE_CHECKING:  # it loads NumPy
     from qatc.data.corpus import Corpus
@@ -67,7 +70,8 @@ def generate_data(
     """
     from qatc.cli import terminal
 
-    with readable_errors("interrupted; the same command goes on from the last complete shard"):
+    told = "interrupted; the same command goes on from the last complete shard"
+    with readable_errors(told), joined(device) as world:
         greedy = options.parse_range(greedy_tokens)
         terminal.quiet_libraries()
         from qatc.data.chat import ChatFormat
@@ -81,14 +85,16 @@ def generate_data(
             _refuse_writing(context)
             check_length(model, load_config(model, trust_remote_code=trust_remote_code), max_length)
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-            corpus = corpus_from_text(
+            corpus = world.first_before_others(
+                corpus_from_text,
                 *(from_text, tokenizer, output),
                 model=model,
                 sequences=samples,
                 max_length=max_length,
                 shard_size=shard_size,
             )
-            _show(corpus, tokenizer, preview, json)
+            if world.first:
+                _show(corpus, tokenizer, preview, json)
             return
         config = CorpusConfig(
             sequences=samples,
@@ -100,7 +106,11 @@ def generate_data(
             shard_size=shard_size,
             turns=turns,
         )
-        with corpus_place(output, model), terminal.RunDisplay().live() as display:
+        with ExitStack() as held:
+            world.on_first(lambda: held.enter_context(corpus_place(output, model)))
+            display = Observer()
+            if world.first:
+                display = held.enter_context(terminal.RunDisplay().live())
             display.stage(f"Loading {model}")
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             if config.strategy == CHAT:
@@ -117,7 +127,8 @@ def generate_data(
                 compile=can_compile() if compile is None else compile,
                 on_progress=lambda done, tokens: display.generated(done, samples, tokens),
             )
-    _show(corpus, tokenizer, preview, json)
+    if world.first:
+        _show(corpus, tokenizer, preview, json)
 
 
 def _refuse_writing(context: typer.Context) -> None:

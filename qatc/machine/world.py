@@ -14,10 +14,11 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from qatc.errors import ConfigError, QatcError, WorldError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _PATIENCE = datetime.timedelta(days=2)
@@ -45,20 +46,20 @@ class World:
         """Whether this is the one that writes and tells."""
         return self.rank == 0
 
-    def on_first(self, act: Callable[[], T]) -> T:
+    def on_first(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What ``act``, which the first process alone does, gives: to all, or its error to all.
 
         What it gives is small, and can be pickled.
         """
         if self.size == 1:
-            return act()
+            return act(*args, **kwargs)
         from torch import distributed
 
         outcome: list[Any] = [None, None]
         own: BaseException | None = None
         if self.first:
             try:
-                outcome[0] = act()
+                outcome[0] = act(*args, **kwargs)
             except BaseException as error:
                 own, outcome[1] = error, _portable(error)
         distributed.broadcast_object_list(outcome, src=0)
@@ -69,28 +70,28 @@ class World:
         result: T = outcome[0]
         return result
 
-    def first_before_others(self, act: Callable[[], T]) -> T:
+    def first_before_others(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What ``act`` gives, done by the first process and then, with what it left, by others."""
         found: list[T] = []
-        self.on_first(lambda: found.append(act()))
-        return found[0] if found else act()
+        self.on_first(lambda: found.append(act(*args, **kwargs)))
+        return found[0] if found else act(*args, **kwargs)
 
-    def on_each(self, act: Callable[[], T]) -> list[T]:
+    def on_each(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """What ``act`` gives in every process, in their order: to all, or an error to all."""
         if self.size == 1:
-            return [act()]
+            return [act(*args, **kwargs)]
         from torch import distributed
 
         mine: tuple[Any, QatcError | None]
         try:
-            mine = act(), None
+            mine = act(*args, **kwargs), None
         except QatcError as error:
             mine = None, error
         outcomes: list[Any] = [None] * self.size
         distributed.all_gather_object(outcomes, mine)
-        for _, error in outcomes:
-            if error is not None:
-                raise error
+        for _, failed in outcomes:
+            if failed is not None:
+                raise failed
         return [value for value, _ in outcomes]
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -138,9 +139,10 @@ def joined(device: str = "auto") -> Iterator[World]:
         return
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     on_gpus = device != "cpu" and torch.cuda.is_available()
-    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=_PATIENCE)))
+    store, rank, size = next(iter(rendezvous("env://", timeout=_PATIENCE)))
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         store=store,
@@ -150,7 +152,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     )
     _current = World(rank, size)
     try:
-        _current.on_each(lambda: _take_device(device, on_gpus))
+        _current.on_each(_take_device, device, on_gpus)
         yield _current
         _current.on_each(lambda: None)  # whoever leaves early would look like one that died
         distributed.destroy_process_group()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qatc.data.corpus import Rows
-from qatc.data.generate import model_fingerprint
 from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.graph import compilation
 from qatc.models import LoadedModel, load_model
+from qatc.models.load import model_fingerprint
 from qatc.models.pipelines import why_no_integer_forward
 from qatc.models.preparation import prepare, prepared_state, quantized_specs, restore
 from qatc.models.scales import of_attention, of_weight

@@ -10,6 +10,7 @@ from pathlib import Path
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import generate_corpus
 from qatc.evaluation.metrics import Metrics
+from qatc.machine.world import current
 from qatc.models.centers import center_keys
 from qatc.ptq.calibrate import batches
 from qatc.ptq.method import parse_method
@@ -20,6 +21,7 @@ from qatc.sensitivity.answers import Answers, probe_rows
 from qatc.storage.files import read_json, write_json
 from qatc.training.config import StepMetrics
 from qatc.training.distill import Distiller
+from qatc.training.sharding import sharded
 
 CENTERING_ROWS = 16
 """Rows of the corpus on which the mean of the keys is measured; more moves it by little."""
@@ -118,17 +120,18 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
     """
     config, steps = setting.config, setting.config.training.steps
     setting.observer.stage(f"Training for {steps} steps")
-    distiller = Distiller(
-        pair.student,
-        pair.teacher.model,
-        rows,
-        config.training,
-        config.partial,
-        rounding_kl=rounding_kl,
-        autocast=pair.autocast,
-        compile=setting.compile,
-    )
-    history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
+    with sharded(current(), pair.student, pair.teacher.model) as (student, teacher):
+        distiller = Distiller(
+            student,
+            teacher,
+            rows,
+            config.training,
+            config.partial,
+            rounding_kl=rounding_kl,
+            autocast=pair.autocast,
+            compile=setting.compile,
+        )
+        history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
     pair.student.zero_grad(set_to_none=True)
     return Training(distiller.rate, history)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class Checkpoints:
                 )
 
             file = world.on_first(open_place) / _file(world.rank, world.size)
-            world.on_each(lambda: _write(file, tensors, step, place))
+            world.on_each(_write, file, tensors, step, place)
             world.on_first(block.close)
         world.on_first(self._drop_oldest)
 
@@ -179,30 +180,32 @@ class _Files:
         names = [_file(number, len(paths)) for number in range(len(paths))]
         if [path.name for path in paths] != names or not paths:
             raise OSError(f"it has {', '.join(p.name for p in paths) or 'no file'}, and not all")
-        self._files = [safe_open(path, "pt") for path in paths]
+        files: list[Any] = [safe_open(path, "pt") for path in paths]
+        self._parts = [{name: file.get_slice(name) for name in file.keys()} for file in files]
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in self._files:
-            for name in file.keys():  # noqa: SIM118  # it is no mapping
-                shape = tuple(file.get_slice(name).get_shape())
+        for parts in self._parts:
+            for name, part in parts.items():
+                rows, *others = part.get_shape() or [None]
                 before = self.shapes.get(name)
-                self.shapes[name] = (before[0] + shape[0], *shape[1:]) if before else shape
+                rows = rows + before[0] if before else rows
+                self.shapes[name] = () if rows is None else (rows, *others)
 
     def whole(self, name: str) -> Tensor:
         """A tensor that one file has."""
-        tensor: Tensor = next(f for f in self._files if name in f.keys()).get_tensor(name)  # noqa: SIM118
+        tensor: Tensor = next(parts for parts in self._parts if name in parts)[name][...]
         return tensor
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
         """Some rows of a tensor."""
         found, start = [], 0
-        for file in self._files:
-            part = file.get_slice(name)
+        for parts in self._parts:
+            part = parts[name]
             rows = part.get_shape()[0]
             low, high = max(first - start, 0), min(first + count - start, rows)
             if low < high:
                 found.append(part[low:high])
             start += rows
-        return torch.cat(found) if found else self._files[0].get_slice(name)[:0]
+        return torch.cat(found) if found else self._parts[0][name][:0]
 
 
 def _state_of(name: str, parameter: nn.Parameter, kept: _Files) -> dict[str, Tensor]:

@@ -203,7 +203,7 @@ class Distiller:
             )
         if self.metrics_file.exists():
             whole = "".join(f"{line}\n" for line in lines).encode()
-            self.world.on_first(lambda: write_atomically(self.metrics_file, whole))
+            self.world.on_first(write_atomically, self.metrics_file, whole)
             self.history = [StepMetrics(**json.loads(line)) for line in lines]
         return step
 

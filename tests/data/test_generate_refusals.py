@@ -17,9 +17,8 @@ import torch
 from qatc.data import corpus as data
 from qatc.data.config import CorpusConfig
 from qatc.data.corpus import Corpus
-from qatc.data.generate import model_fingerprint
 from qatc.errors import ConfigError
-from qatc.models.load import LoadedModel
+from qatc.models.load import LoadedModel, model_fingerprint
 from qatc.storage import files
 from tests.conftest import contents, make_llama, make_tokenizer
 from tests.data.conftest import CONFIG

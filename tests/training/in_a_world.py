@@ -1,4 +1,4 @@
-"""What each of two processes does for test_sharding: ``python -m tests.training.in_a_world DIR``."""
+"""What each of two processes does for test_sharding."""
 
 from __future__ import annotations
 

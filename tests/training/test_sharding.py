@@ -98,7 +98,7 @@ def test_a_user_shards_before_or_after_prepare(ran: Path, order: str) -> None:
 
 
 def test_a_batch_is_divided_evenly() -> None:
-    with pytest.raises(ConfigError, match="8 rows .* 3 processes; .* --batch-size .* multiple of 3"):
+    with pytest.raises(ConfigError, match="8 rows .* 3 processes; .* multiple of 3"):
         check_batch(World(0, 3), 8)
     rows = make_rows(6)
     shares = [own_share(World(rank, 3), rows).tokens for rank in range(3)]
