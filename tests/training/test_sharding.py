@@ -9,49 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qatc.errors import ConfigError
 from qatc.machine.world import World
 from qatc.training.sharding import check_batch, own_share
-from tests.ranks import run_ranks
+from tests.in_a_world import APART, forget_last, parameters_of, train, user_step
 from tests.training.conftest import assert_equal, make_rows
-from tests.training.in_a_world import APART, forget_last, train, user_step
 
 ALONE = World()
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that two processes did, beside what one did with the rows of both."""
-    directory = tmp_path_factory.mktemp("world")
-    alone = directory / "alone"
-    student, _ = train(alone, APART, ALONE)
-    save_file(
-        {n: p.detach().clone() for n, p in student.named_parameters()},
-        directory / "alone.safetensors",
-    )
-    for name in ("begun alone", "begun by four"):
-        forget_last(alone, directory / name)
-    divide(directory / "begun by four" / "checkpoints" / "step-000003", 4)
-    run_ranks("-m", "tests.training.in_a_world", str(directory))
-    return directory
-
-
-def divide(checkpoint: Path, size: int) -> None:
-    """Put the rows of a checkpoint of one process into files of several."""
-    whole = load_file(checkpoint / "state.safetensors")
-    (checkpoint / "state.safetensors").unlink()
-    for rank in range(size):
-        parts: dict[str, Tensor] = {}
-        for name, tensor in whole.items():
-            if name.startswith("random") or not tensor.dim():
-                parts |= {name: tensor} if rank == 0 else {}
-            else:
-                share = -(-len(tensor) // size)
-                parts[name] = tensor[rank * share : (rank + 1) * share].contiguous()
-        save_file(parts, checkpoint / f"state-{rank:05d}-of-{size:05d}.safetensors")
 
 
 def weights(directory: Path, name: str) -> dict[str, Tensor]:
@@ -59,31 +26,31 @@ def weights(directory: Path, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["whole", "again", "begun alone", "begun by four", "ended"])
-def test_trains_what_one_process_does_bit_for_bit(ran: Path, name: str) -> None:
+def test_trains_what_one_process_does_bit_for_bit(in_a_world: Path, name: str) -> None:
     """From the start, and from step 3 of 6 that two, one or four wrote, and from where it ended."""
-    assert_equal(weights(ran, name), weights(ran, "alone"))
+    assert_equal(weights(in_a_world, name), weights(in_a_world, "alone"))
 
 
-def test_one_process_goes_on_with_what_two_began(ran: Path, tmp_path: Path) -> None:
-    forget_last(ran / "whole", tmp_path / "run")
+def test_one_process_goes_on_with_what_two_began(in_a_world: Path, tmp_path: Path) -> None:
+    forget_last(in_a_world / "whole", tmp_path / "run")
     files = {p.name for p in (tmp_path / "run" / "checkpoints" / "step-000003").iterdir()}
     assert {f"state-0000{rank}-of-00002.safetensors" for rank in (0, 1)} <= files
     student, _ = train(tmp_path / "run", APART, ALONE)
-    assert_equal({n: p.detach() for n, p in student.named_parameters()}, weights(ran, "alone"))
+    assert_equal(parameters_of(student), weights(in_a_world, "alone"))
 
 
-def test_tied_and_clipped(ran: Path, tmp_path: Path) -> None:
+def test_tied_and_clipped(in_a_world: Path, tmp_path: Path) -> None:
     config = replace(APART, gradient_clip=0.05)
     student, history = train(tmp_path, config, ALONE, tie_word_embeddings=True)
     assert max(record.gradient_norm for record in history) > 0.05
-    trained = {n: p.detach() for n, p in student.named_parameters()}
+    trained = parameters_of(student)
     assert "lm_head.weight" not in trained
-    assert_equal(trained, weights(ran, "tied"), rtol=1e-5, atol=1e-5)
+    assert_equal(trained, weights(in_a_world, "tied"), rtol=1e-5, atol=1e-5)
 
 
-def test_the_record_is_of_the_whole_batch(ran: Path) -> None:
+def test_the_record_is_of_the_whole_batch(in_a_world: Path) -> None:
     def read(name: str) -> list[dict[str, Any]]:
-        lines = (ran / name / "metrics.jsonl").read_text().splitlines()
+        lines = (in_a_world / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
     alone, together = read("alone"), read("whole")
@@ -93,8 +60,8 @@ def test_the_record_is_of_the_whole_batch(ran: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["prepare shard", "shard prepare"])
-def test_a_user_shards_before_or_after_prepare(ran: Path, order: str) -> None:
-    assert_equal(weights(ran, order), user_step("prepare"), rtol=1e-5, atol=1e-6)
+def test_a_user_shards_before_or_after_prepare(in_a_world: Path, order: str) -> None:
+    assert_equal(weights(in_a_world, order), user_step("prepare"), rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_is_divided_evenly() -> None:

@@ -1,4 +1,7 @@
-"""What each of two processes does for test_sharding."""
+"""What each of two processes does together with the other, in one go: to start them takes longest.
+
+:func:`begin` lays out what they find, and what one process does by itself.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from qatc.data.config import CorpusConfig
 from qatc.errors import ConfigError
 from qatc.graph import captures
 from qatc.machine.world import World, joined
 from qatc.models import find_regions
 from qatc.models.preparation import prepare
+from qatc.quantize.run import quantize
+from qatc.quantize.settings import QuantizeConfig
 from qatc.recipe.recipe import Recipe
 from qatc.training.config import StepMetrics, TrainingConfig
 from qatc.training.distill import Distiller
@@ -86,24 +92,93 @@ def refuses_rounded_masters(order: str) -> None:
         raise AssertionError(f"{order}: codes would be those of rounded weights")
 
 
-def main(directory: Path) -> None:
+def run_of(model: Path, output: Path, **training: Any) -> QuantizeConfig:
+    """A run of few steps, whose gradients are never clipped."""
+    settings: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "gradient_clip": 1e9}
+    return QuantizeConfig(
+        str(model),
+        output,
+        generation=CorpusConfig(sequences=24, max_length=16, batch_size=8, shard_size=5),
+        training=TrainingConfig(**(settings | training)),
+        method="gptq+qat",
+        eval_sequences=8,
+        compile=False,
+        verify=False,
+    )
+
+
+def begin(directory: Path, model: Path) -> None:
+    """What one process does with the rows of both, and runs that others began."""
+    with captures.shared():
+        student, _ = train(directory / "alone", APART, World())
+        save_file(parameters_of(student), directory / "alone.safetensors")
+        for name in ("begun alone", "begun by four"):
+            forget_last(directory / "alone", directory / name)
+        divide(directory / "begun by four" / "checkpoints" / "step-000003", 4)
+        quantize(run_of(model, directory / "quantized alone", batch_size=2, accumulate=2))
+
+
+def divide(checkpoint: Path, size: int) -> None:
+    """Put the rows of a checkpoint of one process into files of several."""
+    whole = load_file(checkpoint / "state.safetensors")
+    (checkpoint / "state.safetensors").unlink()
+    for rank in range(size):
+        parts: dict[str, Tensor] = {}
+        for name, tensor in whole.items():
+            if name.startswith("random") or not tensor.dim():
+                parts |= {name: tensor} if rank == 0 else {}
+            else:
+                share = -(-len(tensor) // size)
+                parts[name] = tensor[rank * share : (rank + 1) * share].contiguous()
+        save_file(parts, checkpoint / f"state-{rank:05d}-of-{size:05d}.safetensors")
+
+
+def parameters_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def act_together(world: World, directory: Path) -> None:
+    """What the first does reaches the others, and so does an error of any."""
+    done: list[int] = []
+
+    def act(value: int) -> int:
+        done.append(value)
+        return value + 1
+
+    assert world.on_first(act, 4) == 5 and done == [4] * world.first
+    assert world.first_before_others(act, 6) == 7 and done[-1] == 6
+    assert world.on_each(lambda: world.rank) == [0, 1]
+    assert world.sum([1.5, world.rank]) == [3.0, 1.0]
+    assert world.greatest(world.rank) == 1
+    for together, failing in ((world.on_first, 0), (world.on_each, 1)):
+        try:
+            together(fail, world, failing)
+        except ConfigError as error:
+            assert str(error) == f"process {failing} cannot"
+        else:
+            raise AssertionError("an error is one of all")
+
+
+def fail(world: World, rank: int) -> None:
+    if world.rank == rank:
+        raise ConfigError(f"process {rank} cannot")
+
+
+def main(directory: Path, model: Path) -> None:
     with joined("cpu") as world:
         assert world.size == 2
-
-        def keep(name: str, tensors: dict[str, Tensor]) -> None:
-            if world.first:
-                save_file(tensors, directory / f"{name}.safetensors")
+        act_together(world, directory)
 
         def finish(name: str, config: TrainingConfig = TOGETHER, **how: Any) -> None:
             student, _ = train(directory / name, config, world, **how)
-            keep(name, {n: p.detach().clone() for n, p in student.named_parameters()})
+            if world.first:
+                save_file(parameters_of(student), directory / f"{name}.safetensors")
 
         with captures.shared():
             finish("whole")
-            world.on_first(lambda: forget_last(directory / "whole", directory / "again"))
-            finish("again")
-            finish("begun alone")
-            finish("begun by four")
+            world.on_first(forget_last, directory / "whole", directory / "again")
+            for name in ("again", "begun alone", "begun by four"):
+                finish(name)
             try:
                 train(directory / "ended", TOGETHER, world, lambda r: end(world, r))
             except KeyboardInterrupt:
@@ -112,8 +187,11 @@ def main(directory: Path) -> None:
                 raise AssertionError("the training was to end")
             finish("ended")
             finish("tied", replace(TOGETHER, gradient_clip=0.05), tie_word_embeddings=True)
+            quantize(run_of(model, directory / "quantized", batch_size=4))
         for order in ("prepare shard", "shard prepare"):
-            keep(order, user_step(order))
+            gradients = user_step(order)
+            if world.first:
+                save_file(gradients, directory / f"{order}.safetensors")
         refuses_rounded_masters("prepare rounded")
         refuses_rounded_masters("rounded prepare")
 
@@ -134,4 +212,4 @@ def end(world: World, record: StepMetrics) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))
