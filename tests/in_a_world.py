@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from qatc.cli.errors import readable_errors
 from qatc.data.config import CorpusConfig
 from qatc.errors import ConfigError
 from qatc.graph import captures
@@ -58,6 +59,8 @@ def train(
 
 def user_step(order: str) -> dict[str, Tensor]:
     """The gradients of a training loop of a user's own, with the model sharded in this order."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     student = make_llama(VOCABULARY, 1, hidden_size=16, intermediate_size=16)
     for what in order.split():
         if what == "prepare":
@@ -194,6 +197,9 @@ def main(directory: Path, model: Path) -> None:
                 save_file(gradients, directory / f"{order}.safetensors")
         refuses_rounded_masters("prepare rounded")
         refuses_rounded_masters("rounded prepare")
+        if not world.first:
+            raise ConfigError("all is done, and the second process ends")
+        world.on_each(lambda: None)
 
 
 def forget_last(source: Path, place: Path) -> None:
@@ -212,4 +218,8 @@ def end(world: World, record: StepMetrics) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:]))
+    try:
+        with readable_errors():
+            main(*map(Path, sys.argv[1:]))
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)

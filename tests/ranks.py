@@ -38,9 +38,3 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
         out, err = process.communicate(timeout=300)
         found.append((process.returncode, out, err))
     return found
-
-
-def run_ranks(*command: str, size: int = 2) -> None:
-    """Run ``python`` with these arguments in every process of a world, and see all succeed."""
-    for rank, (status, _, err) in enumerate(ended(start_ranks(*command, size=size))):
-        assert status == 0, f"rank {rank}: {err}"
