@@ -69,21 +69,29 @@ def user_step(order: str) -> dict[str, Tensor]:
             for _, layer in find_regions(student):
                 fully_shard(layer)
             fully_shard(student)
+            if order == "shard prepare":
+                refuses_to_add(student)
         elif what == "rounded":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
             for _, layer in find_regions(student):
                 fully_shard(layer, mp_policy=policy)
+    if "shard" in order:
+        whole = [n for n, p in student.named_parameters() if not hasattr(p, "full_tensor")]
+        assert not whole, f"{order}: an optimizer would train {whole} in each process alone"
     ids = torch.from_numpy(make_rows().tokens[:2]).long()
     student(input_ids=ids, use_cache=False).logits.square().mean().backward()
-    whole = {}
-    for name, parameter in student.named_parameters():
-        gradient: Any = parameter.grad
-        assert gradient is not None, f"{order}: {name} does not train"
-        if "shard" in order:
-            assert hasattr(parameter, "full_tensor"), f"{order}: {name} is not sharded"
-            gradient = gradient.full_tensor()
-        whole[name] = gradient
-    return whole
+    gradients: dict[str, Any] = {n: p.grad for n, p in student.named_parameters()}
+    return {n: g.full_tensor() if "shard" in order else g for n, g in gradients.items()}
+
+
+def refuses_to_add(student: Any) -> None:
+    """Learned scales would be in no shard."""
+    try:
+        prepare(student, Recipe.from_bits("4-8-4", preset="best"), compile=False)
+    except ConfigError as error:
+        assert "call qatc.prepare before fully_shard" in str(error)
+    else:
+        raise AssertionError("learned scales were added to a sharded model")
 
 
 def refuses_rounded_masters(order: str) -> None:
