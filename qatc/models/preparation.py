@@ -18,7 +18,6 @@ from qatc.graph.causality import why_not_causal
 from qatc.graph.nodes import weight_sites
 from qatc.graph.template_forward import TemplateForward
 from qatc.graph.templates import TemplateStore, dry_run, same_for_all
-from qatc.models import find_regions, is_transformers_model
 from qatc.models.pipelines import (
     embedding_pipeline,
     head_pipeline,
@@ -26,7 +25,7 @@ from qatc.models.pipelines import (
     training_pipeline,
     why_no_integer_forward,
 )
-from qatc.models.regions import sharded_parts
+from qatc.models.regions import find_regions, is_transformers_model, sharded_parts
 from qatc.models.scales import Added, add, attention_sizes
 from qatc.models.support import (
     refuse_idle_patterns,
@@ -138,8 +137,7 @@ def prepare(
     refuse_lost_scales(model, recipe)
     refuse_sharded(model, recipe)
     ends = quantized_ends(model, recipe)
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     obstacle = why_no_integer_forward(recipe, device)
     if integer_forward is None:
         integer_forward = obstacle is None
