@@ -173,20 +173,21 @@ class Scale:
         return found
 
     def difference(self, name: str, other: str) -> dict[str, Any]:
-        """How much of two outputs' tensors differs: codes by count, the rest by its greatest."""
+        """How much of two outputs differs: words of packed codes, and what is stored in float."""
         from safetensors.torch import load_file
 
         mine, others = (load_file(self.base / n / "model.safetensors") for n in (name, other))
         assert mine.keys() == others.keys()
-        differing = total = 0
-        farthest = 0.0
-        for key, tensor in mine.items():
-            total += tensor.numel()
-            differing += int((tensor != others[key]).sum())
-            if tensor.is_floating_point():
-                away = (tensor.double() - others[key].double()).abs().max()
-                farthest = max(farthest, float(away))
-        return {"differing": differing, "of": total, "farthest_float": farthest}
+        integers = [key for key, tensor in mine.items() if not tensor.is_floating_point()]
+        floats = [key for key in mine if key not in integers]
+        return {
+            "codes_differing": sum(int((mine[k] != others[k]).sum()) for k in integers),
+            "of": sum(mine[k].numel() for k in integers),
+            "floats_differing": sum(int((mine[k] != others[k]).sum()) for k in floats),
+            "by_at_most": max(
+                float((mine[k].double() - others[k].double()).abs().max()) for k in floats
+            ),
+        }
 
 
 def start(command: list[str], size: int) -> subprocess.Popen[str]:
