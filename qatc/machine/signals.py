@@ -49,6 +49,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._number: int | None = None
+        self._received = False
         self._block = contextlib.ExitStack()
 
     @property
@@ -56,13 +57,15 @@ class StopRequest:
         """Whether the process is to end."""
         return self._number is not None
 
-    def agree(self, greatest: Callable[[int], int]) -> None:
-        """End together with others of which one is to end.
+    def agree(self, greatest: Callable[[int], int]) -> bool:
+        """Whether this process or another one of the same run is to end: the same to all of them.
 
         Args:
             greatest: gives the greatest of a number among all of them.
         """
-        self._number = greatest(self._number or 0) or None
+        number = greatest(self._number or 0)
+        self._number = number or self._number  # one that came meanwhile counts the next time
+        return number > 0
 
     def __enter__(self) -> StopRequest:
         self._block.enter_context(_handling(self._handle, _is_obeyed))
@@ -72,7 +75,7 @@ class StopRequest:
         self._block.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self._number = self.requested, number
+        again, self._number, self._received = self._received, number, True
         if again:
             self.obey()
 

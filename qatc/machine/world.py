@@ -25,6 +25,10 @@ _PATIENCE = datetime.timedelta(days=2)
 """How long one waits for another: the first may evaluate for hours. Whoever dies is noticed."""
 
 
+_LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""What ``torchrun`` tells each process; schedulers set some of it for others."""
+
+
 class EndedElsewhere(SystemExit):
     """Another process has ended the run, and tells why: this one ends unheard."""
 
@@ -134,7 +138,7 @@ def joined(device: str = "auto") -> Iterator[World]:
         EndedElsewhere: another process tells why the run ends.
     """
     global _current
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if not _LAUNCHED <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield _current
         return
     import torch

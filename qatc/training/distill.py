@@ -104,11 +104,11 @@ class Distiller:
                 self._log(record)
                 if on_step is not None:
                     on_step(record)
-                stop.agree(self.world.greatest)
+                stopped = stop.agree(self.world.greatest)
                 ended = step == self.config.steps
-                if stop.requested or ended or step % self.config.checkpoint_every == 0:
+                if stopped or ended or step % self.config.checkpoint_every == 0:
                     self._save(step)
-                if stop.requested:
+                if stopped:
                     break
             if stop.requested:
                 stop.obey()

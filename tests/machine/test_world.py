@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -27,8 +28,13 @@ def test_alone_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_group_of_processes_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun --nproc-per-node 1 is nothing else than no torchrun."""
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
+    told = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with joined() as world:
+        assert world.size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR")  # a scheduler's
     with joined() as world:
         assert world.size == 1
 
@@ -43,11 +49,23 @@ def test_an_error_of_a_process_alone_is_its_own() -> None:
 
 
 def test_all_end_where_one_is_to_end() -> None:
-    stop = StopRequest()
-    stop.agree(lambda number: number)
-    assert not stop.requested
-    stop.agree(lambda number: 15)
-    assert stop.requested
+    with StopRequest() as stop:
+        assert not stop.agree(lambda number: number) and not stop.requested
+        assert stop.agree(lambda number: 15) and stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)  # its own comes later, and is no second one
+        assert stop.agree(lambda number: number)
+
+
+def test_a_signal_while_they_agree_waits_for_the_next_time() -> None:
+    """Else this process would end, and the others would not."""
+
+    def late(number: int) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return number
+
+    with StopRequest() as stop:
+        assert not stop.agree(late)
+        assert stop.agree(lambda number: number)
 
 
 KILLED = """
