@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ from qatc.cli import options
 from qatc.cli.errors import readable_errors
 from qatc.data.config import CHAT, CorpusConfig, Recording
 from qatc.errors import ConfigError
+from qatc.machine.world import joined
+from qatc.progress import Observer
 
 if TYPE_CHECKING:  # it loads NumPy
     from qatc.data.corpus import Corpus
@@ -71,7 +74,8 @@ def generate_data(
     """
     from qatc.cli import terminal
 
-    with readable_errors("interrupted; the same command goes on from the last complete shard"):
+    told = "interrupted; the same command goes on from the last complete shard"
+    with readable_errors(told), joined(device) as world:
         greedy = options.parse_range(greedy_tokens)
         terminal.quiet_libraries()
         from qatc.data.chat import ChatFormat
@@ -86,22 +90,24 @@ def generate_data(
             _refuse_writing(context, ("dtype", "device") if recording is not None else ())
             check_length(model, load_config(model, trust_remote_code=trust_remote_code), max_length)
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-            corpus = corpus_from_text(
+            corpus = world.first_before_others(
+                corpus_from_text,
                 *(from_text, tokenizer, output),
                 model=model,
                 sequences=samples,
                 max_length=max_length,
                 shard_size=shard_size,
             )
-            if recording is not None:
-                with terminal.RunDisplay().live() as display:
-                    display.stage(f"Loading {model}")
+            if world.first and recording is not None:
+                with terminal.RunDisplay().live() as shown:
+                    shown.stage(f"Loading {model}")
                     teacher = load_teacher(
                         model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
                     )
-                    display.stage(f"Recording what it says of the text, in {output}")
-                    record_on_text(teacher, tokenizer, corpus, recording, display.recorded)
-            _show(corpus, tokenizer, preview, json)
+                    shown.stage(f"Recording what it says of the text, in {output}")
+                    record_on_text(teacher, tokenizer, corpus, recording, shown.recorded)
+            if world.first:
+                _show(corpus, tokenizer, preview, json)
             return
         config = CorpusConfig(
             sequences=samples,
@@ -114,7 +120,11 @@ def generate_data(
             turns=turns,
             record_logits=record_logits,
         )
-        with corpus_place(output, model), terminal.RunDisplay().live() as display:
+        with ExitStack() as held:
+            world.on_first(lambda: held.enter_context(corpus_place(output, model)))
+            display: Observer = Observer()
+            if world.first:
+                display = held.enter_context(terminal.RunDisplay().live())
             display.stage(f"Loading {model}")
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             if config.strategy == CHAT:
@@ -132,7 +142,8 @@ def generate_data(
                 on_progress=lambda done, tokens: display.generated(done, samples, tokens),
                 on_recorded=display.recorded,
             )
-    _show(corpus, tokenizer, preview, json)
+    if world.first:
+        _show(corpus, tokenizer, preview, json)
 
 
 def _refuse_writing(context: typer.Context, but: Sequence[str]) -> None:

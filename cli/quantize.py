@@ -11,6 +11,7 @@ from qatc.cli import options
 from qatc.cli.errors import readable_errors
 from qatc.data.config import CorpusConfig
 from qatc.errors import ConfigError
+from qatc.machine.world import joined
 from qatc.storage.directories import refuse_overlap
 
 
@@ -173,7 +174,8 @@ def quantize(
     """
     from qatc.cli import terminal
 
-    with readable_errors("interrupted; the same command goes on from the last checkpoint"):
+    told = "interrupted; the same command goes on from the last checkpoint"
+    with readable_errors(told), joined(device) as world:
         chosen = options.build_recipe(
             *(bits, recipe, group_size, kv_site, skip, target, head_bits, embedding_bits),
             *(preset, kv_range),
@@ -245,6 +247,8 @@ def quantize(
         )
         with terminal.RunDisplay().live() as display:
             result = run(config, display)
+    if not world.first:
+        return
     if json:
         figures = {t: {m: v.to_dict() for m, v in r.items()} for t, r in result.figures.items()}
         terminal.print_json(

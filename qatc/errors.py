@@ -48,3 +48,7 @@ class EvaluationError(QatcError):
 
 class ParityError(QatcError):
     """What runs on integers is not what was trained."""
+
+
+class WorldError(QatcError):
+    """One of several processes that do a run together is gone."""

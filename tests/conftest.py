@@ -165,6 +165,21 @@ def shared_model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) 
     return save(tmp_path_factory.mktemp("models") / "tiny", make_llama(), tokenizer)
 
 
+@pytest.fixture(scope="session")
+def in_a_world(tmp_path_factory: pytest.TempPathFactory, shared_model_path: Path) -> Path:
+    """What two processes did together, and beside it what one did alone."""
+    from tests.in_a_world import begin
+    from tests.ranks import ended, start_ranks
+
+    directory = tmp_path_factory.mktemp("world")
+    begin(directory, shared_model_path)
+    found = ended(start_ranks("-m", "tests.in_a_world", str(directory), str(shared_model_path)))
+    told = "".join(err for _, _, err in found)
+    assert told.endswith("error: all is done, and the second process ends\n"), told
+    assert told.count("error:") == 1 and [status for status, _, _ in found] == [1, 2]
+    return directory
+
+
 @pytest.fixture
 def model_path(shared_model_path: Path, tmp_path: Path) -> Path:
     """A model directory that the test may damage."""

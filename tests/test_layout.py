@@ -46,7 +46,7 @@ LONGEST_FILE = 350
 
 def package_of(module: str) -> str:
     """The package of ``qatc`` that a module is in, or the helper that it is."""
-    return module.split(".")[1] if "." in module else OFFERS
+    return OFFERS if module in (OFFERS, "qatc.__main__") else module.split(".")[1]
 
 
 def may_import(module: str, other: str) -> bool:

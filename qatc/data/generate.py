@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,20 @@ from qatc.data.corpus import (
     require_known,
     tokenizer_fingerprint,
 )
-from qatc.data.decode import Decoder, decoding
+from qatc.data.decode import decoding
 from qatc.data.shards import Marks, Tokens, shard_is_whole, write_shard
 from qatc.data.slots import (
     Plan,
     Slots,
     Vocabulary,
-    choose_slots,
+    count_slots,
     measure_rate,
     plan_chat,
     plan_text,
 )
 from qatc.data.teacher_logits import record_teacher
 from qatc.errors import ConfigError, DataError
+from qatc.machine.world import current
 from qatc.models.load import LoadedModel, check_length, model_fingerprint
 from qatc.storage.directories import refuse_overlap
 from qatc.storage.files import write_json, writing_to
@@ -85,20 +86,26 @@ def generate_corpus(
         CheckpointError: the disk cannot be written.
     """
     check_length(teacher.name, teacher.model.config, config.max_length)
-    description = describe(teacher, tokenizer, config, compile)
-    with corpus_place(output, teacher.name):
-        manifest = begin_corpus(output, description)
+    with ExitStack() as held:
+        described: dict[str, Any] = {}
+
+        def begin() -> dict[str, Any]:
+            described.update(describe(teacher, tokenizer, config, compile))
+            held.enter_context(corpus_place(output, teacher.name))
+            return begin_corpus(output, described)
+
+        def record(recording: Recording) -> None:
+            fingerprint = described["model_fingerprint"]
+            record_teacher(
+                *(teacher, corpus, recording), fingerprint=fingerprint, on_progress=on_recorded
+            )
+
+        manifest = current().on_first(begin)
         corpus = _generate(
             *(teacher, tokenizer, output, config, manifest, compile, slots, on_progress)
         )
         if config.record_logits is not None:
-            record_teacher(
-                teacher,
-                corpus,
-                Recording.parse(config.record_logits),
-                fingerprint=description["model_fingerprint"],
-                on_progress=on_recorded,
-            )
+            current().on_first(record, Recording.parse(config.record_logits))
         return corpus
 
 
@@ -112,7 +119,10 @@ def _generate(
     measured: int | None,
     on_progress: OnProgress | None,
 ) -> Corpus:
-    kept = {s["file"]: s for s in manifest["shards"] if shard_is_whole(output, s)}
+    world = current()
+    kept = world.on_first(
+        lambda: {s["file"]: s for s in manifest["shards"] if shard_is_whole(output, s)}
+    )
     shards: list[dict[str, Any]] = []
     vocabulary, format = Vocabulary.of(tokenizer, teacher.model), None
     if config.strategy == CHAT:
@@ -124,39 +134,38 @@ def _generate(
         vocabulary = replace(vocabulary, ends=vocabulary.ends | format.ends)
     slots: Slots | None = None
     with decoding(teacher.model, 1, config.max_length, compile=compile) as decoder:
-        for number in range(config.shards):
-            entry = kept.get(f"shard-{number:05d}.parquet")
-            if entry is None:
-                done = sum(s["sequences"] for s in shards), sum(s["tokens"] for s in shards)
-                if slots is None:
-                    if "slots" not in manifest:
-                        device = teacher.model.device
-                        manifest["slots"] = measured or _count_slots(decoder, config, device)
-                        write_json(output / MANIFEST, manifest)
-                    count, length = manifest["slots"], config.max_length
-                    slots = Slots(decoder, vocabulary, count, length, teacher.model.device)
-                shard, before = _Shard(config, vocabulary, format, number), slots.steps
-                entry = write_shard(output, number, *shard.run(slots, on_progress, *done))
-                entry["steps"] = slots.steps - before
-            shards.append(entry)
-            manifest["shards"] = shards
-            manifest["complete"] = number + 1 == config.shards
+
+        def write(number: int) -> dict[str, Any]:
+            nonlocal slots
+            if slots is None:
+                count, length = manifest["slots"], config.max_length
+                slots = Slots(decoder, vocabulary, count, length, teacher.model.device)
+            done = sum(s["sequences"] for s in shards), sum(s["tokens"] for s in shards)
+            shard, before = _Shard(config, vocabulary, format, number), slots.steps
+            entry = write_shard(output, number, *shard.run(slots, on_progress, *done))
+            return {**entry, "steps": slots.steps - before}
+
+        def own() -> list[dict[str, Any]]:
+            mine = numbers[world.rank : world.rank + 1]  # none, at the end
+            return [kept.get(f"shard-{n:05d}.parquet") or write(n) for n in mine]
+
+        def keep() -> None:
             write_json(output / MANIFEST, manifest)
+
+        if "slots" not in manifest and len(kept) < config.shards:
+            device = teacher.model.device
+            manifest["slots"] = world.on_first(
+                lambda: measured or count_slots(decoder, config, device)
+            )
+            world.on_first(keep)
+        for start in range(0, config.shards, world.size):
+            numbers = range(start, min(start + world.size, config.shards))
+            shards += [entry for found in world.on_each(own) for entry in found]
+            manifest["shards"], manifest["complete"] = shards, len(shards) == config.shards
+            world.on_first(keep)
             if on_progress is not None:
                 on_progress(sum(s["sequences"] for s in shards), sum(s["tokens"] for s in shards))
     return Corpus.open(output)
-
-
-def _count_slots(decoder: Decoder, config: CorpusConfig, device: Any) -> int:
-    """Slots for a new corpus, as many as are asked for or, measured, as are fast.
-
-    A product of matrices may round otherwise with another number of rows, which decides a token now
-    and then. So the number is on disk before the first shard is, and is never measured again.
-    """
-    most = min(config.shard_size, config.sequences)
-    if config.batch_size == "auto":
-        return choose_slots(decoder, most, config.max_length, device)
-    return min(config.batch_size, most)
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,7 @@ def measure_speed(
     manifest = read_manifest(output) if (output / MANIFEST).exists() else {"shards": []}
     length, device = config.max_length, teacher.model.device
     with decoding(teacher.model, 1, length, compile=compile) as decoder:
-        slots = manifest.get("slots") or _count_slots(decoder, config, device)
+        slots = manifest.get("slots") or count_slots(decoder, config, device)
         rate = measure_rate(decoder, slots, length, device)
     written = sum(s["sequences"] for s in manifest["shards"] if shard_is_whole(output, s))
     return Speed(slots, rate, config.sequences - written)

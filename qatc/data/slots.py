@@ -275,6 +275,18 @@ def choose_slots(decoder: Decoder, most: int, length: int, device: Any) -> int:
     return best
 
 
+def count_slots(decoder: Decoder, config: CorpusConfig, device: Any) -> int:
+    """Slots for a new corpus, as many as are asked for or, measured, as are fast.
+
+    A product of matrices may round otherwise with another number of rows, which decides a token now
+    and then. So the number is on disk before the first shard is, and is never measured again.
+    """
+    most = min(config.shard_size, config.sequences)
+    if config.batch_size == "auto":
+        return choose_slots(decoder, most, config.max_length, device)
+    return min(config.batch_size, most)
+
+
 def measure_rate(decoder: Decoder, rows: int, length: int, device: Any) -> float:
     """Tokens per second of this many slots, in the middle of their sequences."""
     decoder.resize(max(rows, _LEAST_ROWS))

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from qatc.graph.capture import Number, Template, capture, serves
 from qatc.graph.constants import Same, comparable
-from qatc.graph.structure import Structure, refuse_hooks
+from qatc.graph.structure import Structure, refuse_hooks, refuse_rounded_masters
 
 if TYPE_CHECKING:
     from qatc.graph.template_forward import TemplateForward
@@ -101,6 +101,7 @@ def find(
     for other, known in graphs or ():
         if other == key and known.serves(owner.module, leaves):
             refuse_hooks(owner.module, owner.name)  # as capturing it would
+            refuse_rounded_masters(owner.module, owner.name)
             return _copied(known.template)
     args, kwargs = pytree.tree_unflatten(list(leaves), call[0])
     template = capture(owner.twin(), args, kwargs, owner.name)

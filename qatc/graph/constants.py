@@ -18,6 +18,7 @@ import functools
 import itertools
 import logging
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType, MethodType, SimpleNamespace
@@ -69,6 +70,19 @@ def _version(value: Any) -> int | None:
     return value._version if counts else None
 
 
+def plain_class(kind: type) -> type:
+    """The class that a module had before ``fully_shard`` put one of its own in front."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # it is not loaded to find out
+    if fsdp is None or not issubclass(kind, fsdp.FSDPModule):
+        return kind
+    return next(base for base in kind.__mro__ if not issubclass(base, fsdp.FSDPModule))
+
+
+def of_sharding(name: str) -> bool:
+    """Whether an attribute is one that ``fully_shard`` puts on a module."""
+    return name.startswith(("__composable_api", "_is_fsdp", "_fsdp"))
+
+
 def comparable(value: Any) -> Any:
     """``value`` as something that is hashable, and equal only for what computes the same."""
     return _Reader({}).read(value)
@@ -103,9 +117,11 @@ class Constants:
         for path, child in named:
             kind = type(child)
             reader.watch(child, kind)
-            found.append((path, Same(kind), Same(kind.forward)))
+            found.append((path, Same(plain_class(kind)), Same(kind.forward)))
             for name, value in sorted(vars(child).items(), key=operator.itemgetter(0)):
                 if name in _OWN or name in _CHANGING or name.startswith("_qatc"):
+                    continue
+                if of_sharding(name):
                     continue
                 if child is self.module and name == "forward":
                     value = self._forward()

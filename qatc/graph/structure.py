@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qatc.errors import CaptureError
+from qatc.errors import CaptureError, ConfigError
+from qatc.graph.constants import of_sharding, plain_class
 from qatc.recipe.exceptions import Exceptions
 
 
@@ -97,3 +100,45 @@ def refuse_hooks(module: nn.Module, name: str) -> None:
 
 
 _COLLECTING = "transformers.utils.output_capturing"
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """The same tensors under new modules of its own classes, none of which anything is hooked to.
+
+    ``fully_shard`` puts a class before that of a module, and with the module a state that holds
+    process groups, of which no copy can be made.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    sharded = [(child, type(child)) for child in module.modules()]
+    sharded = [(child, kind) for child, kind in sharded if kind is not plain_class(kind)]
+    for child in module.modules():
+        for name, value in vars(child).items():
+            if name in _HOOKS or (of_sharding(name) and isinstance(value, dict)):
+                memo[id(value)] = type(value)()
+    try:
+        for child, kind in sharded:
+            child.__class__ = plain_class(kind)
+        return copy.deepcopy(module, memo)
+    finally:
+        for child, kind in sharded:
+            child.__class__ = kind
+
+
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+
+
+def refuse_rounded_masters(module: nn.Module, name: str) -> None:
+    """Raise ``ConfigError`` if a sharded module gets its parameters in a dtype of fewer bits.
+
+    Its codes would be those of the rounded weights, and not those that are written in the end.
+    """
+    if type(module) is plain_class(type(module)):
+        return
+    sharded: Any = module
+    dtype = sharded._get_fsdp_state()._mp_policy.param_dtype
+    if dtype not in (None, torch.float32):
+        raise ConfigError(
+            f"{name or 'the model'} is sharded with MixedPrecisionPolicy(param_dtype={dtype}),"
+            " which rounds weights before they are quantized; leave the policy out, and pass"
+            f" compute_dtype={dtype} to qatc.prepare"
+        )

@@ -17,11 +17,12 @@ from qatc.graph.capture import Template
 from qatc.graph.constants import Constants
 from qatc.graph.structure import (
     Structure,
+    copy_of,
     every_parameter,
     every_tensor,
     hooks_inside,
-    hooks_of,
     refuse_hooks,
+    refuse_rounded_masters,
 )
 from qatc.graph.templates import TemplateStore
 from qatc.recipe.exceptions import NONE, Exceptions
@@ -120,16 +121,13 @@ class TemplateForward:
         """A module that computes what this one does, in the compute dtype, to be captured."""
         dtype = self.store.compute_dtype
         refuse_hooks(self.module, self.name)
+        refuse_rounded_masters(self.module, self.name)
         self.remove()
         try:
-            # The same tensors under new modules, so that nothing is copied unless it is cast.
-            memo = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
-            twin = copy.deepcopy(self.module, memo)
+            twin = copy_of(self.module)
         finally:
             self.install()
         for child in twin.modules():
-            for hooks in hooks_of(child):
-                hooks.clear()
             vars(child).pop("gradient_checkpointing", None)
         return twin if dtype is None else _cast_module(twin, dtype)
 

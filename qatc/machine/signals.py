@@ -49,12 +49,23 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._number: int | None = None
+        self._received = False
         self._block = contextlib.ExitStack()
 
     @property
     def requested(self) -> bool:
         """Whether the process is to end."""
         return self._number is not None
+
+    def agree(self, greatest: Callable[[int], int]) -> bool:
+        """Whether this process or another one of the same run is to end: the same to all of them.
+
+        Args:
+            greatest: gives the greatest of a number among all of them.
+        """
+        number = greatest(self._number or 0)
+        self._number = number or self._number  # one that came meanwhile counts the next time
+        return number > 0
 
     def __enter__(self) -> StopRequest:
         self._block.enter_context(_handling(self._handle, _is_obeyed))
@@ -64,7 +75,7 @@ class StopRequest:
         self._block.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self._number = self.requested, number
+        again, self._number, self._received = self._received, number, True
         if again:
             self.obey()
 

@@ -18,7 +18,6 @@ from qatc.graph.causality import why_not_causal
 from qatc.graph.nodes import weight_sites
 from qatc.graph.template_forward import TemplateForward
 from qatc.graph.templates import TemplateStore, dry_run, same_for_all
-from qatc.models import find_regions, is_transformers_model
 from qatc.models.pipelines import (
     embedding_pipeline,
     head_pipeline,
@@ -26,10 +25,12 @@ from qatc.models.pipelines import (
     training_pipeline,
     why_no_integer_forward,
 )
+from qatc.models.regions import find_regions, is_transformers_model, sharded_parts
 from qatc.models.scales import Added, add, attention_sizes
 from qatc.models.support import (
     refuse_idle_patterns,
     refuse_lost_scales,
+    refuse_sharded,
     refuse_stacked_weights,
     refuse_turned,
     refuse_unstorable,
@@ -134,8 +135,10 @@ def prepare(
         if recipe.weights.quantizes:
             refuse_stacked_weights(model, recipe)
     refuse_lost_scales(model, recipe)
+    refuse_sharded(model, recipe)
     ends = quantized_ends(model, recipe)
-    obstacle = why_no_integer_forward(recipe, _device_of(model))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    obstacle = why_no_integer_forward(recipe, device)
     if integer_forward is None:
         integer_forward = obstacle is None
     elif integer_forward and not recipe_allows_integers(recipe):
@@ -283,6 +286,8 @@ def _capture_now(model: nn.Module, prepared: Prepared) -> None:
         finally:
             for hook in hooks:
                 hook.remove()
+            for part in sharded_parts(model):
+                part.reshard()  # a pass without a backward leaves the root whole
         _refuse_uncacheable(model, prepared.store, calls)
 
 
@@ -314,11 +319,6 @@ def can_compile() -> bool:
 def inductor(gm: GraphModule) -> Callable[..., Any]:
     """Compile a template's graph."""
     return compilation.compile_graph(gm.forward)  # a module would be called as one
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _transform(

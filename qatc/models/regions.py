@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
 from qatc.errors import CaptureError
+from qatc.graph.constants import plain_class
 
 
 def find_regions(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -34,6 +36,11 @@ def is_transformers_model(model: nn.Module) -> bool:
     """Whether ``model`` is a Hugging Face model; transformers is not imported to find out."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def sharded_parts(model: nn.Module) -> list[Any]:
+    """The modules of a model that ``fully_shard`` was called on."""
+    return [m for m in model.modules() if type(m) is not plain_class(type(m))]
 
 
 def _outermost_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:

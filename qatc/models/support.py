@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from qatc.errors import ConfigError
-from qatc.models.regions import find_regions
+from qatc.models.regions import find_regions, sharded_parts
 from qatc.numerics import minmax
 from qatc.recipe.recipe import DEFAULT_SKIP, Recipe
 
@@ -172,6 +172,15 @@ def refuse_turned(recipe: Recipe) -> None:
             "this model rotates inputs of its linear layers, and their weights are turned, of which"
             " a plain checkpoint says nothing: it would compute something else. Quantize it with"
             " qatc quantize, whose output says so, or take a recipe without rotate_inputs"
+        )
+
+
+def refuse_sharded(model: nn.Module, recipe: Recipe) -> None:
+    """What a recipe adds to a model that is sharded already would be in no shard, nor learn."""
+    if sharded_parts(model) and (recipe.weights.learned or recipe.kv.learned or recipe.center_keys):
+        raise ConfigError(
+            "the model is sharded, and the recipe adds learned scales or centers of keys to it;"
+            " call qatc.prepare before fully_shard"
         )
 
 

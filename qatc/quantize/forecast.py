@@ -13,6 +13,7 @@ from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import Speed, measure_speed
 from qatc.data.teacher_rows import Targets
 from qatc.machine.device import peak_memory, total_memory
+from qatc.machine.world import current
 from qatc.ptq.method import parse_method
 from qatc.quantize.given import Setting
 from qatc.quantize.pair import Pair
@@ -48,8 +49,10 @@ def forecast(
     setting.observer.stage("Measuring the first steps")
     teacher = pair.teacher.model
     length, vocabulary = config.generation.max_length, teacher.config.vocab_size
+    # Each of several processes has a share of a batch, and writes a share of the corpus.
+    share = training.batch_size // current().size
     batch = training.batch_size * length
-    floor = training_floor(pair.student, teacher, batch, vocabulary)
+    floor = training_floor(pair.student, teacher, share * length, vocabulary)
     _warn_of_memory(setting, floor)
     terms = [term.name for term in parse_loss(training.loss)]
 
@@ -66,7 +69,7 @@ def forecast(
     cost = measure_step(
         loss,
         pair.student,
-        *(training.batch_size, length, vocabulary),
+        *(share, length, vocabulary),
     )
     speed = None
     if corpus is None:
@@ -85,7 +88,7 @@ def forecast(
         ),
         Phase(
             "evaluating it three times", 3 * held_out * length,
-            3 * rows_cost(cost, held_out, training.batch_size), "--eval-samples",
+            3 * rows_cost(cost, held_out, share), "--eval-samples",
         ),
     ]  # fmt: skip
     for phase in phases:
@@ -98,7 +101,7 @@ def _writing(setting: Setting, speed: Speed) -> Phase:
     """The corpus that is still to be written, at the speed of some of its steps."""
     tokens = speed.sequences * setting.config.generation.max_length
     title = f"writing at most {speed.sequences} sequences, {speed.slots} side by side"
-    seconds = tokens / speed.tokens_per_second
+    seconds = tokens / speed.tokens_per_second / current().size
     return Phase(title, tokens, seconds, "--samples, --max-length, --data")
 
 

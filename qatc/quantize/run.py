@@ -4,6 +4,9 @@ Everything a run needs to go on after an interruption is in ``OUTPUT.partial``: 
 figures measured so far and the checkpoints. The corpus is in ``OUTPUT.data`` (or wherever
 ``data`` says) and stays. ``OUTPUT`` itself appears in one piece, at the end.
 
+Where several processes do a run together (:mod:`qatc.machine.world`), they write the corpus and
+train together; everything else the first one does and keeps with the run, where others find it.
+
 Each stage is a function whose result the next ones take:
 
 1. :mod:`qatc.quantize.given`: tokenizer, evaluation text, corpus;
@@ -29,6 +32,7 @@ from qatc.errors import ParityError, QatcError
 from qatc.evaluation.metrics import Metrics
 from qatc.graph import captures
 from qatc.machine.device import device_name
+from qatc.machine.world import current
 from qatc.progress import Observer
 from qatc.ptq.method import parse_method
 from qatc.quantize.bit_budget import choose_weight_bits, chosen
@@ -63,6 +67,7 @@ from qatc.quantize.writing import Trained, take_output, write
 from qatc.storage.directories import refuse_existing
 from qatc.storage.locks import locked
 from qatc.training.parts import trained_at_once
+from qatc.training.sharding import check_training
 
 
 @dataclass(frozen=True)
@@ -89,60 +94,69 @@ def quantize(config: QuantizeConfig, observer: Observer | None = None) -> Quanti
         QatcError: with the way out; an interrupted or failed run goes on when it is started again
             with the same settings.
     """
+    world = current()
+    check_training(world, config.training)
     check_places(config)
-    with locked(config.output), ExitStack() as corpus_lock:
-        refuse_existing(config.output, config.overwrite)
-        check_run(config, versions())
-        if not is_complete(config.data_directory):
-            corpus_lock.enter_context(corpus_place(config.data_directory, config.model))
-        setting = Setting.of(config, observer or Observer())
+    with ExitStack() as held, ExitStack() as corpus_lock:
+        world.on_first(_take_places, config, held, corpus_lock)
+        setting = Setting.of(config, (observer if world.first else None) or Observer())
         # The models are gone with its frame.
-        setting, trained = _trained(setting, corpus_lock)
+        setting, figures, trained = _trained(setting, corpus_lock)
         with _kept(setting):
             setting.observer.stage(f"Writing {config.output}")
-            write(setting, trained)
-        end_run(config)
-        return QuantizeResult(config.output, config.data_directory, trained.figures)
+            world.on_first(write, setting, *trained)
+        world.on_first(end_run, config)
+        return QuantizeResult(config.output, config.data_directory, figures)
 
 
-def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Trained]:
+def _take_places(config: QuantizeConfig, held: ExitStack, corpus_lock: ExitStack) -> None:
+    """Hold the places that the run writes to, if it may."""
+    held.enter_context(locked(config.output))
+    refuse_existing(config.output, config.overwrite)
+    check_run(config, versions())
+    if not is_complete(config.data_directory):
+        corpus_lock.enter_context(corpus_place(config.data_directory, config.model))
+
+
+def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures, list[Trained]]:
     """All stages up to the trained model, and the run with all that it has chosen by then.
 
-    ``corpus_lock`` is held until the corpus is complete.
+    ``corpus_lock`` is held until the corpus is complete. The first process alone has the model.
     """
-    config, observer = setting.config, setting.observer
+    world, config, observer = current(), setting.config, setting.observer
     observer.stage(f"Loading {config.model}")
     given = read_given(setting)
     inputs = {**versions(), **given.inputs}
-    check_run(config, inputs)
+    world.on_first(check_run, config, inputs)
     loaded = load_models(setting, given.compute)
     inputs |= loaded.inputs
-    check_run(config, inputs)
+    world.on_first(check_run, config, inputs)
     if given.recorded is not None:
         require_recorded(given.recorded, loaded.teacher)
     require_known_tokens(given, loaded.teacher.model, config.model)
     observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
     pair = make_pair(setting, loaded, given.compute)
-    _begin(setting, given, pair, inputs, given.corpus)
+    world.on_first(_begin, setting, given, pair, inputs, given.corpus)
     with trained_at_once(pair.student, config.training.train):
-        slots = forecast(setting, pair, given.corpus, given.texts)
+        slots = world.on_first(forecast, setting, pair, given.corpus, given.texts)
     corpus = given.corpus or write_corpus(setting, given, pair, slots)
     corpus_lock.close()
     recorded = given.recorded or open_recorded(config, corpus)
-    _begin(setting, given, pair, inputs | recorded_teacher(recorded), corpus)
+    world.on_first(_begin, setting, given, pair, inputs | recorded_teacher(recorded), corpus)
     rows, held_out = split(corpus, config, recorded)
     texts = {corpus.held_out_name: held_out, **given.texts}
-    setting, pair = choose_weight_bits(setting, pair, rows)
+    setting, pair = world.first_before_others(choose_weight_bits, setting, pair, rows)
     config = setting.config
     center(setting, pair, rows)
-    baselines = measure_baselines(setting, pair, texts)
+    baselines = world.first_before_others(measure_baselines, setting, pair, texts)
     method = parse_method(config.method)
     if method.steps:
-        pair = apply_method(setting, pair, rows)
+        pair = world.first_before_others(apply_method, setting, pair, rows)
         center(setting, pair, rows)
     if method.steps and method.trains:
         file = config.partial / "post-training.json"
-        baselines = measure_student(setting, pair, texts, baselines, method.name, file)
+        measured = (pair, texts, baselines, method.name, file)
+        baselines = world.first_before_others(measure_student, setting, *measured)
     training = Training(0.0, ())
     if method.trains:
         *_, rounded = baselines[corpus.held_out_name].values()
@@ -151,12 +165,16 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Trained
         pair = load_dropped_teacher(setting, pair)
         round_unquantized(pair)
         name, file = "QAT" if method.trains else method.name or "RTN", trained_file(config)
-        by_layer = measure_depth(setting, pair, held_out)
-        figures = measure_student(setting, pair, texts, baselines, name, file)
+        by_layer = world.first_before_others(measure_depth, setting, pair, held_out)
+        measured = (pair, texts, baselines, name, file)
+        figures = world.first_before_others(measure_student, setting, *measured)
+        if not world.first:
+            return setting, figures, []
         metadata = _metadata(setting, pair, corpus, rows, training, figures)
         metadata["divergence_by_layer"] = by_layer
         output, masters = take_output(setting, pair, metadata)
-    return setting, Trained(output, masters, given.tokenizer, figures, training)
+    trained = Trained(output, masters, given.tokenizer, figures, training)
+    return setting, figures, [trained]
 
 
 def _begin(

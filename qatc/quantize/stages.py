@@ -12,6 +12,7 @@ from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import generate_corpus
 from qatc.data.teacher_logits import Recorded, recorded_as
 from qatc.evaluation.metrics import Metrics
+from qatc.machine.world import current
 from qatc.models.centers import center_keys
 from qatc.ptq.calibrate import batches
 from qatc.ptq.method import parse_method
@@ -24,6 +25,7 @@ from qatc.training.blockwise import BlockwiseTrainer, LayerMetrics
 from qatc.training.config import StepMetrics
 from qatc.training.distill import Distiller
 from qatc.training.parts import choose_parts, parse_train
+from qatc.training.sharding import sharded
 
 CENTERING_ROWS = 16
 """Rows of the corpus on which the mean of the keys is measured; more moves it by little."""
@@ -139,19 +141,22 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
     choose_parts(pair.student, stages.parts)
     what = "" if stages.parts == "full" else f" its {stages.parts}"
     setting.observer.stage(f"Training{what} for {steps} steps")
+    models = [pair.student, pair.teacher.model]
     if config.training.teacher == "recorded":
         drop_teacher(pair)
-    distiller = Distiller(
-        pair.student,
-        pair.teacher.model,
-        rows,
-        config.training,
-        config.partial,
-        rounding_kl=rounding_kl,
-        autocast=pair.autocast,
-        compile=setting.compile,
-    )
-    history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
+        models.pop()
+    with sharded(current(), *models) as (student, *teachers):
+        distiller = Distiller(
+            student,
+            teachers[0] if teachers else None,
+            rows,
+            config.training,
+            config.partial,
+            rounding_kl=rounding_kl,
+            autocast=pair.autocast,
+            compile=setting.compile,
+        )
+        history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
     pair.student.zero_grad(set_to_none=True)
     return Training(distiller.rate, history, layers)
 

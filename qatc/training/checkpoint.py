@@ -1,25 +1,32 @@
-"""Training checkpoints: atomic, never pickled, bit for bit."""
+"""Training checkpoints: atomic, never pickled, bit for bit.
+
+A process alone writes one file. Of several each writes its rows of every tensor into a file of its
+own, side by side, and the first one puts the directory in its place once all have. The rows of all
+files, in their order, are the tensor: so any number of processes goes on from what another wrote.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qatc.errors import CheckpointError
+from qatc.machine.world import current
 from qatc.storage import markers
 from qatc.storage.directories import complete_directory, recover
 from qatc.storage.files import writing_to
 from qatc.storage.markers import Mark
-
-_FILE = "state.safetensors"
+from qatc.training.sharding import first_row, like_shard, own_rows
 
 
 class Checkpoints:
-    """The checkpoints of one run: directories ``step-000250`` with one safetensors file each.
+    """The checkpoints of one run: directories ``step-000250`` of safetensors files.
 
     Args:
         directory: where they are.
@@ -55,24 +62,31 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk cannot be written; earlier checkpoints are kept.
         """
-        from safetensors.torch import save_file
-
-        tensors = {f"model.{n}": p.detach().contiguous() for n, p in trained.items()}
+        world = current()
+        tensors = {f"model.{n}": own_rows(p.detach()) for n, p in trained.items()}
         for name, parameter in trained.items():
             for key, value in optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).contiguous()
-        tensors["random.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
+                rows = own_rows(torch.as_tensor(value))
+                if world.first or rows.dim():  # what has no rows is the same everywhere
+                    tensors[f"optimizer.{key}.{name}"] = rows
+        if world.first:
+            tensors["random.cpu"] = torch.get_rng_state()
+            if torch.cuda.is_available():
+                tensors["random.cuda"] = torch.cuda.get_rng_state()
         place = self._path(step)
-        with complete_directory(place, overwrite=True, replaceable=_is_checkpoint) as staging:
-            try:
-                save_file(tensors, staging / _FILE, metadata={"step": str(step)})
-            except Exception as error:  # safetensors raises its own error for a full disk
-                raise CheckpointError(
-                    f"cannot write the checkpoint {place}: {error}; free some space and"
-                    " run the same command again"
-                ) from error
+        with ExitStack() as block:
+
+            def open_place() -> Path:
+                return block.enter_context(
+                    complete_directory(place, overwrite=True, replaceable=_is_checkpoint)
+                )
+
+            file = world.on_first(open_place) / _file(world.rank, world.size)
+            world.on_each(_write, file, tensors, step, place)
+            world.on_first(block.close)
+        world.on_first(self._drop_oldest)
+
+    def _drop_oldest(self) -> None:
         for old in self.steps()[: -self.keep]:
             with writing_to(self._path(old)):
                 markers.put(self._path(old), Mark.REMOVING)  # a kill may leave half of it
@@ -92,43 +106,42 @@ class Checkpoints:
         Raises:
             CheckpointError: it is damaged or belongs to another model.
         """
-        self._clear()
-        step = self.latest()
+        world = current()
+        step = world.on_first(self._last_whole)
         if step is None:
             return 0
-        tensors = self._read(step)
-        expected = {f"model.{name}": p.shape for name, p in trained.items()}
-        found = {n: t.shape for n, t in tensors.items() if n.startswith("model.")}
-        if expected != found:
-            raise CheckpointError(
-                f"the checkpoint {self._path(step)} belongs to another model or another choice of"
-                " trained parameters; remove it to start over"
-            )
-        state: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
-        for key, value in tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind == "optimizer":
-                slot, _, name = rest.partition(".")
-                state[name][slot] = value
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(tensors[f"model.{name}"])
-        numbers = {id(p): i for i, p in enumerate(optimizer.param_groups[0]["params"])}
-        whole = optimizer.state_dict()
-        whole["state"] = {numbers[id(p)]: state[name] for name, p in trained.items()}
-        optimizer.load_state_dict(whole)
-        torch.set_rng_state(tensors["random.cpu"])
-        if torch.cuda.is_available() and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"])
+        with self._opened(step) as kept:
+            expected = {f"model.{name}": tuple(p.shape) for name, p in trained.items()}
+            if expected != {n: s for n, s in kept.shapes.items() if n.startswith("model.")}:
+                raise CheckpointError(
+                    f"the checkpoint {self._path(step)} belongs to another model or another choice"
+                    " of trained parameters; remove it to start over"
+                )
+            state = {name: _state_of(name, p, kept) for name, p in trained.items()}
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    rows = own_rows(parameter)
+                    rows.copy_(kept.rows(f"model.{name}", first_row(parameter), len(rows)))
+            numbers = {id(p): i for i, p in enumerate(optimizer.param_groups[0]["params"])}
+            whole = optimizer.state_dict()
+            whole["state"] = {numbers[id(p)]: state[name] for name, p in trained.items()}
+            optimizer.load_state_dict(whole)
+            torch.set_rng_state(kept.whole("random.cpu"))
+            if torch.cuda.is_available() and "random.cuda" in kept.shapes:
+                torch.cuda.set_rng_state(kept.whole("random.cuda"))
         return step
 
-    def _read(self, step: int) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def _last_whole(self) -> int | None:
+        self._clear()
+        return self.latest()
 
-        path = self._path(step) / _FILE
+    @contextmanager
+    def _opened(self, step: int) -> Iterator[_Files]:
+        from safetensors import SafetensorError
+
+        path = self._path(step) / _file(0, 1)
         try:
-            return load_file(path)
+            yield _Files(self._path(step))
         except (OSError, SafetensorError) as error:
             earlier = self.steps()[:-1]
             back = f"step {earlier[-1]}" if earlier else "the start"
@@ -148,5 +161,87 @@ class Checkpoints:
         return self.directory / f"step-{step:06d}"
 
 
+class _Files:
+    """The files of a checkpoint, and tensors as rows of all of them.
+
+    Attributes:
+        shapes: of every tensor, as a whole.
+
+    Raises:
+        OSError: one is missing.
+        SafetensorError: one is damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from safetensors import safe_open
+
+        alone = directory / _file(0, 1)
+        paths = [alone] if alone.exists() else sorted(directory.glob("state-*-of-*.safetensors"))
+        names = [_file(number, len(paths)) for number in range(len(paths))]
+        if [path.name for path in paths] != names or not paths:
+            raise OSError(f"it has {', '.join(p.name for p in paths) or 'no file'}, and not all")
+        files: list[Any] = [safe_open(path, "pt") for path in paths]
+        self._parts = [{name: file.get_slice(name) for name in file.keys()} for file in files]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for parts in self._parts:
+            for name, part in parts.items():
+                rows, *others = part.get_shape() or [None]
+                before = self.shapes.get(name)
+                rows = rows + before[0] if before else rows
+                self.shapes[name] = () if rows is None else (rows, *others)
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor that one file has."""
+        tensor: Tensor = next(parts for parts in self._parts if name in parts)[name][...]
+        return tensor
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Some rows of a tensor."""
+        found, start = [], 0
+        for parts in self._parts:
+            part = parts[name]
+            rows = part.get_shape()[0]
+            low, high = max(first - start, 0), min(first + count - start, rows)
+            if low < high:
+                found.append(part[low:high])
+            start += rows
+        return torch.cat(found) if found else self._parts[0][name][:0]
+
+
+def _state_of(name: str, parameter: nn.Parameter, kept: _Files) -> dict[str, Tensor]:
+    """What an optimizer has of a parameter, of whose rows this process has some."""
+    own, found = own_rows(parameter), {}
+    for full, shape in kept.shapes.items():
+        kind, _, rest = full.partition(".")
+        key, _, of = rest.partition(".")
+        if kind != "optimizer" or of != name:
+            continue
+        if not shape:
+            found[key] = kept.whole(full)
+            continue
+        rows = kept.rows(full, first_row(parameter), len(own)).to(own.device)
+        found[key] = like_shard(rows, parameter) if rows.shape == own.shape else rows
+    return found
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], step: int, place: Path) -> None:
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, file, metadata={"step": str(step)})
+    except Exception as error:  # safetensors raises its own error for a full disk
+        raise CheckpointError(
+            f"cannot write the checkpoint {place}: {error}; free some space and"
+            " run the same command again"
+        ) from error
+
+
+def _file(rank: int, size: int) -> str:
+    """What the file of a process is called."""
+    part = f"-{rank:05d}-of-{size:05d}" if size > 1 else ""
+    return f"state{part}.safetensors"
+
+
 def _is_checkpoint(path: Path) -> bool:
-    return (path / _FILE).exists()
+    return any(path.glob("state*.safetensors"))

@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from qatc.data.corpus import Rows, derived_seed
 from qatc.errors import CheckpointError, ConfigError, TrainingError
 from qatc.machine.signals import StopRequest
+from qatc.machine.world import current
 from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
 from qatc.training.objective import distillation_losses, parse_loss, recorded_losses
+from qatc.training.sharding import check_batch, clip_gradients, own_share, require_sharded
 
 
 class Distiller:
@@ -73,12 +75,15 @@ class Distiller:
                 "there is no teacher to learn from; give it, or for teacher='recorded' rows with"
                 " what is recorded of it (qatc.data.teacher_logits)"
             )
+        self.world = current()
+        check_batch(self.world, config.batch_size)
         self.student, self.teacher, self.rows, self.config = student, teacher, rows, config
         self.terms = parse_loss(config.loss)
         self.autocast, self.compile = autocast, compile
         self.device = next(student.parameters()).device
         self.rate = config.learning_rate or default_learning_rate(_width(student), rounding_kl)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        require_sharded(self.world, self.trained)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -104,10 +109,11 @@ class Distiller:
                 self._log(record)
                 if on_step is not None:
                     on_step(record)
+                stopped = stop.agree(self.world.greatest)
                 ended = step == self.config.steps
-                if stop.requested or ended or step % self.config.checkpoint_every == 0:
+                if stopped or ended or step % self.config.checkpoint_every == 0:
                     self._save(step)
-                if stop.requested:
+                if stopped:
                     break
             if stop.requested:
                 stop.obey()
@@ -126,13 +132,14 @@ class Distiller:
         weights = {t.name: t.weight_at(step, self.config.steps) for t in self.terms}
         loss = kl = 0.0
         for batch in batches:
-            losses, divergence = self._losses(batch)
+            losses, divergence = self._losses(own_share(self.world, batch))
             parts = [weights[name] * value / counts[name] for name, value in losses.items()]
             torch.stack(parts).sum().backward()
             for name, value in losses.items():
                 loss += weights[name] * float(value.detach()) / counts[name]
             kl += float(divergence) / counted
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.config.gradient_clip))
+        loss, kl = self.world.sum([loss, kl])
+        norm = clip_gradients(self.trained.values(), self.config.gradient_clip)
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -184,9 +191,13 @@ class Distiller:
             )
 
     def _save(self, step: int) -> None:
-        with writing_to(self.metrics_file):
-            sync(self.metrics_file)  # a checkpoint must not outlive the record of its steps
+        # A checkpoint must not outlive the record of its steps.
+        self.world.on_first(self._keep_record)
         self.checkpoints.save(step, self.student, self.trained, self.optimizer)
+
+    def _keep_record(self) -> None:
+        with writing_to(self.metrics_file):
+            sync(self.metrics_file)
 
     def _resume(self) -> int:
         step = self.checkpoints.restore(self.student, self.trained, self.optimizer)
@@ -200,11 +211,14 @@ class Distiller:
                 " over"
             )
         if self.metrics_file.exists():
-            write_atomically(self.metrics_file, "".join(f"{x}\n" for x in lines).encode())
+            whole = "".join(f"{line}\n" for line in lines).encode()
+            self.world.on_first(write_atomically, self.metrics_file, whole)
             self.history = [StepMetrics(**json.loads(line)) for line in lines]
         return step
 
     def _log(self, record: StepMetrics) -> None:
+        if not self.world.first:
+            return
         with writing_to(self.metrics_file):
             self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
             with self.metrics_file.open("a", encoding="utf-8") as file:

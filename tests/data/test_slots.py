@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qatc.data import generate, slots
+from qatc.data import slots
 from qatc.data.corpus import Corpus
 from qatc.data.slots import Plan, Slots, Vocabulary
 from qatc.errors import DataError
@@ -193,12 +193,12 @@ class TestSlotsByMeasurement:
     ) -> None:
         """A resumed run takes the number of the manifest, whatever would be measured by then."""
         config = replace(CONFIG, batch_size="auto")
-        monkeypatch.setattr(generate, "choose_slots", lambda *_: 5)
+        monkeypatch.setattr(slots, "choose_slots", lambda *_: 5)
         once = write(tmp_path / "once", config)
         assert once.manifest["slots"] == 5 and once.manifest["batch_size"] == "auto"
         kill = kill_at_call(lambda *_: None, 4)
         run_until_killed(lambda: write(tmp_path / "corpus", config, on_progress=kill))
-        monkeypatch.setattr(generate, "choose_slots", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(slots, "choose_slots", lambda *_: pytest.fail("measured again"))
         write(tmp_path / "corpus", config)
         assert contents(tmp_path / "corpus") == contents(once.path)
 

@@ -51,14 +51,20 @@ def test_while_it_trains_no_teacher_is_there(
     finished: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is another corpus written, or another record; and the run is the same after a stop."""
-    before, seen = contents(finished.data), []
+    before, seen, pairs = contents(finished.data), [], []
+    drop = stages.drop_teacher
+
+    def dropped(pair: Any) -> None:
+        drop(pair)
+        pairs.append(pair)
 
     class Looking(Distiller):
         def _step(self, step: int) -> Any:
-            assert self.teacher is not None
-            seen.append(all(p.is_meta for p in self.teacher.parameters()))
+            assert self.teacher is None
+            seen.append(all(p.is_meta for p in pairs[-1].teacher.model.parameters()))
             return super()._step(step)
 
+    monkeypatch.setattr(stages, "drop_teacher", dropped)
     monkeypatch.setattr(stages, "Distiller", Looking)
     config = recorded(
         shared_model_path, tmp_path / "out", data=finished.data, train_embeddings=False

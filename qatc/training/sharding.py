@@ -1,0 +1,140 @@
+"""Training on several processes: each holds a part of every parameter, and sees a part of a batch.
+
+Student and teacher are sharded by FSDP2, layer by layer and then what is left at the root: rows of
+a parameter stand in the order of the processes. A layer is whole only while it runs. Gradients are
+summed over the processes, and losses are divided by what the whole batch counts, so that they are
+those of one process with that batch. Alone, a process does all that with models as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from qatc.data.corpus import Rows
+from qatc.errors import ConfigError
+from qatc.machine.world import World
+from qatc.models import find_regions
+from qatc.training.config import TrainingConfig
+from qatc.training.parts import parse_train
+
+
+def check_batch(world: World, batch_size: int) -> None:
+    """Raise ``ConfigError`` unless the processes get the same number of a batch's rows each."""
+    if batch_size % world.size:
+        raise ConfigError(
+            f"a batch of {batch_size} rows cannot be divided among {world.size} processes; pass a"
+            f" --batch-size that is a multiple of {world.size}, or start another number of them"
+        )
+
+
+def check_training(world: World, config: TrainingConfig) -> None:
+    """Raise ``ConfigError`` if several processes cannot train so."""
+    check_batch(world, config.batch_size)
+    if world.size > 1 and parse_train(config.train).by_layer:
+        raise ConfigError(
+            f"--train {config.train} trains a layer at a time on one device, and there are"
+            f" {world.size} processes; start one, or train end to end (--train full)"
+        )
+
+
+def own_share(world: World, batch: Rows) -> Rows:
+    """The rows of a batch that this process sees."""
+    share = len(batch) // world.size
+    return batch[world.rank * share : (world.rank + 1) * share]
+
+
+@contextmanager
+def sharded(world: World, *models: Any) -> Iterator[tuple[Any, ...]]:
+    """Inside the block, models whose parameters are divided among the processes.
+
+    Those that are given are empty meanwhile. Where the block ends well, those of the first process
+    have the parameters that the sharded ones had; those of the others stay empty.
+    """
+    if world.size == 1:
+        yield models
+        return
+    places = [{id(p): p.data_ptr() for p in model.parameters()} for model in models]
+    divided = [_shard(model) for model in models]
+    yield tuple(divided)
+    gathered: dict[int, Tensor] = {}
+    for model, parts, place in zip(models, divided, places, strict=True):
+        for parameter, part in zip(model.parameters(), parts.parameters(), strict=True):
+            whole = part.detach().full_tensor()
+            if not parameter.requires_grad:  # student and teacher may have shared its memory
+                whole = gathered.setdefault(place[id(parameter)], whole)
+            if world.first:
+                parameter.data = whole
+
+
+def _shard(model: Any) -> Any:
+    """A sharded model of the tensors of ``model``, which is empty afterwards."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    tensors = (*model.parameters(), *model.buffers())
+    divided = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for buffer in divided.buffers():  # measured or computed, by machines that may differ
+        distributed.broadcast(buffer, src=0)
+    pairs = zip(_parts(divided), _parts(model), strict=True)
+    for part, whole in pairs:
+        # The root as well: else its parameters stay whole behind a pass that has no backward.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        # A sum, and not the mean: each loss is divided by what all of them count.
+        part.set_force_sum_reduction_for_comms(True)
+        part.set_gradient_divide_factor(1.0)
+        for parameter in whole.parameters():
+            parameter.data = parameter.data.new_empty(0)
+    return divided
+
+
+def _parts(model: Any) -> list[Any]:
+    """What is sharded by itself: the layers, and then the rest."""
+    return [*(module for name, module in find_regions(model) if name), model]
+
+
+def require_sharded(world: World, trained: Mapping[str, nn.Parameter]) -> None:
+    """Assert that no parameter would be trained by each process on its own."""
+    whole = [name for name, p in trained.items() if not hasattr(p, "to_local")]
+    assert world.size == 1 or not whole, f"not sharded: {', '.join(whole[:3])}"
+
+
+def clip_gradients(parameters: Collection[nn.Parameter], limit: float) -> float:
+    """Scale the gradients down to this norm of all of them; what it was before."""
+    norm: Any = nn.utils.clip_grad_norm_(parameters, limit)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: some of its rows, if it is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def first_row(parameter: Any) -> int:
+    """The number of the first row that this process has of a parameter."""
+    if not hasattr(parameter, "to_local"):
+        return 0
+    mesh = parameter.device_mesh
+    rows: int = -(-len(parameter) // mesh.size())
+    return min(rows * int(mesh.get_local_rank()), len(parameter))
+
+
+def like_shard(rows: Tensor, parameter: Any) -> Tensor:
+    """The rows that this process has of a tensor as part of the whole, as ``parameter`` is."""
+    if not hasattr(parameter, "to_local"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        rows,
+        *(parameter.device_mesh, parameter.placements),
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
