@@ -88,6 +88,14 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    loss_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens whose logits are in memory at a time; 0 for a whole batch's. Default:"
+            " chunks where logits are large.",
+            show_default=False,
+        ),
+    ] = None,
     train_embeddings: Annotated[
         bool,
         typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
@@ -192,6 +200,7 @@ def quantize(
                 checkpoint_every=checkpoint_every,
                 keep_checkpoints=keep_checkpoints,
                 loss=loss,
+                loss_chunk=loss_chunk,
             ),
             method=method,
             budget=budget,

@@ -22,6 +22,7 @@ from qatc.report.estimate import (
     training_floor,
 )
 from qatc.training.checkpoint import Checkpoints
+from qatc.training.chunks import chunk_size, find_chunks
 from qatc.training.objective import distillation_losses, parse_loss
 
 _LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
@@ -46,8 +47,13 @@ def forecast(
     teacher = pair.teacher.model
     length, vocabulary = config.generation.max_length, teacher.config.vocab_size
     batch = training.batch_size * length
-    floor = training_floor(pair.student, teacher, batch, vocabulary)
+    size = chunk_size(training.loss_chunk, batch, vocabulary)
+    floor = training_floor(pair.student, teacher, size or batch, vocabulary)
     _warn_of_memory(setting, floor)
+    few = torch.zeros((2, 8), dtype=torch.long, device=teacher.device)
+    chunks = find_chunks(
+        pair.student, teacher, few, training.loss_chunk, batch, autocast=pair.autocast
+    )
     terms = [term.name for term in parse_loss(training.loss)]
 
     def loss(ids: Tensor, real: Tensor) -> Tensor:
@@ -55,6 +61,7 @@ def forecast(
             *(pair.student, teacher, ids, real, real, terms),
             autocast=pair.autocast,
             compile=setting.compile,
+            chunks=chunks,
         )
         return torch.stack(list(losses.values())).sum()
 

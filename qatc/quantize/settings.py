@@ -166,6 +166,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "warmup": training.warmup_steps,
         "gradient-clip": training.gradient_clip,
         "loss": training.loss,
+        "loss-chunk": training.loss_chunk,
         "loss-on": config.loss_on,
         "train-embeddings": config.train_embeddings,
         "seed": training.seed,

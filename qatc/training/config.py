@@ -26,6 +26,8 @@ class TrainingConfig:
         keep_checkpoints: how many of the last checkpoints to keep.
         loss: what the student lowers, such as ``logits`` or ``logits+0.5*hidden:decay``; see
             :mod:`qatc.training.objective`.
+        loss_chunk: tokens whose logits are there at a time, see :mod:`qatc.training.chunks`; 0 for
+            those of a whole batch, ``None`` for chunks where they are large.
 
     Raises:
         ConfigError: a value is out of range.
@@ -41,6 +43,7 @@ class TrainingConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     loss: str = "logits"
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         parse_loss(self.loss)
@@ -50,6 +53,8 @@ class TrainingConfig:
         for name in ("warmup_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
+        if self.loss_chunk is not None and self.loss_chunk < 0:
+            raise ConfigError(f"loss_chunk must not be negative; got {self.loss_chunk}")
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -33,6 +33,7 @@ from qatc.errors import CheckpointError, ConfigError, TrainingError
 from qatc.machine.signals import StopRequest
 from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
+from qatc.training.chunks import find_chunks
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
 from qatc.training.objective import distillation_losses, parse_loss
 
@@ -49,6 +50,7 @@ class Distiller:
         rounding_kl: KL of the untrained student, for the default learning rate.
         autocast: makes a context for the student's forward pass (bf16 compute over fp32 masters).
         compile: compile the loss with Inductor.
+        note: is told what a user may want to know before the first step.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Distiller:
         rounding_kl: float = 1.0,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         compile: bool = False,
+        note: Callable[[str], object] = lambda text: None,
     ) -> None:
         if len(rows) < config.batch_size:
             raise ConfigError(
@@ -72,6 +75,11 @@ class Distiller:
         self.terms = parse_loss(config.loss)
         self.autocast, self.compile = autocast, compile
         self.device = next(student.parameters()).device
+        few = torch.from_numpy(rows[:2].tokens[:, :16]).to(self.device, torch.long)
+        tokens = config.batch_size * rows.tokens.shape[1]
+        self.chunks = find_chunks(
+            *(student, teacher, few, config.loss_chunk, tokens), autocast=autocast, note=note
+        )
         self.rate = config.learning_rate or default_learning_rate(_width(student), rounding_kl)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -121,7 +129,8 @@ class Distiller:
         weights = {t.name: t.weight_at(step, self.config.steps) for t in self.terms}
         loss = kl = 0.0
         for batch in batches:
-            losses, divergence = self._losses(batch)
+            mix = {name: weights[name] / counts[name] for name in weights}
+            losses, divergence = self._losses(batch, mix)
             parts = [weights[name] * value / counts[name] for name, value in losses.items()]
             torch.stack(parts).sum().backward()
             for name, value in losses.items():
@@ -134,7 +143,7 @@ class Distiller:
         seconds = time.perf_counter() - started
         return StepMetrics(step, loss, kl, rate, norm, tokens, seconds)
 
-    def _losses(self, batch: Rows) -> tuple[Mapping[str, Tensor], Tensor]:
+    def _losses(self, batch: Rows, mix: Mapping[str, float]) -> tuple[Mapping[str, Tensor], Tensor]:
         ids = torch.from_numpy(batch.tokens).to(self.device, torch.long)
         counted, labelled = (
             torch.from_numpy(mask).to(self.device) for mask in (batch.counted, batch.labelled)
@@ -144,6 +153,8 @@ class Distiller:
             [term.name for term in self.terms],
             autocast=self.autocast,
             compile=self.compile,
+            chunks=self.chunks,
+            mix=mix,
         )
 
     def _batches(self, step: int) -> Iterator[Any]:
