@@ -96,6 +96,23 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, or adamw8bit, whose moments take a quarter.")
+    ] = "adamw",
+    master_dtype: Annotated[
+        str,
+        typer.Option(help="Trained parameters in float32, or bfloat16 with stochastic rounding."),
+    ] = "float32",
+    fused_step: Annotated[
+        bool,
+        typer.Option(
+            "--fused-step", help="Update each parameter in the backward pass; keep no gradients."
+        ),
+    ] = False,
+    offload: Annotated[
+        str,
+        typer.Option(help="none, or optimizer: its moments lie in host memory, beside a GPU."),
+    ] = "none",
     train_embeddings: Annotated[
         bool,
         typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
@@ -201,6 +218,10 @@ def quantize(
                 keep_checkpoints=keep_checkpoints,
                 loss=loss,
                 loss_chunk=loss_chunk,
+                optimizer=optimizer,
+                master_dtype=master_dtype,
+                fused_step=fused_step,
+                offload=offload,
             ),
             method=method,
             budget=budget,

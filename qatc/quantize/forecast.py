@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import Speed, measure_speed
@@ -48,7 +49,7 @@ def forecast(
     length, vocabulary = config.generation.max_length, teacher.config.vocab_size
     batch = training.batch_size * length
     size = chunk_size(training.loss_chunk, batch, vocabulary)
-    floor = training_floor(pair.student, teacher, size or batch, vocabulary)
+    floor = training_floor(pair.student, teacher, size or batch, vocabulary, training)
     _warn_of_memory(setting, floor)
     few = torch.zeros((2, 8), dtype=torch.long, device=teacher.device)
     chunks = find_chunks(
@@ -65,11 +66,12 @@ def forecast(
         )
         return torch.stack(list(losses.values())).sum()
 
-    cost = measure_step(
-        loss,
-        pair.student,
-        *(training.batch_size, length, vocabulary),
-    )
+    with _dropped_gradients(pair.student) if training.fused_step else nullcontext():
+        cost = measure_step(
+            loss,
+            pair.student,
+            *(training.batch_size, length, vocabulary),
+        )
     speed = None
     if corpus is None:
         speed = measure_speed(
@@ -78,7 +80,7 @@ def forecast(
     steps = training.steps - done
     passes = steps * training.accumulate
     held_out = config.eval_sequences + sum(len(rows) for rows in texts.values())
-    needed = max(floor, peak_memory(setting.device) + optimizer_bytes(pair.student))
+    needed = max(floor, peak_memory(setting.device) + optimizer_bytes(pair.student, training))
     phases = [
         *([] if speed is None else [_writing(setting, speed)]),
         Phase(
@@ -94,6 +96,22 @@ def forecast(
         setting.observer.note(str(phase))
     setting.observer.note(memory_text(needed, setting.device, _LESS_MEMORY))
     return None if speed is None else speed.slots
+
+
+@contextmanager
+def _dropped_gradients(model: nn.Module) -> Iterator[None]:
+    """As a step within the backward pass leaves none behind."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _writing(setting: Setting, speed: Speed) -> Phase:

@@ -113,10 +113,8 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(tensors[f"model.{name}"])
-        numbers = {id(p): i for i, p in enumerate(optimizer.param_groups[0]["params"])}
-        whole = optimizer.state_dict()
-        whole["state"] = {numbers[id(p)]: state[name] for name, p in trained.items()}
-        optimizer.load_state_dict(whole)
+        for name, parameter in trained.items():
+            _load(optimizer.state[parameter], state[name], parameter)
         torch.set_rng_state(tensors["random.cpu"])
         if torch.cuda.is_available() and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -146,6 +144,19 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
+
+
+@torch.no_grad()
+def _load(state: dict[str, Tensor], saved: Mapping[str, Tensor], parameter: nn.Parameter) -> None:
+    """Into the state of a parameter as it lies, of its own dtypes; what is not there is made.
+
+    ``load_state_dict`` would make the dtype of a parameter of all.
+    """
+    for key, value in saved.items():
+        if key in state:
+            state[key].copy_(value)
+        else:
+            state[key] = value.to(parameter.device)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -36,6 +36,7 @@ from qatc.training.checkpoint import Checkpoints
 from qatc.training.chunks import find_chunks
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
 from qatc.training.objective import distillation_losses, parse_loss
+from qatc.training.optimizers import RoundingAdamW, StepInBackward, make_optimizer
 
 
 class Distiller:
@@ -82,9 +83,13 @@ class Distiller:
         )
         self.rate = config.learning_rate or default_learning_rate(_width(student), rounding_kl)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        self.optimizer = make_optimizer(self.trained, config, self.rate, compile)
+        if config.offload != "none" and self.device.type == "cpu":
+            note("states of the optimizer are in host memory anyway: --offload changes nothing")
+        self.in_backward: StepInBackward | None = None
+        if config.fused_step:
+            assert isinstance(self.optimizer, RoundingAdamW)
+            self.in_backward = StepInBackward(self.optimizer, self.trained, config.gradient_clip)
         self.checkpoints = Checkpoints(directory / "checkpoints", config.keep_checkpoints)
         self.metrics_file = directory / "metrics.jsonl"
         self.history: list[StepMetrics] = []
@@ -136,12 +141,19 @@ class Distiller:
             for name, value in losses.items():
                 loss += weights[name] * float(value.detach()) / counts[name]
             kl += float(divergence) / counted
+        norm = self._update(loss)
+        seconds = time.perf_counter() - started
+        return StepMetrics(step, loss, kl, rate, norm, tokens, seconds)
+
+    def _update(self, loss: float) -> float:
+        """Take the optimizer's step, if it has not been; the norm of the gradient, unclipped."""
+        if self.in_backward is not None:
+            return self.in_backward.finish()
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.config.gradient_clip))
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        seconds = time.perf_counter() - started
-        return StepMetrics(step, loss, kl, rate, norm, tokens, seconds)
+        return norm
 
     def _losses(self, batch: Rows, mix: Mapping[str, float]) -> tuple[Mapping[str, Tensor], Tensor]:
         ids = torch.from_numpy(batch.tokens).to(self.device, torch.long)

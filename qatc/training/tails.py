@@ -89,7 +89,12 @@ class Tail:
         with self.autocast():
             if torch.is_autocast_enabled(device):
                 weight = weight.to(torch.get_autocast_dtype(device))
-        with _forward_of(self.head, lambda x: _Product.apply(x.to(weight.dtype), weight, total)):
+
+        def forward(x: Tensor) -> Any:
+            inputs = x.to(weight.dtype), weight, total
+            return _Product.apply(*inputs)  # type: ignore[no-untyped-call]
+
+        with _forward_of(self.head, forward):
             yield
 
 
@@ -116,7 +121,7 @@ class _Product(torch.autograd.Function):
         return functional.linear(x, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         if ctx.total is not None:
