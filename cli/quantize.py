@@ -96,6 +96,13 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-activations",
+            help="Keep the inputs of layers alone; the backward pass computes each layer again.",
+        ),
+    ] = False,
     optimizer: Annotated[
         str, typer.Option(help="adamw, or adamw8bit, whose moments take a quarter.")
     ] = "adamw",
@@ -218,6 +225,7 @@ def quantize(
                 keep_checkpoints=keep_checkpoints,
                 loss=loss,
                 loss_chunk=loss_chunk,
+                checkpoint_activations=checkpoint_activations,
                 optimizer=optimizer,
                 master_dtype=master_dtype,
                 fused_step=fused_step,

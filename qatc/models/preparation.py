@@ -77,6 +77,7 @@ def prepare(
     compute_dtype: torch.dtype | None = None,
     integer_forward: bool | None = None,
     start_scales: Mapping[str, Tensor] | None = None,
+    checkpoint_activations: bool = False,
 ) -> nn.Module:
     """Let the layers of ``model`` run the quantized graph, for training or evaluation.
 
@@ -109,6 +110,8 @@ def prepare(
             kernels will; ``None``: where the recipe allows it and this machine is fast at it.
         start_scales: where learned scales of weights start, fp32 ``[N, G]`` by parameter name;
             ``None``: where the squared error is least.
+        checkpoint_activations: keep the inputs of layers alone for the backward pass, which
+            computes each layer again; gradients are the same, bit for bit.
 
     Returns:
         ``model`` itself.
@@ -135,7 +138,8 @@ def prepare(
             refuse_stacked_weights(model, recipe)
     refuse_lost_scales(model, recipe)
     ends = quantized_ends(model, recipe)
-    obstacle = why_no_integer_forward(recipe, _device_of(model))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    obstacle = why_no_integer_forward(recipe, device)
     if integer_forward is None:
         integer_forward = obstacle is None
     elif integer_forward and not recipe_allows_integers(recipe):
@@ -147,6 +151,7 @@ def prepare(
         transform=lambda gm, owner: _transform(gm, owner, recipe, on_integers),
         compile=compiler,
         compute_dtype=compute_dtype,
+        checkpoint=checkpoint_activations,
     )
     forwards = []
     for name, region in find_regions(model):
@@ -314,11 +319,6 @@ def can_compile() -> bool:
 def inductor(gm: GraphModule) -> Callable[..., Any]:
     """Compile a template's graph."""
     return compilation.compile_graph(gm.forward)  # a module would be called as one
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _transform(

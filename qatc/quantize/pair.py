@@ -169,9 +169,11 @@ def _prepare(
         student,
         recipe,
         compile=setting.compile,
-        compute_dtype=None if compute is masters else compute,
+        # Learned scales and centers are in fp32, whatever the masters.
+        compute_dtype=None if compute is masters is torch.float32 else compute,
         integer_forward=setting.config.integer_forward,
         start_scales=start_scales,
+        checkpoint_activations=setting.config.training.checkpoint_activations,
     )
 
 

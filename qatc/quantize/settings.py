@@ -133,7 +133,7 @@ class QuantizeConfig:
         plain = dataclasses.asdict(self)
         for name in ("output", "overwrite", "verify", "trust_remote_code", "recipe"):
             del plain[name]
-        for name in ("checkpoint_every", "keep_checkpoints"):
+        for name in ("checkpoint_every", "keep_checkpoints", "checkpoint_activations"):
             del plain["training"][name]
         plain["recipe"] = self.recipe.to_dict()
         result: dict[str, Any] = json.loads(json.dumps(plain, default=str))
@@ -173,6 +173,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "gradient-clip": training.gradient_clip,
         "loss": training.loss,
         "loss-chunk": training.loss_chunk,
+        "checkpoint-activations": training.checkpoint_activations,
         "optimizer": training.optimizer,
         "master-dtype": training.master_dtype,
         "fused-step": training.fused_step,

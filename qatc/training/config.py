@@ -28,6 +28,8 @@ class TrainingConfig:
             :mod:`qatc.training.objective`.
         loss_chunk: tokens whose logits are there at a time, see :mod:`qatc.training.chunks`; 0 for
             those of a whole batch, ``None`` for chunks where they are large.
+        checkpoint_activations: keep the inputs of layers alone, see :func:`qatc.prepare`; who makes
+            a student does.
         optimizer: ``adamw``, or ``adamw8bit`` with moments in 8 bits.
         master_dtype: dtype of the parameters that are trained; ``bfloat16`` is rounded
             stochastically, see :mod:`qatc.training.adamw`.
@@ -50,6 +52,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     loss: str = "logits"
     loss_chunk: int | None = None
+    checkpoint_activations: bool = False
     optimizer: str = "adamw"
     master_dtype: str = "float32"
     fused_step: bool = False

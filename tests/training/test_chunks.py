@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatc.models.preparation import prepare
 from qatc.recipe.recipe import Recipe
@@ -202,6 +202,35 @@ def test_a_run_in_chunks(tmp_path: Path) -> None:
     assert whole.chunks is None and parts.chunks is not None
     for a, b in zip(losses(whole.run()), losses(parts.run()), strict=True):
         assert (b.loss, b.kl) == pytest.approx((a.loss, a.kl), rel=1e-3)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_checkpointed_activations_have_the_same_gradients(compile: bool) -> None:
+    """Bit for bit, and what is kept for the backward pass is the layers' inputs and little more."""
+    found: list[Any] = []
+    kept: list[int] = []
+    for checkpoint in (False, True):
+        student, teacher = pair()
+        own = {p.data_ptr() for p in student.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor, own: Any = own, storages: Any = storages) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        recipe = Recipe.from_bits("4-8-4")
+        prepare(student, recipe, compile=compile, checkpoint_activations=checkpoint)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            student.model(input_ids=IDS, use_cache=False)
+        kept.append(sum(storages.values()))
+        mix = {"logits": 0.5, "hidden": 1.0, "attention": 0.1}
+        found.append(gradients(student, teacher, mix, 0))
+    assert found[0][:2] == found[1][:2]
+    for name, gradient in found[0][2].items():
+        assert torch.equal(found[1][2][name], gradient), name
+    assert kept[1] < 0.3 * kept[0]
 
 
 def test_without_gradients() -> None:
