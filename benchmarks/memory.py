@@ -121,8 +121,8 @@ def loss(name: str, shape: str, device: str) -> dict[str, Any]:
         output = type(model.model(input_ids=ids[:1, :1]))
         hidden = torch.randn(ROWS, LENGTH, SHAPES[shape]["hidden_size"], device=device)
         hidden.requires_grad_(model is student)
-        model.model.forward = lambda output=output, hidden=hidden, **_: output(
-            last_hidden_state=hidden
+        model.model.forward = lambda input_ids, output=output, hidden=hidden, **_: output(
+            last_hidden_state=hidden[: len(input_ids)]
         )
 
     def once(rows: slice) -> None:
