@@ -118,6 +118,38 @@ def quantize(
             help="Rows whose hidden states are kept in host memory for --train blockwise."
         ),
     ] = 1024,
+    loss_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens whose logits are in memory at a time; 0 for a whole batch's. Default:"
+            " chunks where logits are large.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-activations",
+            help="Keep the inputs of layers alone; the backward pass computes each layer again.",
+        ),
+    ] = False,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, or adamw8bit, whose moments take a quarter.")
+    ] = "adamw",
+    master_dtype: Annotated[
+        str,
+        typer.Option(help="Trained parameters in float32, or bfloat16 with stochastic rounding."),
+    ] = "float32",
+    fused_step: Annotated[
+        bool,
+        typer.Option(
+            "--fused-step", help="Update each parameter in the backward pass; keep no gradients."
+        ),
+    ] = False,
+    offload: Annotated[
+        str,
+        typer.Option(help="none, or optimizer: its moments lie in host memory, beside a GPU."),
+    ] = "none",
     train_embeddings: Annotated[
         bool,
         typer.Option(help="Train embeddings and lm_head too, or share the teacher's memory."),
@@ -228,6 +260,12 @@ def quantize(
                 train=train,
                 blockwise_steps=blockwise_steps,
                 blockwise_rows=blockwise_rows,
+                loss_chunk=loss_chunk,
+                checkpoint_activations=checkpoint_activations,
+                optimizer=optimizer,
+                master_dtype=master_dtype,
+                fused_step=fused_step,
+                offload=offload,
             ),
             method=method,
             budget=budget,

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from qatc.errors import CaptureError, ConfigError
 from qatc.graph.capture import Template
@@ -151,6 +152,8 @@ class TemplateForward:
         if self._checkpoints():
             checkpoint: Any = self.module._gradient_checkpointing_func
             return checkpoint(partial(self._run, **kwargs), *args)
+        if self.store.checkpoint and torch.is_grad_enabled():
+            return recomputed(self._run, *args, use_reentrant=False, **kwargs)
         return self._run(*args, **kwargs)
 
     def _checkpoints(self) -> bool:

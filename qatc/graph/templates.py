@@ -53,12 +53,14 @@ class TemplateStore:
             masters under bf16 compute); ``None`` for the parameters' dtype.
         dry_run: capture what is called, but compute nothing where a module's result is one tensor
             whose sizes are known, see :meth:`qatc.graph.capture.Template.empty_result`.
+        checkpoint: keep a call's inputs alone for the backward pass, which computes the rest again.
     """
 
     transform: Callable[[GraphModule, TemplateForward], None]
     compile: Callable[[GraphModule], Callable[..., Any]] | None = None
     compute_dtype: torch.dtype | None = None
     dry_run: bool = False
+    checkpoint: bool = False
     _known: dict[Structure, dict[Any, list[Known]]] = field(default_factory=dict)
     _captured: dict[str, list[tuple[Structure, Any, Known]]] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)

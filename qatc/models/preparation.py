@@ -78,6 +78,7 @@ def prepare(
     compute_dtype: torch.dtype | None = None,
     integer_forward: bool | None = None,
     start_scales: Mapping[str, Tensor] | None = None,
+    checkpoint_activations: bool = False,
 ) -> nn.Module:
     """Let the layers of ``model`` run the quantized graph, for training or evaluation.
 
@@ -110,6 +111,8 @@ def prepare(
             kernels will; ``None``: where the recipe allows it and this machine is fast at it.
         start_scales: where learned scales of weights start, fp32 ``[N, G]`` by parameter name;
             ``None``: where the squared error is least.
+        checkpoint_activations: keep the inputs of layers alone for the backward pass, which
+            computes each layer again; gradients are the same, bit for bit.
 
     Returns:
         ``model`` itself.
@@ -150,6 +153,7 @@ def prepare(
         transform=lambda gm, owner: _transform(gm, owner, recipe, on_integers),
         compile=compiler,
         compute_dtype=compute_dtype,
+        checkpoint=checkpoint_activations,
     )
     forwards = []
     for name, region in find_regions(model):

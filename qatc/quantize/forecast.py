@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qatc.data.config import RECORDING, Recording
 from qatc.data.corpus import Corpus, Rows
@@ -26,6 +27,7 @@ from qatc.report.estimate import (
     training_floor,
 )
 from qatc.training.checkpoint import Checkpoints
+from qatc.training.chunks import chunk_size, find_chunks
 from qatc.training.objective import distillation_losses, parse_loss, recorded_losses
 
 _LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
@@ -52,12 +54,20 @@ def forecast(
     # Each of several processes has a share of a batch, and writes a share of the corpus.
     share = training.batch_size // current().size
     batch = training.batch_size * length
-    floor = training_floor(pair.student, teacher, share * length, vocabulary)
+    size = chunk_size(training.loss_chunk, share * length, vocabulary)
+    floor = training_floor(pair.student, teacher, size or share * length, vocabulary, training)
     _warn_of_memory(setting, floor)
+    few = torch.zeros((2, 8), dtype=torch.long, device=teacher.device)
+    chunks = find_chunks(
+        pair.student,
+        None if training.teacher == "recorded" else teacher,
+        *(few, training.loss_chunk, share * length),
+        autocast=pair.autocast,
+    )
     terms = [term.name for term in parse_loss(training.loss)]
 
     def loss(ids: Tensor, real: Tensor) -> Tensor:
-        how: Any = {"autocast": pair.autocast, "compile": setting.compile}
+        how: Any = {"autocast": pair.autocast, "compile": setting.compile, "chunks": chunks}
         if training.teacher == "recorded":
             recording = Recording.parse(config.generation.record_logits or RECORDING)
             targets = Targets.arbitrary(ids.numel(), recording, vocabulary).to(ids.device)
@@ -66,11 +76,8 @@ def forecast(
             losses, _ = distillation_losses(pair.student, teacher, ids, real, real, terms, **how)
         return torch.stack(list(losses.values())).sum()
 
-    cost = measure_step(
-        loss,
-        pair.student,
-        *(share, length, vocabulary),
-    )
+    with _dropped_gradients(pair.student) if training.fused_step else nullcontext():
+        cost = measure_step(loss, pair.student, share, length, vocabulary)
     speed = None
     if corpus is None:
         speed = measure_speed(
@@ -79,7 +86,7 @@ def forecast(
     steps = training.steps - done
     passes = steps * training.accumulate
     held_out = config.eval_sequences + sum(len(rows) for rows in texts.values())
-    needed = max(floor, peak_memory(setting.device) + optimizer_bytes(pair.student))
+    needed = max(floor, peak_memory(setting.device) + optimizer_bytes(pair.student, training))
     phases = [
         *([] if speed is None else [_writing(setting, speed)]),
         Phase(
@@ -95,6 +102,22 @@ def forecast(
         setting.observer.note(str(phase))
     setting.observer.note(memory_text(needed, setting.device, _LESS_MEMORY))
     return None if speed is None else speed.slots
+
+
+@contextmanager
+def _dropped_gradients(model: nn.Module) -> Iterator[None]:
+    """As a step within the backward pass leaves none behind."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _writing(setting: Setting, speed: Speed) -> Phase:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qatc.data.corpus import Rows
+from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.graph import compilation
 from qatc.models import LoadedModel, load_model
@@ -30,7 +31,7 @@ class Loaded:
     """Both models as they were loaded.
 
     Attributes:
-        student: with fp32 masters.
+        student: with masters in the dtype that is trained.
         teacher: in the compute dtype.
         stored: dtype of the checkpoint.
         inputs: the fingerprint of the model by what it is called in a message.
@@ -47,7 +48,7 @@ class Pair:
     """Both models, ready to train.
 
     Attributes:
-        student: prepared, with fp32 masters.
+        student: prepared, with masters in the dtype that is trained.
         teacher: in the compute dtype.
         stored: dtype of the checkpoint, and of what is not quantized in the output.
         compute: dtype that both compute in.
@@ -86,7 +87,14 @@ def load_models(setting: Setting, compute: torch.dtype) -> Loaded:
             trust_remote_code=config.trust_remote_code,
         )
 
-    student, teacher = load(torch.float32), load(compute)
+    masters = torch.bfloat16 if config.training.master_dtype == "bfloat16" else torch.float32
+    if masters is not torch.float32 and compute is not masters:
+        raise ConfigError(
+            f"masters in bfloat16 need a run that computes in it, and this one computes in"
+            f" {str(compute).removeprefix('torch.')}: pass --dtype bfloat16, or leave"
+            " --master-dtype at float32"
+        )
+    student, teacher = load(masters), load(compute)
     inputs = {f"the model {config.model}": model_fingerprint(student.model)}
     if not setting.compile:
         asked = config.compile is False
@@ -161,9 +169,11 @@ def _prepare(
         student,
         recipe,
         compile=setting.compile,
-        compute_dtype=None if compute is masters else compute,
+        # Learned scales and centers are in fp32, whatever the masters.
+        compute_dtype=None if compute is masters is torch.float32 else compute,
         integer_forward=setting.config.integer_forward,
         start_scales=start_scales,
+        checkpoint_activations=setting.config.training.checkpoint_activations,
     )
 
 

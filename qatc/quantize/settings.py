@@ -44,7 +44,7 @@ class QuantizeConfig:
         eval_text: a text file for a second evaluation.
         eval_sequences: generated sequences held out of training.
         eval_tokens: tokens of ``eval_text`` to evaluate on, at most.
-        dtype: compute dtype, see :func:`qatc.machine.device.pick_dtype`. Masters are always fp32.
+        dtype: compute dtype, see :func:`qatc.machine.device.pick_dtype`.
         device: torch device; ``auto`` for a GPU if there is one.
         train_embeddings: train embeddings and output head as well, instead of sharing the
             teacher's.
@@ -103,6 +103,12 @@ class QuantizeConfig:
                 f"the loss {self.training.loss} compares hidden states with the teacher's, and"
                 f" {self.method} turns those of the student; leave out hidden or rotate"
             )
+        if method.steps and method.trains and self.training.master_dtype != "float32":
+            raise ConfigError(
+                f"the method {self.method} changes weights before training, which masters in"
+                f" {self.training.master_dtype} would round; leave out --master-dtype, or all of"
+                " the method but qat"
+            )
         if self.recipe.rotate_inputs and "rotate" not in method.steps:
             raise ConfigError(
                 f"the recipe rotates inputs ({', '.join(self.recipe.rotate_inputs)}), and the"
@@ -141,7 +147,7 @@ class QuantizeConfig:
         plain = dataclasses.asdict(self)
         for name in ("output", "overwrite", "verify", "trust_remote_code", "recipe"):
             del plain[name]
-        for name in ("checkpoint_every", "keep_checkpoints"):
+        for name in ("checkpoint_every", "keep_checkpoints", "checkpoint_activations"):
             del plain["training"][name]
         plain["recipe"] = self.recipe.to_dict()
         result: dict[str, Any] = json.loads(json.dumps(plain, default=str))
@@ -182,6 +188,12 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "gradient-clip": training.gradient_clip,
         "loss": training.loss,
         "teacher": training.teacher,
+        "loss-chunk": training.loss_chunk,
+        "checkpoint-activations": training.checkpoint_activations,
+        "optimizer": training.optimizer,
+        "master-dtype": training.master_dtype,
+        "fused-step": training.fused_step,
+        "offload": training.offload,
         "loss-on": config.loss_on,
         "train": training.train,
         "blockwise-steps": training.blockwise_steps,

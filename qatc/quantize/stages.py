@@ -155,6 +155,7 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
             rounding_kl=rounding_kl,
             autocast=pair.autocast,
             compile=setting.compile,
+            note=setting.observer.note,
         )
         history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
     pair.student.zero_grad(set_to_none=True)

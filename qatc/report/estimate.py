@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from qatc.machine.device import total_memory
+from qatc.training.config import TrainingConfig
+from qatc.training.optimizers import moment_bytes
+
+_USUAL = TrainingConfig()
 
 SETTLED = 0.8
 """Steps are repeated while one takes less than this share of the one before it."""
@@ -89,24 +93,37 @@ def measure_step(
     return costs[-1]
 
 
-def training_floor(student: nn.Module, teacher: nn.Module, tokens: int, vocabulary: int) -> int:
+def training_floor(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokens: int,
+    vocabulary: int,
+    config: TrainingConfig = _USUAL,
+) -> int:
     """Bytes that training takes at least: parameters, gradients, AdamW's state, teacher, logits.
 
     Args:
         student, teacher: the models; what they share counts once.
-        tokens: of one forward pass.
+        tokens: of one forward pass, or of a chunk of its logits.
         vocabulary: width of the logits.
+        config: which optimizer there is, and whether it leaves gradients.
     """
     tensors = {id(p): p for m in (student, teacher) for p in m.parameters()}
     held = sum(p.nbytes for p in tensors.values())
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    held += optimizer_bytes(student, config) + (0 if config.fused_step else gradients)
     width = next(teacher.parameters()).element_size()
-    return held + 12 * trained + 3 * width * tokens * vocabulary
+    return held + 3 * width * tokens * vocabulary
 
 
-def optimizer_bytes(student: nn.Module) -> int:
-    """Bytes of AdamW's state, which is made in its first step."""
-    return sum(8 * p.numel() for p in student.parameters() if p.requires_grad)
+def optimizer_bytes(student: nn.Module, config: TrainingConfig = _USUAL) -> int:
+    """Bytes of the optimizer's state, which is made after the first steps are measured.
+
+    That of a model on a GPU may lie elsewhere.
+    """
+    trained = [p for p in student.parameters() if p.requires_grad]
+    near = config.offload == "none" or not any(p.is_cuda for p in trained)
+    return sum(moment_bytes(p.shape, config) for p in trained) if near else 0
 
 
 def memory_text(needed: int, device: str, options: str) -> str:

@@ -117,15 +117,11 @@ class Checkpoints:
                     f"the checkpoint {self._path(step)} belongs to another model or another choice"
                     " of trained parameters; remove it to start over"
                 )
-            state = {name: _state_of(name, p, kept) for name, p in trained.items()}
             with torch.no_grad():
                 for name, parameter in trained.items():
                     rows = own_rows(parameter)
                     rows.copy_(kept.rows(f"model.{name}", first_row(parameter), len(rows)))
-            numbers = {id(p): i for i, p in enumerate(optimizer.param_groups[0]["params"])}
-            whole = optimizer.state_dict()
-            whole["state"] = {numbers[id(p)]: state[name] for name, p in trained.items()}
-            optimizer.load_state_dict(whole)
+                    _load(optimizer.state[parameter], name, parameter, kept)
             torch.set_rng_state(kept.whole("random.cpu"))
             if torch.cuda.is_available() and "random.cuda" in kept.shapes:
                 torch.cuda.set_rng_state(kept.whole("random.cuda"))
@@ -208,20 +204,25 @@ class _Files:
         return torch.cat(found) if found else self._parts[0][name][:0]
 
 
-def _state_of(name: str, parameter: nn.Parameter, kept: _Files) -> dict[str, Tensor]:
-    """What an optimizer has of a parameter, of whose rows this process has some."""
-    own, found = own_rows(parameter), {}
+def _load(state: dict[str, Tensor], name: str, parameter: nn.Parameter, kept: _Files) -> None:
+    """What an optimizer has of a parameter, of whose rows this process has some.
+
+    Into the state as it lies, of its own dtypes, where ``load_state_dict`` would make the dtype of
+    a parameter of all; what is not there is made.
+    """
+    own = own_rows(parameter)
     for full, shape in kept.shapes.items():
         kind, _, rest = full.partition(".")
         key, _, of = rest.partition(".")
         if kind != "optimizer" or of != name:
             continue
-        if not shape:
-            found[key] = kept.whole(full)
-            continue
-        rows = kept.rows(full, first_row(parameter), len(own)).to(own.device)
-        found[key] = like_shard(rows, parameter) if rows.shape == own.shape else rows
-    return found
+        first = first_row(parameter)
+        value = kept.rows(full, first, len(own)) if shape else kept.whole(full)
+        if key in state:
+            own_rows(state[key]).copy_(value)
+        else:
+            value = value.to(own.device)
+            state[key] = like_shard(value, parameter) if value.shape == own.shape else value
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], step: int, place: Path) -> None:

@@ -39,6 +39,16 @@ class TrainingConfig:
             end to end.
         blockwise_rows: rows of the corpus that layers are trained on, at most: hidden states of so
             many are kept in host memory, twice.
+        loss_chunk: tokens whose logits are there at a time, see :mod:`qatc.training.chunks`; 0 for
+            those of a whole batch, ``None`` for chunks where they are large.
+        checkpoint_activations: keep the inputs of layers alone, see :func:`qatc.prepare`; who makes
+            a student does.
+        optimizer: ``adamw``, or ``adamw8bit`` with moments in 8 bits.
+        master_dtype: dtype of the parameters that are trained; ``bfloat16`` is rounded
+            stochastically, see :mod:`qatc.training.adamw`.
+        fused_step: update every parameter within the backward pass, as soon as its gradient is
+            there, which is dropped then; the gradient of each is clipped by itself.
+        offload: ``optimizer`` keeps what the optimizer knows in host memory, ``none`` on the GPU.
 
     Raises:
         ConfigError: a value is out of range.
@@ -58,6 +68,12 @@ class TrainingConfig:
     train: str = "full"
     blockwise_steps: int | None = None
     blockwise_rows: int = 1024
+    loss_chunk: int | None = None
+    checkpoint_activations: bool = False
+    optimizer: str = "adamw"
+    master_dtype: str = "float32"
+    fused_step: bool = False
+    offload: str = "none"
 
     def __post_init__(self) -> None:
         terms = [term.name for term in parse_loss(self.loss)]
@@ -91,6 +107,18 @@ class TrainingConfig:
         for name in ("warmup_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
+        if self.loss_chunk is not None and self.loss_chunk < 0:
+            raise ConfigError(f"loss_chunk must not be negative; got {self.loss_chunk}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} must be {' or '.join(known)}; got {getattr(self, name)!r}"
+                )
+        if self.fused_step and self.accumulate > 1:
+            raise ConfigError(
+                "a fused step drops gradients at once, and accumulate adds up those of"
+                f" {self.accumulate} passes; leave out one of --fused-step and --accumulate"
+            )
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -102,6 +130,19 @@ class TrainingConfig:
         if self.blockwise_steps is not None:
             return self.blockwise_steps
         return self.steps if parse_train(self.train).parts is None else max(1, self.steps // 4)
+
+    @property
+    def plain_optimizer(self) -> bool:
+        """Whether nothing is asked of the optimizer that torch's own cannot do."""
+        asked = self.optimizer, self.master_dtype, self.offload
+        return asked == ("adamw", "float32", "none") and not self.fused_step
+
+
+_CHOICES = {
+    "optimizer": ("adamw", "adamw8bit"),
+    "master_dtype": ("float32", "bfloat16"),
+    "offload": ("none", "optimizer"),
+}
 
 
 @dataclass(frozen=True)

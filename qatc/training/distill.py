@@ -34,8 +34,10 @@ from qatc.machine.signals import StopRequest
 from qatc.machine.world import current
 from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
+from qatc.training.chunks import find_chunks
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
 from qatc.training.objective import distillation_losses, parse_loss, recorded_losses
+from qatc.training.optimizers import RoundingAdamW, StepInBackward, make_optimizer
 from qatc.training.sharding import check_batch, clip_gradients, own_share, require_sharded
 
 
@@ -51,6 +53,7 @@ class Distiller:
         rounding_kl: KL of the untrained student, for the default learning rate.
         autocast: makes a context for the student's forward pass (bf16 compute over fp32 masters).
         compile: compile the loss with Inductor.
+        note: is told what a user may want to know before the first step.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Distiller:
         rounding_kl: float = 1.0,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         compile: bool = False,
+        note: Callable[[str], object] = lambda text: None,
     ) -> None:
         if len(rows) < config.batch_size:
             raise ConfigError(
@@ -81,12 +85,22 @@ class Distiller:
         self.terms = parse_loss(config.loss)
         self.autocast, self.compile = autocast, compile
         self.device = next(student.parameters()).device
+        few = torch.from_numpy(rows[:2].tokens[:, :16]).to(self.device, torch.long)
+        tokens = config.batch_size // self.world.size * rows.tokens.shape[1]
+        of = None if config.teacher == "recorded" else teacher
+        self.chunks = find_chunks(
+            *(student, of, few, config.loss_chunk, tokens), autocast=autocast, note=note
+        )
         self.rate = config.learning_rate or default_learning_rate(_width(student), rounding_kl)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         require_sharded(self.world, self.trained)
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        self.optimizer = make_optimizer(self.trained, config, self.rate, compile)
+        if config.offload != "none" and self.device.type == "cpu":
+            note("states of the optimizer are in host memory anyway: --offload changes nothing")
+        self.in_backward: StepInBackward | None = None
+        if config.fused_step:
+            assert isinstance(self.optimizer, RoundingAdamW)
+            self.in_backward = StepInBackward(self.optimizer, self.trained, config.gradient_clip)
         self.checkpoints = Checkpoints(directory / "checkpoints", config.keep_checkpoints)
         self.metrics_file = directory / "metrics.jsonl"
         self.history: list[StepMetrics] = []
@@ -132,27 +146,40 @@ class Distiller:
         weights = {t.name: t.weight_at(step, self.config.steps) for t in self.terms}
         loss = kl = 0.0
         for batch in batches:
-            losses, divergence = self._losses(own_share(self.world, batch))
+            mix = {name: weights[name] / counts[name] for name in weights}
+            losses, divergence = self._losses(own_share(self.world, batch), mix)
             parts = [weights[name] * value / counts[name] for name, value in losses.items()]
             torch.stack(parts).sum().backward()
             for name, value in losses.items():
                 loss += weights[name] * float(value.detach()) / counts[name]
             kl += float(divergence) / counted
         loss, kl = self.world.sum([loss, kl])
+        norm = self._update(loss)
+        seconds = time.perf_counter() - started
+        return StepMetrics(step, loss, kl, rate, norm, tokens, seconds)
+
+    def _update(self, loss: float) -> float:
+        """Take the optimizer's step, if it has not been; the norm of the gradient, unclipped."""
+        if self.in_backward is not None:
+            return self.in_backward.finish()
         norm = clip_gradients(self.trained.values(), self.config.gradient_clip)
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        seconds = time.perf_counter() - started
-        return StepMetrics(step, loss, kl, rate, norm, tokens, seconds)
+        return norm
 
-    def _losses(self, batch: Rows) -> tuple[Mapping[str, Tensor], Tensor]:
+    def _losses(self, batch: Rows, mix: Mapping[str, float]) -> tuple[Mapping[str, Tensor], Tensor]:
         ids = torch.from_numpy(batch.tokens).to(self.device, torch.long)
         counted, labelled = (
             torch.from_numpy(mask).to(self.device) for mask in (batch.counted, batch.labelled)
         )
         terms = [term.name for term in self.terms]
-        how: Any = {"autocast": self.autocast, "compile": self.compile}
+        how: Any = {
+            "autocast": self.autocast,
+            "compile": self.compile,
+            "chunks": self.chunks,
+            "mix": mix,
+        }
         if self.config.teacher == "recorded":
             assert batch.recorded is not None
             targets = batch.recorded.read(batch.counted).to(self.device)

@@ -35,6 +35,7 @@ from qatc.data.teacher_rows import Targets
 from qatc.errors import ConfigError
 from qatc.models import find_regions
 from qatc.models.attention import AttentionCalls, AttentionMap
+from qatc.training.chunks import Chunks
 from qatc.training.losses import (
     attention_divergence,
     compiled,
@@ -46,6 +47,7 @@ from qatc.training.losses import (
 )
 
 TERMS = ("logits", "label", "hidden", "attention", "reverse")
+_OF_LOGITS = ("logits", "label", "reverse")
 
 RECORDED_TERMS = ("logits", "label")
 """Those that a recorded teacher (:mod:`qatc.data.teacher_logits`) is enough for."""
@@ -120,6 +122,8 @@ def distillation_losses(
     *,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     compile: bool = False,
+    chunks: Chunks | None = None,
+    mix: Mapping[str, float] | None = None,
 ) -> tuple[Mapping[str, Tensor], Tensor]:
     """What the student is to lower, and how far it is from the teacher, summed over a batch.
 
@@ -132,6 +136,9 @@ def distillation_losses(
         terms: names of terms.
         autocast: makes a context for the student's forward pass.
         compile: compile what reads the logits with Inductor.
+        chunks: how the logits are read in chunks of tokens; ``None`` for whole ones.
+        mix: the proportions that the terms are going to be added up in, which chunks have to know;
+            ``None`` for a sum of all.
 
     Returns:
         The terms by name, and KL(teacher || student): fp32 scalars, each summed over the ``real``
@@ -140,22 +147,25 @@ def distillation_losses(
     Raises:
         ConfigError: layers or attention maps are to be compared, and cannot be seen.
     """
-    with torch.no_grad(), _watched(teacher, terms) as wanted_inside:
-        wanted = teacher(input_ids=ids, use_cache=False).logits
-    with autocast(), _watched(student, terms) as inside:
-        logits = student(input_ids=ids, use_cache=False).logits
-    logits, wanted, counted = logits.flatten(0, 1), wanted.flatten(0, 1), real.flatten()
-    losses: dict[str, Tensor] = {}
-    own = logits if "logits" in terms else logits.detach()
-    cross_entropy, kl = compiled(soft_cross_entropy, compile)(own, wanted, counted)
-    if "logits" in terms:
-        losses["logits"] = cross_entropy
-    if "label" in terms:
-        following = ids.roll(-1, dims=1).flatten()
-        likelihood = compiled(negative_log_likelihood, compile)
-        losses["label"] = likelihood(logits, following, labelled.flatten())
-    if "reverse" in terms:
-        losses["reverse"] = compiled(reverse_divergence, compile)(logits, wanted, counted)
+    counted, labels = real.flatten(), labelled.flatten()
+    following = ids.roll(-1, dims=1).flatten() if "label" in terms else labels
+
+    def compare(logits: Tensor, wanted: Tensor, span: slice = slice(None)) -> Any:
+        masks = counted[span], following[span], labels[span]
+        return _of_logits(logits, wanted, *masks, terms, compile)
+
+    inside, wanted_inside = _Inside([], []), _Inside([], [])
+    seen = _watched(student, terms, inside), _watched(teacher, terms, wanted_inside)
+    if chunks is None:
+        with torch.no_grad(), seen[1]:
+            wanted = teacher(input_ids=ids, use_cache=False).logits
+        with autocast(), seen[0]:
+            logits = student(input_ids=ids, use_cache=False).logits
+        losses, kl = compare(logits.flatten(0, 1), wanted.flatten(0, 1))
+    else:
+        mix = {name: (mix or {}).get(name, 1.0) for name in _OF_LOGITS if name in terms}
+        found, kl = chunks.losses(ids, compare, mix, seen)
+        losses = dict(found)
     if "hidden" in terms:
         pairs = _pairs(inside.hidden, wanted_inside.hidden, "layers")
         losses["hidden"] = torch.stack([relative_error(*pair, real) for pair in pairs]).mean()
@@ -175,6 +185,8 @@ def recorded_losses(
     *,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     compile: bool = False,
+    chunks: Chunks | None = None,
+    mix: Mapping[str, float] | None = None,
 ) -> tuple[Mapping[str, Tensor], Tensor]:
     """:func:`distillation_losses` with what is recorded of the teacher in its place.
 
@@ -189,16 +201,27 @@ def recorded_losses(
         ConfigError: a term needs the teacher itself.
     """
     refuse_unrecorded(terms)
+    counted, labels = real.flatten(), labelled.flatten()
+    following = ids.roll(-1, dims=1).flatten() if "label" in terms else labels
+
+    def compare(logits: Tensor, _: Any = None, span: slice = slice(None)) -> Any:
+        losses: dict[str, Tensor] = {}
+        own = logits if "logits" in terms else logits.detach()
+        entries = (targets.ids[span], targets.weights[span], targets.entropy[span])
+        cross_entropy, kl = compiled(sampled_cross_entropy, compile)(own, *entries, counted[span])
+        if "logits" in terms:
+            losses["logits"] = cross_entropy
+        if "label" in terms:
+            likelihood = compiled(negative_log_likelihood, compile)
+            losses["label"] = likelihood(logits, following[span], labels[span])
+        return losses, kl
+
+    if chunks is not None:
+        mix = {name: (mix or {}).get(name, 1.0) for name in RECORDED_TERMS if name in terms}
+        return chunks.losses(ids, compare, mix, (nullcontext(), nullcontext()))
     with autocast():
         logits = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-    own = logits if "logits" in terms else logits.detach()
-    entries = (targets.ids, targets.weights, targets.entropy)
-    cross_entropy, kl = compiled(sampled_cross_entropy, compile)(own, *entries, real.flatten())
-    losses = {"logits": cross_entropy} if "logits" in terms else {}
-    if "label" in terms:
-        following = ids.roll(-1, dims=1).flatten()
-        likelihood = compiled(negative_log_likelihood, compile)
-        losses["label"] = likelihood(logits, following, labelled.flatten())
+    losses, kl = compare(logits)
     return losses, kl
 
 
@@ -211,6 +234,29 @@ def refuse_unrecorded(terms: Collection[str]) -> None:
                 f" (--loss takes {' and '.join(RECORDED_TERMS)} then), or let the teacher run:"
                 " --teacher online"
             )
+
+
+def _of_logits(
+    logits: Tensor,
+    wanted: Tensor,
+    counted: Tensor,
+    following: Tensor,
+    labels: Tensor,
+    terms: Collection[str],
+    compile: bool,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms that read logits, and KL, summed over tokens ``[N]`` of logits ``[N, V]``."""
+    losses: dict[str, Tensor] = {}
+    own = logits if "logits" in terms else logits.detach()
+    cross_entropy, kl = compiled(soft_cross_entropy, compile)(own, wanted, counted)
+    if "logits" in terms:
+        losses["logits"] = cross_entropy
+    if "label" in terms:
+        likelihood = compiled(negative_log_likelihood, compile)
+        losses["label"] = likelihood(logits, following, labels)
+    if "reverse" in terms:
+        losses["reverse"] = compiled(reverse_divergence, compile)(logits, wanted, counted)
+    return losses, kl
 
 
 @dataclass(frozen=True)
@@ -232,9 +278,8 @@ def _pairs(student: list[Any], teacher: list[Any], what: str) -> list[tuple[Any,
 
 
 @contextmanager
-def _watched(model: nn.Module, terms: Collection[str]) -> Iterator[_Inside]:
+def _watched(model: nn.Module, terms: Collection[str], inside: _Inside) -> Iterator[None]:
     """See as much of a forward pass as the terms compare."""
-    inside = _Inside([], [])
     with ExitStack() as watching:
         if "hidden" in terms:
             for name, layer in find_regions(model):
@@ -247,4 +292,4 @@ def _watched(model: nn.Module, terms: Collection[str]) -> Iterator[_Inside]:
                     watching.callback(hook.remove)
         if "attention" in terms:
             watching.enter_context(AttentionCalls(inside.attention.append))
-        yield inside
+        yield

@@ -15,6 +15,7 @@ from qatc.errors import ConfigError, DataError
 from qatc.models import load_model
 from qatc.models.load import model_fingerprint
 from qatc.quantize import stages
+from qatc.quantize.pair import drop_teacher
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
 from qatc.training.config import TrainingConfig
@@ -52,10 +53,9 @@ def test_while_it_trains_no_teacher_is_there(
 ) -> None:
     """Nor is another corpus written, or another record; and the run is the same after a stop."""
     before, seen, pairs = contents(finished.data), [], []
-    drop = stages.drop_teacher
 
     def dropped(pair: Any) -> None:
-        drop(pair)
+        drop_teacher(pair)
         pairs.append(pair)
 
     class Looking(Distiller):

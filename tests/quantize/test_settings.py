@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from qatc.data.config import CorpusConfig
 from qatc.errors import CheckpointError, ConfigError
+from qatc.quantize.pair import load_models
 from qatc.quantize.settings import QuantizeConfig, check_places
 from qatc.recipe.recipe import Recipe
 from qatc.training.config import TrainingConfig
@@ -27,7 +30,8 @@ def test_every_setting_decides_but_for_a_few(config: QuantizeConfig) -> None:
     assert names - config.to_dict().keys() == {"output", "overwrite", "verify", "trust_remote_code"}
     training = {field.name for field in fields(TrainingConfig)}
     left_out = training - config.to_dict()["training"].keys()
-    assert left_out == {"checkpoint_every", "keep_checkpoints"}
+    # Gradients of checkpointed activations are the same, bit for bit.
+    assert left_out == {"checkpoint_every", "keep_checkpoints", "checkpoint_activations"}
     generation = {field.name for field in fields(CorpusConfig)}
     assert config.to_dict()["generation"].keys() == generation
 
@@ -66,6 +70,13 @@ def test_a_place_under_a_file(config: QuantizeConfig, tmp_path: Path, place: str
         check_places(replace(config, **change))
 
 
+def test_masters_in_bfloat16_are_computed_on_in_it() -> None:
+    training = TrainingConfig(master_dtype="bfloat16")
+    setting: Any = SimpleNamespace(config=QuantizeConfig("m", Path("o"), training=training))
+    with pytest.raises(ConfigError, match="this one computes in float32: pass --dtype bfloat16"):
+        load_models(setting, torch.float32)
+
+
 def test_values() -> None:
     with pytest.raises(ConfigError, match="dtype must be one of auto, float32, bfloat16"):
         QuantizeConfig("m", Path("o"), dtype="int8")  # type: ignore[arg-type]
@@ -79,6 +90,10 @@ def test_values() -> None:
     assert QuantizeConfig("m", Path("o"), method="rotate+gptq", training=training)
     with pytest.raises(ConfigError, match="turns those of the student; leave out hidden or rotate"):
         QuantizeConfig("m", Path("o"), method="rotate+qat", training=training)
+    masters = TrainingConfig(master_dtype="bfloat16")
+    assert QuantizeConfig("m", Path("o"), method="gptq", training=masters)
+    with pytest.raises(ConfigError, match="which masters in bfloat16 would round; leave out"):
+        QuantizeConfig("m", Path("o"), method="gptq+qat", training=masters)
     rotated = Recipe.from_bits("4-4-4", rotate_inputs=("*.down_proj.weight",))
     assert QuantizeConfig("m", Path("o"), method="rotate", recipe=rotated)
     with pytest.raises(ConfigError, match="gptq turns no weights for them; begin the method with"):
