@@ -16,7 +16,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
-    "--extra-index-url", "--held-out", "--help", "--no-python", "--nproc-per-node",
+    "--extra-index-url", "--held-out", "--help", "--no-python", "--nproc-per-node", "--parts",
     "--sample", "--shapes", "--threads",
 }  # fmt: skip
 """Options of pip, torchrun and the benchmarks."""
