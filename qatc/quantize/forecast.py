@@ -13,7 +13,7 @@ from qatc.machine.device import peak_memory, total_memory
 from qatc.ptq.method import parse_method
 from qatc.quantize.given import Setting
 from qatc.quantize.pair import Pair
-from qatc.report.estimate import (
+from qatc.report.first_steps import (
     Phase,
     measure_step,
     memory_text,
