@@ -69,8 +69,13 @@ def estimate(
     ),
     master_dtype: Annotated[str, typer.Option(help="Masters in float32 or bfloat16.")] = "float32",
     loss_chunk: Annotated[
-        int, typer.Option(help="Tokens whose logits are there at a time; 0 for all.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Tokens whose logits are there at a time; 0 for all. Default: fewer than all where"
+            " they are large.",
+            show_default=False,
+        ),
+    ] = None,
     checkpoint_activations: Annotated[
         bool, typer.Option("--checkpoint-activations", help="Activations are computed again.")
     ] = False,

@@ -5,7 +5,8 @@ module         what
 =============  =====================================================================================
 ``shapes``     the numbers of a model that all else follows from
 ``setup``      the options of a run that it depends on
-``memory``     bytes of every phase, by what takes them
+``memory``     bytes of every phase, by what takes them; ``training`` those of training, ``parts``
+               what phases have in common
 ``work``       seconds from operations and a throughput, and bytes on the disk
 ``fit``        the cheapest options with which a run fits
 ``answer``     all of it together
@@ -17,7 +18,8 @@ module         what
 
 from qatc.estimate.answer import Estimate, estimate, parse_memory
 from qatc.estimate.fit import Choice, fit
-from qatc.estimate.memory import PhaseMemory, phases
+from qatc.estimate.memory import phases
+from qatc.estimate.parts import PhaseMemory
 from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape, read_shape, shape_of
 from qatc.estimate.work import Speed, measure_speed

@@ -9,7 +9,8 @@ from typing import Any
 
 from qatc.errors import ConfigError
 from qatc.estimate.fit import ASSUMED, Choice, fit, smallest
-from qatc.estimate.memory import PhaseMemory, largest, phases
+from qatc.estimate.memory import largest, phases
+from qatc.estimate.parts import PhaseMemory
 from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape
 from qatc.estimate.work import Speed, disk, seconds

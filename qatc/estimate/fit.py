@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qatc.errors import ConfigError
-from qatc.estimate.memory import PhaseMemory, largest, phases
+from qatc.estimate.memory import largest, phases
+from qatc.estimate.parts import PhaseMemory, chunk_of
 from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape
 from qatc.estimate.work import Speed, forward_operations, step_seconds
@@ -194,7 +195,7 @@ def _key(choice: Choice) -> tuple[float, int]:
 
 def _choices(shape: Shape, setup: Setup, memory: float, speed: Speed) -> Iterator[Choice]:
     """Every combination that can be typed."""
-    open_to = [option for option in OPTIONS if _is_open(option, setup)]
+    open_to = [option for option in OPTIONS if _is_open(option, shape, setup)]
     for halvings, rows in enumerate(_rows(setup)):
         halved = {"batch_size": rows, "accumulate": setup.accumulate << halvings}
         for size in range(len(open_to) + 1):
@@ -212,11 +213,11 @@ def _choices(shape: Shape, setup: Setup, memory: float, speed: Speed) -> Iterato
                 )
 
 
-def _is_open(option: Option, setup: Setup) -> bool:
+def _is_open(option: Option, shape: Shape, setup: Setup) -> bool:
     """Whether an option is not asked for already, and of use."""
     if "offload" in option.changes and not setup.on_gpu:
         return False
-    if "loss_chunk" in option.changes and setup.loss_chunk:
+    if "loss_chunk" in option.changes and 0 < chunk_of(shape, setup) <= CHUNK:
         return False
     return any(getattr(setup, name) != value for name, value in option.changes.items())
 

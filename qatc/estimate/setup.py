@@ -38,7 +38,8 @@ class Setup:
         teacher: ``online``, or ``recorded``: then no teacher is held while the student is.
         optimizer: ``adamw``, or ``adamw8bit`` with its state in 8 bits.
         master_dtype: of the student's parameters and gradients.
-        loss_chunk: tokens whose logits are there at a time; 0 for all.
+        loss_chunk: tokens whose logits are there at a time; 0 for all, ``None`` for chunks where
+            logits are large.
         checkpoint_activations: keep a layer's input alone, and compute the rest again.
         fused_step: step one tensor at a time within the backward pass.
         offload: what is kept in the host's memory.
@@ -66,7 +67,7 @@ class Setup:
     teacher: Teacher = "online"
     optimizer: Optimizer = "adamw"
     master_dtype: Compute = "float32"
-    loss_chunk: int = 0
+    loss_chunk: int | None = None
     checkpoint_activations: bool = False
     fused_step: bool = False
     offload: Offload = "none"
@@ -78,7 +79,7 @@ class Setup:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.slots is not None and self.slots < 1:
             raise ConfigError(f"slots must be at least 1, or auto; got {self.slots}")
-        if self.loss_chunk < 0:
+        if self.loss_chunk is not None and self.loss_chunk < 0:
             raise ConfigError(f"loss_chunk must not be negative; got {self.loss_chunk}")
         for name, values in (
             ("compute", Compute),

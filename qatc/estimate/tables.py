@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qatc.estimate.answer import Estimate
-from qatc.estimate.memory import PhaseMemory, largest
+from qatc.estimate.memory import largest
+from qatc.estimate.parts import PhaseMemory
 from qatc.report.first_steps import duration
 
 _SHOWN = 0.01

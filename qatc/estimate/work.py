@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from qatc.estimate.memory import slots_of, trained
+from qatc.estimate.memory import slots_of
 from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape
+from qatc.estimate.training import trained
 
 LINK = 16.0
 """GB/s between host and GPU, unless a user says otherwise."""

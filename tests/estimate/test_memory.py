@@ -8,7 +8,8 @@ import pytest
 
 from qatc.errors import ConfigError
 from qatc.estimate import PhaseMemory, Setup, phases
-from qatc.estimate.memory import LIBRARIES, largest, saved_activations, slot_bytes, slots_of
+from qatc.estimate.memory import LIBRARIES, largest, slot_bytes, slots_of
+from qatc.estimate.training import saved_activations
 from tests.estimate.shapes import llama_7b
 
 P = 6_738_415_616
@@ -30,7 +31,7 @@ def test_training_in_full_is_sixteen_bytes_a_parameter_and_the_teacher() -> None
 
 def test_every_option_takes_what_it_says() -> None:
     plain = phase("training", Setup()).parts
-    few = Setup(batch_size=1, master_dtype="bfloat16", fused_step=True)
+    few = Setup(batch_size=1, max_length=16, master_dtype="bfloat16", fused_step=True)
     small = replace(few, optimizer="adamw8bit")
     parts = phase("training", small).parts
     assert parts["masters"] == 2 * P
@@ -46,7 +47,9 @@ def test_every_option_takes_what_it_says() -> None:
 
 
 def test_activations_are_those_of_all_layers_or_their_inputs() -> None:
-    big = Setup(batch_size=32, max_length=2048, fused_step=True)  # the loss is what counts most
+    big = Setup(
+        batch_size=32, max_length=2048, fused_step=True, loss_chunk=0
+    )  # the loss is what counts most
     tokens, hidden = 32 * 2048, 4096
     parts = phase("training", big).parts
     each = parts["activations"] / tokens / hidden / 32
@@ -55,7 +58,10 @@ def test_activations_are_those_of_all_layers_or_their_inputs() -> None:
     assert again["activations"] / tokens / hidden / 32 == pytest.approx(2, rel=0.01)
     assert parts["logits and loss"] == 3 * 2 * tokens * 32000
     chunked = phase("training", replace(big, loss_chunk=256)).parts
-    assert chunked["logits and loss"] == 3 * 2 * 256 * 32000 + 3 * tokens * hidden * 2
+    assert chunked["logits and loss"] == 3 * 2 * 256 * 32000 + tokens * hidden * 8
+    assert chunked["gradients"] == 4 * 32000 * hidden
+    by_itself = phase("training", replace(big, loss_chunk=None)).parts
+    assert by_itself["logits and loss"] == 3 * 2 * 512 * 32000 + tokens * hidden * 8
 
 
 def test_a_layer_saves_what_was_counted_of_a_compiled_one() -> None:
@@ -77,6 +83,8 @@ def test_gpus_share_all_but_what_is_gathered() -> None:
     assert parts["masters"] == 4 * P / 8 and parts["optimizer"] == P
     layer, ends = SHAPE.linear / 32, 2 * 32000 * 4096
     assert parts["gathered layers"] == pytest.approx((2 * layer + ends) * (4 + 2))
+    loading = phase("loading", Setup(gpus=8))
+    assert loading.parts["masters"] == 4 * P and loading.host_total > 8 * 4 * P
 
 
 def test_slots_are_limited_by_half_of_what_is_left() -> None:
