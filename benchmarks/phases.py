@@ -27,16 +27,19 @@ from benchmarks import common
 PHASES = {
     "Loading": "load",
     "Capturing": "load",
-    "Measuring": "first steps",
+    "Measuring the first": "first steps",
     "The teacher writes": "corpus",
     "Evaluating full precision": "evaluation",
     "Training": "training",
     "Evaluating the model": "evaluation",
-    "Measuring KL": "evaluation",
+    "Measuring KL": "by layer",
     "Writing": "writing",
     "Verifying": "verifying",
 }
 """How a stage of the run begins, and the phase that it belongs to."""
+
+SAMPLES = 24
+"""Sequences of the corpus, all of them side by side."""
 
 _SECONDS = 0.003
 
@@ -119,17 +122,13 @@ def run_once(directory: Path, output: Path, options: dict[str, Any], on_stage: A
         def stage(self, title: str) -> None:
             on_stage(title)
 
-    own = dict(options)
-    length, samples = own.pop("length", 256), own.pop("samples", 24)
-    whole = {name: own.pop(name) for name in ("dtype",) if name in own}
     config = QuantizeConfig(
         str(directory),
         output,
         Recipe.from_bits("4-8-4"),
-        CorpusConfig(samples, length, batch_size=samples),
-        TrainingConfig(**own),
-        eval_sequences=samples // 4,
-        **whole,
+        CorpusConfig(SAMPLES, batch_size=SAMPLES),
+        TrainingConfig(**options),
+        eval_sequences=SAMPLES // 4,
     )
     quantize(config, Watch())
 

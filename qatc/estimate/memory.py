@@ -21,6 +21,8 @@ from qatc.estimate.training import training
 from qatc.evaluation.parity import LENGTH, ROWS
 from qatc.sensitivity.answers import PROBE_TOKENS
 
+CORPUS = "writing the corpus"
+
 LIBRARIES = 1.0e9
 """Bytes of torch, its compiler and a GPU's context, whatever the model."""
 
@@ -45,7 +47,7 @@ def phases(shape: Shape, setup: Setup, memory: float | None = None) -> list[Phas
         *([_record(shape, setup)] if setup.teacher == "recorded" else []),
         _evaluation(shape, setup),
         training(shape, setup),
-        *([] if setup.teacher == "recorded" else [_by_layer(shape, setup)]),
+        _by_layer(shape, setup),
         _writing(shape, setup),
         *([_verifying(shape, setup)] if setup.verify else []),
     ]
@@ -64,7 +66,7 @@ def slots_of(shape: Shape, setup: Setup, memory: float | None) -> int:
         return max(2, min(setup.slots, most))
     if memory is None:
         return min(MOST_SLOTS, most)
-    free = memory - LIBRARIES - sum(models(shape, setup, alone=_apart(setup)).values())
+    free = memory - LIBRARIES - sum(models(shape, setup, CORPUS).values())
     return int(max(2, min(MOST_SLOTS, most, free / 2 // slot_bytes(shape, setup))))
 
 
@@ -74,33 +76,28 @@ def slot_bytes(shape: Shape, setup: Setup) -> float:
     return cache + shape.vocabulary * setup.width
 
 
-def _apart(setup: Setup) -> bool:
-    """Whether the corpus is written by a command of its own, which has the teacher alone."""
-    return setup.teacher == "recorded"
-
-
 def _load(shape: Shape, setup: Setup) -> PhaseMemory:
     moved = shape.parameters * max(setup.master, setup.width)
     host = {"models on their way": float(moved * setup.gpus)}
-    return PhaseMemory("loading", models(shape, setup), host)
+    return PhaseMemory("loading", models(shape, setup, "loading"), host)
 
 
 def _corpus(shape: Shape, setup: Setup, memory: float | None) -> PhaseMemory:
     slots = slots_of(shape, setup, memory)
     cache = 2 * shape.keys * shape.layers * (setup.max_length + 1) * setup.width * slots
-    parts = models(shape, setup, alone=_apart(setup))
+    parts = models(shape, setup, CORPUS)
     parts |= {
         "KV cache": cache,
         "logits and loss": slots * shape.vocabulary * setup.width * 2.0,
         "workspace": passing(shape, setup, slots),
     }
-    return PhaseMemory(f"writing the corpus, {slots} side by side", parts)
+    return PhaseMemory(f"{CORPUS}, {slots} side by side", parts)
 
 
 def _record(shape: Shape, setup: Setup) -> PhaseMemory:
     """The teacher's distribution of whole rows, in fp32, sorted for the most likely tokens."""
     tokens = 4 * setup.max_length
-    parts = models(shape, setup, alone=True)
+    parts = models(shape, setup, "recording the teacher")
     parts |= {
         "logits and loss": tokens * shape.vocabulary * setup.width
         + setup.max_length * shape.vocabulary * 4 * 3.0,
@@ -111,10 +108,9 @@ def _record(shape: Shape, setup: Setup) -> PhaseMemory:
 
 def _evaluation(shape: Shape, setup: Setup) -> PhaseMemory:
     """Two models' logits, beside those of the batch before, until they are replaced."""
-    copies = 3.0 if setup.teacher == "online" else 2.0
-    parts = models(shape, setup)
+    parts = models(shape, setup, "evaluating, before and after")
     parts |= {
-        "logits and loss": copies * setup.tokens * shape.vocabulary * setup.width,
+        "logits and loss": 3.0 * setup.tokens * shape.vocabulary * setup.width,
         "compute copies": layer_copies(shape, setup) + head_copy(shape, setup),
         "workspace": passing(shape, setup, setup.tokens),
     }
@@ -126,7 +122,7 @@ def _by_layer(shape: Shape, setup: Setup) -> PhaseMemory:
     tokens = max(2 * setup.max_length, PROBE_TOKENS)
     batch = min(tokens, setup.tokens)
     scores = tokens * shape.vocabulary * 4 + batch * shape.vocabulary * (2 * setup.width + 8)
-    parts = models(shape, setup)
+    parts = models(shape, setup, "measuring KL by layer")
     parts |= {
         "activations": (tokens + 2.0 * batch) * shape.hidden * shape.layers * setup.width,
         "logits and loss": float(scores),
@@ -142,7 +138,7 @@ def _codes(shape: Shape) -> float:
 
 
 def _writing(shape: Shape, setup: Setup) -> PhaseMemory:
-    parts = models(shape, setup)
+    parts = models(shape, setup, "packing and writing")
     floats = (shape.parameters - shape.linear) * (
         0 if setup.master == shape.stored else shape.stored
     )

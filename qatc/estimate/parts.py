@@ -11,6 +11,12 @@ from qatc.estimate.shapes import Shape
 DIVIDED = frozenset({"training"})
 """Phases in which GPUs share models out; in all others each has whole ones."""
 
+WITHOUT_TEACHER = frozenset({"training"})
+"""Phases in which a teacher that is recorded is not there."""
+
+WITHOUT_STUDENT = frozenset({"writing the corpus", "recording the teacher"})
+"""Phases that generate-data has to itself, where the teacher is recorded."""
+
 LARGE, CHUNK = 2**26, 2**24
 """Logits of a batch from which on a run computes them in chunks by itself, and those of a chunk."""
 
@@ -49,20 +55,20 @@ def chunk_of(shape: Shape, setup: Setup) -> int:
     return 1 << max(4, (CHUNK // shape.vocabulary).bit_length() - 1)
 
 
-def models(shape: Shape, setup: Setup, *, alone: bool = False, share: int = 1) -> dict[str, float]:
-    """Student and teacher as they lie, or the teacher alone, divided by ``share``.
+def models(shape: Shape, setup: Setup, phase: str) -> dict[str, float]:
+    """Bytes of student and teacher as they lie in a phase, on each GPU.
 
     An embedding and a head that are not trained are the teacher's own, where dtypes agree.
     """
-    student = shape.parameters * setup.master / share
-    teacher = shape.parameters * setup.width / share
-    if alone:
-        return {"teacher": teacher}
-    if setup.teacher == "recorded":
-        return {"masters": student}
-    if not setup.train_embeddings and setup.master == setup.width:
-        student -= shape.ends * setup.master / share
-    return {"masters": student, "teacher": teacher}
+    recorded, found = setup.teacher == "recorded", {}
+    share = setup.gpus if phase in DIVIDED else 1
+    if not (recorded and phase in WITHOUT_STUDENT):
+        found["masters"] = shape.parameters * setup.master / share
+    if not (recorded and phase in WITHOUT_TEACHER):
+        shared = "masters" in found and not setup.train_embeddings and setup.master == setup.width
+        own = shape.parameters - (shape.ends if shared else 0)
+        found["teacher"] = own * setup.width / share
+    return found
 
 
 def layer_copies(shape: Shape, setup: Setup) -> float:

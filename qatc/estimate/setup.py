@@ -35,7 +35,8 @@ class Setup:
         train_embeddings: whether embedding and head are trained as well.
         keep_checkpoints: on the disk.
         verify: whether the output is held against what was trained, on the same device.
-        teacher: ``online``, or ``recorded``: then no teacher is held while the student is.
+        teacher: ``online``, or ``recorded``: then there is none while the student is trained, and
+            no student while the corpus is made.
         optimizer: ``adamw``, or ``adamw8bit`` with its state in 8 bits.
         master_dtype: of the student's parameters and gradients.
         loss_chunk: tokens whose logits are there at a time; 0 for all, ``None`` for chunks where

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from qatc.estimate.parts import (
-    DIVIDED,
     PhaseMemory,
     chunk_of,
     head_copy,
@@ -23,8 +22,7 @@ def training(shape: Shape, setup: Setup) -> PhaseMemory:
 
     Between them gradients grow as activations go, so that neither is exceeded by much.
     """
-    share = setup.gpus if "training" in DIVIDED else 1
-    parts = models(shape, setup, share=share) | _gathered(shape, setup)
+    parts = models(shape, setup, "training") | _gathered(shape, setup)
     state = trained(shape, setup) * setup.moments / setup.gpus
     host = {}
     if setup.offload == "optimizer" and setup.on_gpu:

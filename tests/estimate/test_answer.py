@@ -67,19 +67,20 @@ def test_what_is_no_memory_is_refused(text: str) -> None:
 
 
 def test_every_question_has_an_answer() -> None:
-    found = estimate(SHAPE, Setup(), 24e9, SPEED)
+    found = estimate(SHAPE, Setup(), 48e9, SPEED)
     rows = memory_rows(found.phases, found.memory)
     (training,) = (row for row in rows if row[0] == "training")
     assert training[2] == "largest, too much" and "optimizer 53.9" in training[3]
     assert sum("largest" in row[2] for row in rows) == 1
-    assert "does not fit into 1 x 24 GB" in headline(found)
-    assert any(row[0] == "--offload optimizer" for row in option_rows(found))
+    assert "does not fit into 1 x 48 GB" in headline(found)
+    assert any(row[0] == "--optimizer adamw8bit" for row in option_rows(found))
     assert option_rows(found)[-1][0] == "all"
     assert found.chosen_seconds is not None
     assert time_rows(found.chosen_seconds, 1500)[-1][0] == "all"
     assert disk_rows(found.disk)[-1][0] == "all"
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["fits"] is False and plain["options"]["fits"] is True
+    assert plain["options"]["added_share_of_a_step"] > 0
     assert plain["largest_phase"] == "training"
 
 

@@ -98,10 +98,11 @@ def test_slots_are_limited_by_half_of_what_is_left() -> None:
     assert slots_of(SHAPE, Setup(), 24e9) == 2  # nothing is left: it does not fit
 
 
-def test_a_recorded_teacher_is_not_beside_the_student() -> None:
-    found = phases(SHAPE, Setup(teacher="recorded"))
-    both = [p.title for p in found if {"masters", "teacher"} <= p.parts.keys()]
-    assert not both and any(p.title.startswith("recording") for p in found)
+def test_a_recorded_teacher_is_not_beside_a_student_that_is_trained() -> None:
+    for title in ("writing the corpus", "recording", "training"):
+        held = phase(title, Setup(teacher="recorded")).parts.keys()
+        assert len({"masters", "teacher"} & held) == 1, title
+    assert not any(p.title.startswith("recording") for p in phases(SHAPE, Setup()))
     assert not any(p.title == "verifying" for p in phases(SHAPE, Setup(verify=False)))
 
 
