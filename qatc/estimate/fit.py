@@ -161,7 +161,8 @@ def fit(shape: Shape, setup: Setup, memory: float, speed: Speed = ASSUMED) -> Ch
 
 def smallest(shape: Shape, setup: Setup, memory: float, speed: Speed = ASSUMED) -> Choice:
     """The choice that comes nearest, whether it fits or not."""
-    return min(_choices(shape, setup, memory, speed), key=lambda choice: choice.phase.total)
+    found = _choices(shape, setup, memory, speed)
+    return min(found, key=lambda choice: (round(choice.phase.total / 1e6), *_key(choice)))
 
 
 def require_fit(shape: Shape, setup: Setup, memory: float, speed: Speed = ASSUMED) -> Choice:

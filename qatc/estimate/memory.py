@@ -66,7 +66,8 @@ def slots_of(shape: Shape, setup: Setup, memory: float | None) -> int:
         return max(2, min(setup.slots, most))
     if memory is None:
         return min(MOST_SLOTS, most)
-    free = memory - LIBRARIES - sum(models(shape, setup, CORPUS).values())
+    held = LIBRARIES + (0.0 if setup.on_gpu else GRAPHS)
+    free = memory - held - sum(models(shape, setup, CORPUS).values())
     return int(max(2, min(MOST_SLOTS, most, free / 2 // slot_bytes(shape, setup))))
 
 
