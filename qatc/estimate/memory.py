@@ -26,7 +26,7 @@ CORPUS = "writing the corpus"
 LIBRARIES = 1.0e9
 """Bytes of torch, its compiler and a GPU's context, whatever the model."""
 
-GRAPHS = 0.12e9
+GRAPHS = 0.05e9
 """Bytes of captured and compiled graphs, which the host holds."""
 
 MOST_SLOTS = 256
@@ -122,7 +122,7 @@ def _by_layer(shape: Shape, setup: Setup) -> PhaseMemory:
     """Distributions of some tokens in fp32, and what every layer of both models gave for them."""
     tokens = max(2 * setup.max_length, PROBE_TOKENS)
     batch = min(tokens, setup.tokens)
-    scores = tokens * shape.vocabulary * 4 + batch * shape.vocabulary * (2 * setup.width + 8)
+    scores = tokens * shape.vocabulary * 4 + batch * shape.vocabulary * (setup.width + 8)
     parts = models(shape, setup, "measuring KL by layer")
     parts |= {
         "activations": (tokens + 2.0 * batch) * shape.hidden * shape.layers * setup.width,

@@ -66,12 +66,14 @@ def _logits(setup: Setup) -> float:
 def _at_the_end(shape: Shape, setup: Setup) -> dict[str, float]:
     """In the first layer's backward pass."""
     layer = setup.tokens * saved_activations(shape, setup)
+    # The table's gradient, which is added to that of the head where they are one.
+    again = shape.embedding * setup.master if setup.train_embeddings and not shape.head else 0
     return {
         "gradients": _gradients(shape, setup),
         "activations": layer,
         "compute copies": layer_copies(shape, setup) + head_copy(shape, setup),
         "workspace": 2 * passing(shape, setup, setup.tokens)
-        + shape.largest * (setup.width + setup.master),
+        + max(again, shape.largest * (setup.width + setup.master)),
     }
 
 

@@ -78,6 +78,17 @@ def test_a_layer_saves_what_was_counted_of_a_compiled_one() -> None:
         assert saved_activations(shape, setup) == pytest.approx(counted / 384, rel=0.02)
 
 
+def test_a_tied_table_has_its_gradient_twice_for_a_moment() -> None:
+    table = 32000 * 4096
+    tied = replace(SHAPE, head=0)
+    (apart,) = (p for p in phases(SHAPE, Setup()) if p.title == "training")
+    (shared,) = (p for p in phases(tied, Setup()) if p.title == "training")
+    assert apart.parts["gradients"] - shared.parts["gradients"] == 4 * table
+    largest_of_layer = 4096 * 11008 * (2 + 4)
+    more = shared.parts["workspace"] - apart.parts["workspace"]
+    assert more == pytest.approx(4 * table - largest_of_layer)
+
+
 def test_gpus_share_all_but_what_is_gathered() -> None:
     parts = phase("training", Setup(gpus=8)).parts
     assert parts["masters"] == 4 * P / 8 and parts["optimizer"] == P
