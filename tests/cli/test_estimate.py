@@ -19,9 +19,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_config_alone_says_what_fits_a_gpu(config: Path) -> None:
-    result = run("estimate", config, "--memory", "24GB", "--tflops", "100")
+    result = run("estimate", config, "--memory", "48GB", "--tflops", "100")
     assert result.exit_code == 0, result.output
-    for text in ("6.74 billion", "does not fit", "--offload optimizer", "recording the teacher"):
+    for text in ("6.74 billion", "does not fit", "--optimizer adamw8bit", "recording the teacher"):
         assert text in result.stdout
     assert result.stderr == ""
 
