@@ -138,7 +138,7 @@ def estimates(shape: dict[str, Any], told: dict[str, Any]) -> dict[str, int]:
     config = LlamaConfig(**shape, dtype="bfloat16")
     compute = str(pick_dtype("auto", "cpu", config)).removeprefix("torch.")
     setup = Setup(
-        compute=compute,  # type: ignore[arg-type]
+        compute=compute,
         integer_forward=why_no_integer_forward(Recipe.from_bits("4-8-4"), torch.device("cpu"))
         is None,
         on_gpu=False,

@@ -122,7 +122,7 @@ def estimate(
 
             on_integers = why_no_integer_forward(chosen, torch.device(place)) is None
         setup = Setup(
-            compute=_compute(dtype, place, shape),  # type: ignore[arg-type]  # checked there
+            compute=_compute(dtype, place, shape),
             weight_bits=chosen.weights.bits,
             integer_forward=on_integers,
             compile=compile,
@@ -140,13 +140,13 @@ def estimate(
             train_embeddings=train_embeddings,
             keep_checkpoints=keep_checkpoints,
             verify=verify,
-            teacher=teacher,  # type: ignore[arg-type]  # checked there, as all below
-            optimizer=optimizer,  # type: ignore[arg-type]
-            master_dtype=master_dtype,  # type: ignore[arg-type]
+            teacher=teacher,
+            optimizer=optimizer,
+            master_dtype=master_dtype,
             loss_chunk=loss_chunk,
             checkpoint_activations=checkpoint_activations,
             fused_step=fused_step,
-            offload=offload,  # type: ignore[arg-type]
+            offload=offload,
         )
         room = parse_memory(memory) if memory is not None else None
         if room is None and not elsewhere:

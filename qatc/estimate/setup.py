@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from qatc.errors import ConfigError
 
-Compute = Literal["bfloat16", "float32"]
-Optimizer = Literal["adamw", "adamw8bit"]
-Offload = Literal["none", "optimizer"]
-Teacher = Literal["online", "recorded"]
+CHOICES = {
+    "compute": ("bfloat16", "float32"),
+    "master_dtype": ("float32", "bfloat16"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "offload": ("none", "optimizer"),
+    "teacher": ("online", "recorded"),
+}
+"""What the fields that are words may be."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Setup:
         ConfigError: a value is out of range, or options exclude each other.
     """
 
-    compute: Compute = "bfloat16"
+    compute: str = "bfloat16"
     weight_bits: int = 4
     integer_forward: bool = True
     compile: bool = True
@@ -65,13 +68,13 @@ class Setup:
     train_embeddings: bool = True
     keep_checkpoints: int = 2
     verify: bool = True
-    teacher: Teacher = "online"
-    optimizer: Optimizer = "adamw"
-    master_dtype: Compute = "float32"
+    teacher: str = "online"
+    optimizer: str = "adamw"
+    master_dtype: str = "float32"
     loss_chunk: int | None = None
     checkpoint_activations: bool = False
     fused_step: bool = False
-    offload: Offload = "none"
+    offload: str = "none"
 
     def __post_init__(self) -> None:
         counts = ("gpus", "batch_size", "accumulate", "max_length", "steps", "samples")
@@ -82,17 +85,10 @@ class Setup:
             raise ConfigError(f"slots must be at least 1, or auto; got {self.slots}")
         if self.loss_chunk is not None and self.loss_chunk < 0:
             raise ConfigError(f"loss_chunk must not be negative; got {self.loss_chunk}")
-        for name, values in (
-            ("compute", Compute),
-            ("master_dtype", Compute),
-            ("optimizer", Optimizer),
-            ("offload", Offload),
-            ("teacher", Teacher),
-        ):
-            if getattr(self, name) not in get_args(values):
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(get_args(values))};"
-                    f" got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}"
                 )
         if self.batch_size % self.gpus:
             raise ConfigError(

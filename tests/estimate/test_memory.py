@@ -74,7 +74,7 @@ def test_a_layer_saves_what_was_counted_of_a_compiled_one() -> None:
         (grouped, "float32", 1572864 + 2 * 786432 + 2 * 196608 + 6 * 6144),
         (grouped, "bfloat16", 786432 + 2 * 393216 + 98304 + 196608 + 6 * 6144),
     ):
-        setup = Setup(compute=compute)  # type: ignore[arg-type]
+        setup = Setup(compute=compute)
         assert saved_activations(shape, setup) == pytest.approx(counted / 384, rel=0.02)
 
 
