@@ -9,6 +9,7 @@ module         what
                what phases have in common
 ``work``       seconds from operations and a throughput, and bytes on the disk
 ``fit``        the cheapest options with which a run fits
+``fitting``    a run with them, for ``qatc quantize --fit``
 ``answer``     all of it together
 ``tables``     as rows to print
 =============  =====================================================================================
