@@ -1,4 +1,4 @@
-"""``qatc evaluate``."""
+"""``qatc evaluate`` and ``qatc verify``: how good, and whether it is what was trained."""
 
 from __future__ import annotations
 
@@ -188,3 +188,39 @@ def _evaluate_tasks(config: TasksConfig, output: Path | None, json: bool) -> Non
         terminal.print_json(found.to_dict())
     else:
         terminal.print_table(task_rows(found), title=numerics_text(found.model.numerics))
+
+
+def verify(
+    model: options.Output,
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+    kernels: options.Kernels = "auto",
+    json: options.Json = False,
+) -> None:
+    """Compare the integer model with the graph that was trained; exit with 1 if they differ.
+
+    [bold]Example[/]
+
+      qatc verify Llama-2-7b-4-8-4
+    """
+    from qatc.cli import terminal
+
+    with readable_errors():
+        terminal.quiet_libraries()
+        from qatc.evaluation.parity import verify as run
+        from qatc.machine.device import pick_device
+        from qatc.report.tables import check_rows
+
+        report = run(
+            model,
+            device=pick_device(device),
+            trust_remote_code=trust_remote_code,
+            kernels=kernels,  # type: ignore[arg-type]  # checked there
+        )
+        if json:
+            terminal.print_json(report.to_dict())
+        else:
+            verdicts = ["", *("ok" if check.passed else "differs" for check in report.checks)]
+            rows = check_rows(report.checks)
+            terminal.print_table([[v, *row] for v, row in zip(verdicts, rows, strict=True)])
+        report.require(str(model))

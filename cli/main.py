@@ -6,14 +6,14 @@ import typer
 
 import qatc
 from qatc.cli.compare import compare
-from qatc.cli.evaluate import evaluate
+from qatc.cli.estimate import estimate
+from qatc.cli.evaluate import evaluate, verify
 from qatc.cli.export import export
 from qatc.cli.generate import generate
 from qatc.cli.generate_data import generate_data
 from qatc.cli.inspect import inspect
 from qatc.cli.quantize import quantize
 from qatc.cli.terminal import prepare_streams
-from qatc.cli.verify import verify
 
 app = typer.Typer(
     name="qatc",
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("quantize")(quantize)
 app.command("generate-data")(generate_data)
 app.command("inspect")(inspect)
+app.command("estimate")(estimate)
 app.command("evaluate")(evaluate)
 app.command("compare")(compare)
 app.command("generate")(generate)

@@ -184,6 +184,14 @@ def quantize(
             help="Compare the integer model with the trained one, or mark it unverified.",
         ),
     ] = True,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of a GPU to fit into, such as 24GB, by the cheapest options that do: those"
+            " that qatc estimate names.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -283,6 +291,13 @@ def quantize(
             verify=verify,
             trust_remote_code=trust_remote_code,
         )
+        if fit is not None:
+            from qatc.estimate import parse_memory
+            from qatc.estimate.fitting import fitted
+
+            config, choice = fitted(config, parse_memory(fit))
+            told = " ".join(choice.typed) or "the options as they are"
+            terminal.note(f"to fit into {fit}: {told}, {choice.added:.0%} more time for a step")
         with terminal.RunDisplay().live() as display:
             result = run(config, display)
     if not world.first:

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "qatc"
 PIPELINE = (
     *("recipe", "numerics", "kernels", "graph", "passes", "models", "data", "ptq", "training"),
     *("output", "export", "runtime", "evaluation", "sensitivity", "report", "quantize"),
-    *("compare", "cli"),
+    *("estimate", "compare", "cli"),
 )
 """Packages in the order of the pipeline: one imports only those before it, and the helpers."""
 

@@ -156,3 +156,4 @@ def decoding(model: nn.Module, rows: int, length: int, *, compile: bool) -> Iter
     finally:
         for forward in forwards:
             forward.remove()
+            forward.resize(0)  # it is part of a cycle, which would hold its cache for a while

@@ -18,7 +18,7 @@ from qatc.machine.world import current
 from qatc.ptq.method import parse_method
 from qatc.quantize.given import Setting
 from qatc.quantize.pair import Pair
-from qatc.report.estimate import (
+from qatc.report.first_steps import (
     Phase,
     measure_step,
     memory_text,

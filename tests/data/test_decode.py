@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -158,3 +160,17 @@ def test_the_model_is_as_it_was_after_an_error() -> None:
             raise RuntimeError("on the way")
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(full(model, torch.tensor([3, 4, 5])), before)
+
+
+def test_a_cache_goes_with_its_decoder() -> None:
+    model = make_small()
+    gc.disable()  # what is in a cycle would stay
+    try:
+        with decoding(model, rows=2, length=8, compile=False) as decoder:
+            decoder.step(torch.tensor([3, 4]), torch.tensor([0, 0]), 0)
+            caches = [weakref.ref(cache) for cache in decoder._caches()]
+            assert all(cache() is not None for cache in caches)
+        del decoder
+        assert caches and not any(cache() is not None for cache in caches)
+    finally:
+        gc.enable()

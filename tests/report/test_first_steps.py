@@ -12,7 +12,7 @@ import torch
 from qatc.machine.device import peak_memory, total_memory
 from qatc.progress import Observer
 from qatc.quantize.run import quantize
-from qatc.report.estimate import (
+from qatc.report.first_steps import (
     Phase,
     duration,
     measure_step,

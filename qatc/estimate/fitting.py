@@ -1,0 +1,64 @@
+"""A run of ``qatc quantize`` with the cheapest options with which it fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+from qatc.estimate.fit import Choice, require_fit, training_changes
+from qatc.estimate.setup import Setup
+from qatc.estimate.shapes import Shape, read_shape
+from qatc.machine.device import pick_device, pick_dtype
+from qatc.machine.world import current
+from qatc.models.pipelines import why_no_integer_forward
+from qatc.quantize import QuantizeConfig
+
+
+def fitted(config: QuantizeConfig, memory: float) -> tuple[QuantizeConfig, Choice]:
+    """The run with the cheapest options with which it fits into ``memory`` bytes of each GPU.
+
+    The same model, options and memory give the same choice on every machine, so that an interrupted
+    run goes on with it.
+
+    Raises:
+        ConfigError: there is no such model, or nothing fits.
+    """
+    shape = read_shape(config.model, trust_remote_code=config.trust_remote_code)
+    choice = require_fit(shape, setup_of(config, shape), memory)
+    training = replace(config.training, **training_changes(choice))
+    return replace(config, training=training, verify=choice.setup.verify), choice
+
+
+def setup_of(config: QuantizeConfig, shape: Shape) -> Setup:
+    """What memory depends on of a run on this machine."""
+    device, generation, training = pick_device(config.device), config.generation, config.training
+    width = SimpleNamespace(hidden_size=shape.hidden)
+    on_integers = why_no_integer_forward(config.recipe, torch.device(device)) is None
+    asked = config.integer_forward
+    return Setup(
+        compute=str(pick_dtype(config.dtype, device, width)).removeprefix("torch."),
+        weight_bits=config.recipe.weights.bits,
+        integer_forward=on_integers if asked is None else asked,
+        compile=config.compile is not False,
+        on_gpu=torch.device(device).type != "cpu",
+        gpus=current().size,
+        batch_size=training.batch_size,
+        accumulate=training.accumulate,
+        max_length=generation.max_length,
+        steps=training.steps,
+        samples=generation.sequences,
+        eval_samples=config.eval_sequences,
+        slots=None if generation.batch_size == "auto" else generation.batch_size,
+        train_embeddings=config.train_embeddings,
+        keep_checkpoints=training.keep_checkpoints,
+        verify=config.verify,
+        teacher=training.teacher,
+        optimizer=training.optimizer,
+        master_dtype=training.master_dtype,
+        loss_chunk=training.loss_chunk,
+        checkpoint_activations=training.checkpoint_activations,
+        fused_step=training.fused_step,
+        offload=training.offload,
+    )
