@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -211,7 +212,7 @@ def quantize(
             verify=verify,
             trust_remote_code=trust_remote_code,
         )
-        with terminal.RunDisplay().live() as display:
+        with terminal.RunDisplay().live() if world.first else nullcontext() as display:
             result = run(config, display)
     if not world.first:
         return
