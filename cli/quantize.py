@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -297,8 +298,9 @@ def quantize(
 
             config, choice = fitted(config, parse_memory(fit))
             told = " ".join(choice.typed) or "the options as they are"
-            terminal.note(f"to fit into {fit}: {told}, {choice.added:.0%} more time for a step")
-        with terminal.RunDisplay().live() as display:
+            if world.first:
+                terminal.note(f"to fit into {fit}: {told}, {choice.added:.0%} more time for a step")
+        with terminal.RunDisplay().live() if world.first else nullcontext() as display:
             result = run(config, display)
     if not world.first:
         return

@@ -123,9 +123,9 @@ def begin(directory: Path, model: Path) -> None:
     with captures.shared():
         student, _ = train(directory / "alone", APART, World())
         save_file(parameters_of(student), directory / "alone.safetensors")
-        for name in ("begun alone", "begun by four"):
+        for name in ("begun alone", "begun by five"):
             forget_last(directory / "alone", directory / name)
-        divide(directory / "begun by four" / "checkpoints" / "step-000003", 4)
+        divide(directory / "begun by five" / "checkpoints" / "step-000003", 5)
         quantize(run_of(model, directory / "quantized alone", batch_size=2, accumulate=2))
 
 
@@ -188,7 +188,7 @@ def main(directory: Path, model: Path) -> None:
         with captures.shared():
             finish("whole")
             world.on_first(forget_last, directory / "whole", directory / "again")
-            for name in ("again", "begun alone", "begun by four"):
+            for name in ("again", "begun alone", "begun by five"):
                 finish(name)
             try:
                 train(directory / "ended", TOGETHER, world, lambda r: end(world, r))

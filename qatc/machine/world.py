@@ -198,8 +198,9 @@ def _portable(error: BaseException) -> BaseException:
 
 def _is_first_to_fail(store: Any) -> bool:
     """Whether no other process has failed before; if the one with the store is gone, it has."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        return int(store.add("qatc has failed", 1)) == 1
+        return int(store.add(f"qatc has failed, {attempt}", 1)) == 1
     except RuntimeError:
         return False
 

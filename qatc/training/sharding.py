@@ -81,8 +81,9 @@ def _shard(model: Any) -> Any:
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     tensors = (*model.parameters(), *model.buffers())
     divided = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for buffer in divided.buffers():  # measured or computed, by machines that may differ
-        distributed.broadcast(buffer, src=0)
+    for buffer in divided.buffers():
+        if buffer.is_contiguous():  # measured or computed, by machines that may differ
+            distributed.broadcast(buffer, src=0)
     pairs = zip(_parts(divided), _parts(model), strict=True)
     for part, whole in pairs:
         # The root as well: else its parameters stay whole behind a pass that has no backward.

@@ -25,9 +25,9 @@ def weights(directory: Path, name: str) -> dict[str, Tensor]:
     return load_file(directory / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", ["whole", "again", "begun alone", "begun by four", "ended"])
+@pytest.mark.parametrize("name", ["whole", "again", "begun alone", "begun by five", "ended"])
 def test_trains_what_one_process_does_bit_for_bit(in_a_world: Path, name: str) -> None:
-    """From the start, and from step 3 of 6 that two, one or four wrote, and from where it ended."""
+    """From the start, and from step 3 of 6 that two, one or five wrote, and from where it ended."""
     assert_equal(weights(in_a_world, name), weights(in_a_world, "alone"))
 
 
