@@ -22,11 +22,11 @@ from torch import Tensor
 
 from benchmarks import common
 from qatc.kernels.integer_linear import int_mm
+from qatc.losses.objective import distillation_losses
 from qatc.models.preparation import prepare
 from qatc.numerics import minmax
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
-from qatc.training.objective import distillation_losses
 
 SPECS = (
     (QuantSpec(8), False),

@@ -29,13 +29,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import common
 from qatc.data.corpus import Rows
 from qatc.graph import compilation
+from qatc.losses.chunks import Chunks, chunk_size
+from qatc.losses.objective import distillation_losses
+from qatc.losses.tails import Tail
 from qatc.models.preparation import prepare
 from qatc.recipe.recipe import Recipe
-from qatc.training.chunks import Chunks, chunk_size
 from qatc.training.config import TrainingConfig
 from qatc.training.distill import Distiller
-from qatc.training.objective import distillation_losses
-from qatc.training.tails import Tail
 
 SHAPES: dict[str, dict[str, Any]] = {
     "large-vocabulary": {

@@ -20,7 +20,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qatc"
 
 PIPELINE = (
-    *("recipe", "numerics", "kernels", "graph", "passes", "models", "data", "ptq", "training"),
+    *(
+        "recipe",
+        "numerics",
+        "kernels",
+        "graph",
+        "passes",
+        "models",
+        "data",
+        "ptq",
+        "losses",
+        "training",
+    ),
     *("output", "export", "runtime", "evaluation", "sensitivity", "report", "quantize"),
     *("estimate", "compare", "cli"),
 )

@@ -13,7 +13,7 @@ from torch import nn
 
 from qatc.data.corpus import Rows
 from qatc.errors import DataError, EvaluationError
-from qatc.training.losses import agreements, compiled, negative_log_likelihood, soft_cross_entropy
+from qatc.losses.distances import agreements, compiled, negative_log_likelihood, soft_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from qatc.models.pipelines import (
 from qatc.models.regions import find_regions, is_transformers_model, sharded_parts
 from qatc.models.scales import Added, add, attention_sizes
 from qatc.models.support import (
+    refuse_adapters,
     refuse_idle_patterns,
     refuse_lost_scales,
     refuse_sharded,
@@ -125,11 +126,7 @@ def prepare(
         CaptureError: a layer cannot be captured, or is none of a causal decoder.
         PassError: a pass found nothing to quantize.
     """
-    if any("base_layer" in module._modules for module in model.modules()):
-        raise ConfigError(
-            "the model has adapters (LoRA, say), which would be quantized like its own weights;"
-            " prepare it first and add them then: get_peft_model(qatc.prepare(model, recipe), ...)"
-        )
+    refuse_adapters(model)
     if hasattr(model, _PREPARED):
         raise ConfigError("the model is prepared already; call qatc.restore(model) first")
     refuse_idle_patterns(model, recipe)

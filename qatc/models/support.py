@@ -202,3 +202,12 @@ def _layer_weights(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.P
             full = f"{name}.{own}" if name else own
             if parameter.dim() == 2 and not recipe.skips(full):
                 yield full, parameter
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise ``ConfigError`` if a model has adapters already."""
+    if any("base_layer" in module._modules for module in model.modules()):
+        raise ConfigError(
+            "the model has adapters (LoRA, say), which would be quantized like its own weights;"
+            " prepare it first and add them then: get_peft_model(qatc.prepare(model, recipe), ...)"
+        )

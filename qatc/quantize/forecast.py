@@ -13,6 +13,8 @@ from qatc.data.config import RECORDING, Recording
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import Speed, measure_speed
 from qatc.data.teacher_rows import Targets
+from qatc.losses.chunks import chunk_size, find_chunks
+from qatc.losses.objective import distillation_losses, parse_loss, recorded_losses
 from qatc.machine.device import peak_memory, total_memory
 from qatc.machine.world import current
 from qatc.ptq.method import parse_method
@@ -27,8 +29,6 @@ from qatc.report.first_steps import (
     training_floor,
 )
 from qatc.training.checkpoint import Checkpoints
-from qatc.training.chunks import chunk_size, find_chunks
-from qatc.training.objective import distillation_losses, parse_loss, recorded_losses
 
 _LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
 

@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 from qatc.data.config import CorpusConfig
 from qatc.data.corpus import is_complete
 from qatc.errors import CheckpointError, ConfigError
+from qatc.losses.objective import parse_loss
 from qatc.machine.device import DType, check_dtype
 from qatc.ptq.method import parse_method
 from qatc.recipe.recipe import Recipe
 from qatc.sensitivity.budget import check_budget
 from qatc.storage.directories import refuse_overlap
 from qatc.training.config import TrainingConfig
-from qatc.training.objective import parse_loss
 from qatc.training.parts import check_parts
 
 LossOn = Literal["answers", "all"]

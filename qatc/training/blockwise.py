@@ -6,7 +6,7 @@ what the teacher's layer ``i`` gives behind the teacher's own layers. So a layer
 errors of those before it, as in BRECQ (arXiv 2102.05426, section 3.2) and OmniQuant (arXiv
 2308.13137, equation 1), who train roundings and scales so; here it is all that the layer has. What
 is lowered is the squared error of a token's output relative to the teacher's squared norm,
-:func:`qatc.training.losses.relative_error`, averaged over the real tokens.
+:func:`qatc.losses.distances.relative_error`, averaged over the real tokens.
 
 A step needs gradients, optimizer state and activations of one layer alone. What layers read is
 kept in host memory, see :mod:`qatc.training.streams`: ``R x T x D`` values for the student and as
@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from qatc.data.corpus import Rows, derived_seed
 from qatc.errors import ConfigError, TrainingError
+from qatc.losses.distances import relative_error
 from qatc.machine.signals import StopRequest
 from qatc.models import find_regions
 from qatc.training.checkpoint import Checkpoints
 from qatc.training.config import TrainingConfig, default_learning_rate, schedule
-from qatc.training.losses import relative_error
 from qatc.training.records import Records
 from qatc.training.streams import Stream
 

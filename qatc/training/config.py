@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from qatc.errors import ConfigError
-from qatc.training.objective import parse_loss, refuse_unrecorded
+from qatc.losses.objective import parse_loss, refuse_unrecorded
 from qatc.training.parts import parse_train
 
 Teacher = Literal["online", "recorded"]
@@ -29,7 +29,7 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the last checkpoints to keep.
         loss: what the student lowers, such as ``logits`` or ``logits+0.5*hidden:decay``; see
-            :mod:`qatc.training.objective`.
+            :mod:`qatc.losses.objective`.
         teacher: ``online``: it computes its answer to every batch; or ``recorded``: that is read
             from beside the corpus, see :mod:`qatc.data.teacher_logits`.
         train: what is trained, and in what order, see :mod:`qatc.training.parts`.
@@ -39,7 +39,7 @@ class TrainingConfig:
             end to end.
         blockwise_rows: rows of the corpus that layers are trained on, at most: hidden states of so
             many are kept in host memory, twice.
-        loss_chunk: tokens whose logits are there at a time, see :mod:`qatc.training.chunks`; 0 for
+        loss_chunk: tokens whose logits are there at a time, see :mod:`qatc.losses.chunks`; 0 for
             those of a whole batch, ``None`` for chunks where they are large.
         checkpoint_activations: keep the inputs of layers alone, see :func:`qatc.prepare`; who makes
             a student does.

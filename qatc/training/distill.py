@@ -8,7 +8,7 @@ equation 4),
 averaged over the n real tokens of the step, so that it depends neither on the batch size nor on
 the length; of conversations, over those that a token of an answer follows. Its gradient is that of
 KL(teacher || student), which differs from it by the teacher's entropy and is what the logs show: it
-is 0 for a perfect student. Other losses, and sums of them, are in :mod:`qatc.training.objective`.
+is 0 for a perfect student. Other losses, and sums of them, are in :mod:`qatc.losses.objective`.
 
 A run keeps everything that decides its future in its checkpoints (parameters, optimizer, random
 state, step), so that a resumed run is the uninterrupted one, bit for bit on a CPU.
@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from qatc.data.corpus import Rows, derived_seed
 from qatc.errors import CheckpointError, ConfigError, TrainingError
+from qatc.losses.chunks import find_chunks
+from qatc.losses.objective import distillation_losses, parse_loss, recorded_losses
 from qatc.machine.signals import StopRequest
 from qatc.machine.world import current
 from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
-from qatc.training.chunks import find_chunks
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
-from qatc.training.objective import distillation_losses, parse_loss, recorded_losses
 from qatc.training.optimizers import RoundingAdamW, StepInBackward, make_optimizer
 from qatc.training.sharding import check_batch, clip_gradients, own_share, require_sharded
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qatc.evaluation.checks import Check, ParityReport
 from qatc.kernels import native
-from qatc.training.objective import distillation_losses
+from qatc.losses.objective import distillation_losses
 from tests.cli.conftest import TINY, refused, run
 
 

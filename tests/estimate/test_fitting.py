@@ -15,9 +15,9 @@ from qatc.estimate.fit import OPTIONS
 from qatc.estimate.fitting import fitted, setup_of
 from qatc.estimate.parts import chunk_of
 from qatc.estimate.shapes import read_shape
+from qatc.losses.chunks import chunk_size
 from qatc.quantize import QuantizeConfig
 from qatc.training import TrainingConfig
-from qatc.training.chunks import chunk_size
 from tests.estimate.shapes import llama_7b
 from tests.estimate.test_shapes import LLAMA_7B
 

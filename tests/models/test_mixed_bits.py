@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from qatc.cli.main import app
 from qatc.errors import ConfigError
 from qatc.evaluation.parity import verify
+from qatc.losses.distances import soft_cross_entropy
 from qatc.models.preparation import prepare, prepared_state, quantized_specs, restore
 from qatc.output import load_codes, load_reference
 from qatc.ptq import gptq
@@ -23,7 +24,6 @@ from qatc.report.plan import inspect_model
 from qatc.runtime import program
 from qatc.runtime.forward import runtime_of
 from qatc.runtime.model import load
-from qatc.training.losses import soft_cross_entropy
 from tests.conftest import load_with_transformers, make_llama, make_output, save
 from tests.ptq.conftest import make_rows
 

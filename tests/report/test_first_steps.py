@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from qatc.losses.objective import distillation_losses
 from qatc.machine.device import peak_memory, total_memory
 from qatc.progress import Observer
 from qatc.quantize.run import quantize
@@ -21,7 +22,6 @@ from qatc.report.first_steps import (
     rows_cost,
     training_floor,
 )
-from qatc.training.objective import distillation_losses
 from tests.conftest import make_llama
 from tests.quantize.conftest import make
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from qatc.errors import CheckpointError, ConfigError, TrainingError
+from qatc.losses.distances import relative_error
 from qatc.models.preparation import prepare, prepared_state
 from qatc.recipe.recipe import Recipe
 from qatc.training.blockwise import BlockwiseTrainer, LayerMetrics
 from qatc.training.config import TrainingConfig, schedule
-from qatc.training.losses import relative_error
 from qatc.training.streams import Stream
 from tests.conftest import kill_at_call, make_llama, make_small, run_until_killed
 from tests.training.conftest import VOCABULARY, assert_equal, make_rows, weights

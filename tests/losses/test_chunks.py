@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qatc.losses.chunks import Chunks, chunk_size, find_chunks
+from qatc.losses.objective import distillation_losses
+from qatc.losses.tails import Tail, check
 from qatc.models.preparation import prepare
 from qatc.recipe.recipe import Recipe
-from qatc.training.chunks import Chunks, chunk_size, find_chunks
-from qatc.training.objective import distillation_losses
-from qatc.training.tails import Tail, check
 from tests.conftest import make_llama, make_small
 from tests.training.conftest import CONFIG, distiller, losses
 

@@ -17,11 +17,11 @@ from qatc.data.shards import write_shard
 from qatc.data.teacher_logits import Recorded, record_teacher
 from qatc.data.teacher_rows import sample_distribution
 from qatc.errors import ConfigError
+from qatc.losses.distances import compiled, sampled_cross_entropy
+from qatc.losses.objective import distillation_losses, parse_loss, recorded_losses
 from qatc.models.load import LoadedModel
 from qatc.training.config import StepMetrics, TrainingConfig
 from qatc.training.distill import Distiller
-from qatc.training.losses import compiled, sampled_cross_entropy
-from qatc.training.objective import distillation_losses, parse_loss, recorded_losses
 from tests.training.conftest import CONFIG, VOCABULARY, assert_equal, losses, make, weights
 
 RECORDED = replace(CONFIG, teacher="recorded")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from qatc.errors import ConfigError
+from qatc.losses.distances import soft_cross_entropy
+from qatc.losses.objective import TERMS, Term, distillation_losses, parse_loss
 from qatc.models.preparation import prepare
 from qatc.recipe.recipe import Recipe
 from qatc.training.config import StepMetrics, TrainingConfig
 from qatc.training.distill import Distiller
-from qatc.training.losses import soft_cross_entropy
-from qatc.training.objective import TERMS, Term, distillation_losses, parse_loss
 from tests.conftest import kill_at_call, make_llama, make_small, run_until_killed
 from tests.training.conftest import (
     CONFIG,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qatc.training.losses import agreements, compiled, negative_log_likelihood, soft_cross_entropy
+from qatc.losses.distances import agreements, compiled, negative_log_likelihood, soft_cross_entropy
 
 
 def log_softmax(x: Any) -> Any:

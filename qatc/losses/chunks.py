@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qatc.losses.tails import Tail, check
 from qatc.models import is_transformers_model
-from qatc.training.tails import Tail, check
 
 LARGE = 2**26
 """Logits of a batch from which on they are computed in chunks, unless a run says otherwise."""

@@ -33,10 +33,8 @@ from torch import Tensor, nn
 
 from qatc.data.teacher_rows import Targets
 from qatc.errors import ConfigError
-from qatc.models import find_regions
-from qatc.models.attention import AttentionCalls, AttentionMap
-from qatc.training.chunks import Chunks
-from qatc.training.losses import (
+from qatc.losses.chunks import Chunks
+from qatc.losses.distances import (
     attention_divergence,
     compiled,
     negative_log_likelihood,
@@ -45,6 +43,8 @@ from qatc.training.losses import (
     sampled_cross_entropy,
     soft_cross_entropy,
 )
+from qatc.models import find_regions
+from qatc.models.attention import AttentionCalls, AttentionMap
 
 TERMS = ("logits", "label", "hidden", "attention", "reverse")
 _OF_LOGITS = ("logits", "label", "reverse")

@@ -1,0 +1,1 @@
+"""What a training lowers: distances between a student and its teacher, and how they are read."""
