@@ -139,12 +139,10 @@ def prepare(
     ends = quantized_ends(model, recipe)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     obstacle = why_no_integer_forward(recipe, device)
-    if integer_forward is None:
-        integer_forward = obstacle is None
-    elif integer_forward and not recipe_allows_integers(recipe):
+    on_integers = obstacle is None if integer_forward is None else integer_forward
+    if integer_forward and not recipe_allows_integers(recipe):
         raise ConfigError(f"no integer forward: {obstacle}; leave integer_forward to None or False")
     added = _add_scales(model, recipe, compute_dtype, start_scales)
-    on_integers = integer_forward
     compiler = inductor if (can_compile() if compile is None else compile) else None
     store = TemplateStore(
         transform=lambda gm, owner: _transform(gm, owner, recipe, on_integers),
