@@ -36,7 +36,7 @@ class Option:
         name: as it is typed.
         changes: fields of :class:`~qatc.estimate.setup.Setup` and their values.
         training: those that are fields of ``TrainingConfig`` too, by which a run is told.
-        added: maps shape, setup and speed to the share of a step that it adds.
+        added: maps shape, speed and the run as it is chosen to the share of a step that it adds.
         effect: what it changes, besides memory.
     """
 
@@ -59,7 +59,7 @@ def _again(shape: Shape, setup: Setup, speed: Speed) -> float:
 
 
 def _moved(shape: Shape, setup: Setup, speed: Speed) -> float:
-    """Gradients to the host, and parameters back."""
+    """The optimizer's state from the host, and back."""
     here = step_seconds(shape, replace(setup, offload="none"), speed)
     return step_seconds(shape, replace(setup, offload="optimizer"), speed) / here - 1
 
@@ -209,7 +209,7 @@ def _choices(shape: Shape, setup: Setup, memory: float, speed: Speed) -> Iterato
                     own,
                     options,
                     halvings,
-                    tuple(option.added(shape, setup, speed) for option in options),
+                    tuple(option.added(shape, own, speed) for option in options),
                     largest(phases(shape, own, memory)),
                 )
 

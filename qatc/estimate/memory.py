@@ -14,7 +14,15 @@ the phases around it every GPU has whole models, see
 from __future__ import annotations
 
 from qatc.data.config import CorpusConfig
-from qatc.estimate.parts import PhaseMemory, head_copy, layer_copies, models, passing
+from qatc.estimate.parts import (
+    PACKING,
+    PhaseMemory,
+    head_copy,
+    in_host,
+    layer_copies,
+    models,
+    passing,
+)
 from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape
 from qatc.estimate.training import training
@@ -79,7 +87,7 @@ def slot_bytes(shape: Shape, setup: Setup) -> float:
 
 def _load(shape: Shape, setup: Setup) -> PhaseMemory:
     moved = shape.parameters * max(setup.master, setup.width)
-    host = {"models on their way": float(moved * setup.gpus)}
+    host = {"models on their way": float(moved * setup.gpus), **in_host(shape, setup, "loading")}
     return PhaseMemory("loading", models(shape, setup, "loading"), host)
 
 
@@ -109,13 +117,14 @@ def _record(shape: Shape, setup: Setup) -> PhaseMemory:
 
 def _evaluation(shape: Shape, setup: Setup) -> PhaseMemory:
     """Two models' logits, beside those of the batch before, until they are replaced."""
-    parts = models(shape, setup, "evaluating, before and after")
+    title = "evaluating, before and after"
+    parts = models(shape, setup, title)
     parts |= {
         "logits and loss": 3.0 * setup.tokens * shape.vocabulary * setup.width,
         "compute copies": layer_copies(shape, setup) + head_copy(shape, setup),
         "workspace": passing(shape, setup, setup.tokens),
     }
-    return PhaseMemory("evaluating, before and after", parts)
+    return PhaseMemory(title, parts, in_host(shape, setup, title))
 
 
 def _by_layer(shape: Shape, setup: Setup) -> PhaseMemory:
@@ -123,14 +132,15 @@ def _by_layer(shape: Shape, setup: Setup) -> PhaseMemory:
     tokens = max(2 * setup.max_length, PROBE_TOKENS)
     batch = min(tokens, setup.tokens)
     scores = tokens * shape.vocabulary * 4 + batch * shape.vocabulary * (setup.width + 8)
-    parts = models(shape, setup, "measuring KL by layer")
+    title = "measuring KL by layer"
+    parts = models(shape, setup, title)
     parts |= {
         "activations": (tokens + 2.0 * batch) * shape.hidden * shape.layers * setup.width,
         "logits and loss": float(scores),
         "compute copies": layer_copies(shape, setup) + head_copy(shape, setup),
         "workspace": passing(shape, setup, batch),
     }
-    return PhaseMemory("measuring KL by layer", parts)
+    return PhaseMemory(title, parts, in_host(shape, setup, title))
 
 
 def _codes(shape: Shape) -> float:
@@ -139,15 +149,15 @@ def _codes(shape: Shape) -> float:
 
 
 def _writing(shape: Shape, setup: Setup) -> PhaseMemory:
-    parts = models(shape, setup, "packing and writing")
+    parts = models(shape, setup, PACKING)
     floats = (shape.parameters - shape.linear) * (
         0 if setup.master == shape.stored else shape.stored
     )
-    parts |= {
-        "codes": _codes(shape) + floats,
-        "workspace": shape.largest * 4 * 2.0,
-    }
-    return PhaseMemory("packing and writing", parts)
+    packed = {"codes": _codes(shape) + floats}
+    parts["workspace"] = shape.largest * 4 * 2.0
+    if setup.on_gpu:
+        return PhaseMemory(PACKING, parts, packed)
+    return PhaseMemory(PACKING, parts | packed)
 
 
 def _verifying(shape: Shape, setup: Setup) -> PhaseMemory:

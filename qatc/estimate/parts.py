@@ -11,8 +11,11 @@ from qatc.estimate.shapes import Shape
 DIVIDED = frozenset({"training"})
 """Phases in which GPUs share models out; in all others each has whole ones."""
 
-WITHOUT_TEACHER = frozenset({"training"})
-"""Phases in which a teacher that is recorded is not there."""
+IN_HOST = frozenset({"loading", "evaluating, before and after", "measuring KL by layer"})
+"""Phases in which a teacher that is recorded lies in the host's memory, beside a GPU."""
+
+PACKING = "packing and writing"
+"""Phase in which no teacher is there any more."""
 
 WITHOUT_STUDENT = frozenset({"writing the corpus", "recording the teacher"})
 """Phases that generate-data has to itself, where the teacher is recorded."""
@@ -64,11 +67,19 @@ def models(shape: Shape, setup: Setup, phase: str) -> dict[str, float]:
     share = setup.gpus if phase in DIVIDED else 1
     if not (recorded and phase in WITHOUT_STUDENT):
         found["masters"] = shape.parameters * setup.master / share
-    if not (recorded and phase in WITHOUT_TEACHER):
+    dropped = phase == "training" or (phase in IN_HOST and setup.on_gpu)
+    if phase != PACKING and not (recorded and dropped):
         shared = "masters" in found and not setup.train_embeddings and setup.master == setup.width
         own = shape.parameters - (shape.ends if shared else 0)
         found["teacher"] = own * setup.width / share
     return found
+
+
+def in_host(shape: Shape, setup: Setup, phase: str) -> dict[str, float]:
+    """Bytes of a teacher that lies in the host's memory in a phase, of every process."""
+    if setup.teacher != "recorded" or phase not in IN_HOST or not setup.on_gpu:
+        return {}
+    return {"teacher": float(shape.parameters * setup.width * setup.gpus)}
 
 
 def layer_copies(shape: Shape, setup: Setup) -> float:

@@ -69,8 +69,8 @@ def step_operations(shape: Shape, setup: Setup) -> float:
 def step_seconds(shape: Shape, setup: Setup, speed: Speed) -> float:
     """Of an optimizer step, with what it sends to the host and back."""
     seconds = step_operations(shape, setup) / (speed.tflops * 1e12 * setup.gpus)
-    if setup.offload == "optimizer" and setup.on_gpu:  # gradients there, parameters back
-        moved = 2.0 * setup.master * trained(shape, setup) / setup.gpus
+    if setup.offload == "optimizer" and setup.on_gpu:  # its state comes, and goes back updated
+        moved = 2.0 * setup.moments * trained(shape, setup) / setup.gpus
         seconds += moved / (speed.link * 1e9)
     return seconds
 

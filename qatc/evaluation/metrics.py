@@ -90,7 +90,10 @@ def evaluate(
             counted = torch.from_numpy(batch.counted).to(device).flatten()
             reference = logits
             if teacher is not model:
-                reference = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+                # A teacher that lies in the host's memory answers there.
+                asked = ids.to(next(teacher.parameters()).device)
+                reference = teacher(input_ids=asked, use_cache=False).logits.flatten(0, 1)
+                reference = reference.to(device)
             distance = float(divergence(logits, reference, counted)[1])
             if math.isnan(distance):
                 unclear = bool(reference[counted].isfinite().all())

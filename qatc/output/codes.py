@@ -28,6 +28,10 @@ class QuantizedWeight:
     scale: Tensor
     spec: QuantSpec
 
+    def cpu(self) -> QuantizedWeight:
+        """The same in the host's memory."""
+        return QuantizedWeight(self.codes.cpu(), self.scale.cpu(), self.spec)
+
     @classmethod
     def from_float(cls, weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
         """Quantize a float weight ``[N, K]`` by its MinMax scales, exactly as training does.

@@ -57,7 +57,7 @@ def forecast(
     size = chunk_size(training.loss_chunk, share * length, vocabulary)
     floor = training_floor(pair.student, teacher, size or share * length, vocabulary, training)
     _warn_of_memory(setting, floor)
-    few = torch.zeros((2, 8), dtype=torch.long, device=teacher.device)
+    few = torch.zeros((2, 8), dtype=torch.long, device=pair.student.device)
     chunks = find_chunks(
         pair.student,
         None if training.teacher == "recorded" else teacher,

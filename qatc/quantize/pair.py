@@ -35,12 +35,14 @@ class Loaded:
         teacher: in the compute dtype.
         stored: dtype of the checkpoint.
         inputs: the fingerprint of the model by what it is called in a message.
+        place: the device of the teacher.
     """
 
     student: Any
     teacher: LoadedModel
     stored: torch.dtype
     inputs: Mapping[str, str]
+    place: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class Pair:
         compute: dtype that both compute in.
         integer_forward: whether the student computes its quantized linears on integers.
         quantized: the weights that are quantized by name, and how.
+        place: the device of the teacher, whether it is there or dropped for a while.
     """
 
     student: Any
@@ -62,6 +65,7 @@ class Pair:
     compute: torch.dtype
     integer_forward: bool
     quantized: Mapping[str, QuantSpec]
+    place: str
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What the student is run under."""
@@ -71,21 +75,19 @@ class Pair:
         return torch.autocast(device.type, dtype=self.compute)
 
 
-def load_models(setting: Setting, compute: torch.dtype) -> Loaded:
+def load_models(setting: Setting, compute: torch.dtype, in_host: bool = False) -> Loaded:
     """Load the model twice.
+
+    Args:
+        setting: the run.
+        compute: dtype of the teacher.
+        in_host: keep the teacher in the host's memory, where it answers too: it writes and records
+            nothing any more.
 
     Raises:
         QatcError: it cannot be loaded.
     """
     config = setting.config
-
-    def load(dtype: torch.dtype) -> LoadedModel:
-        return load_model(
-            config.model,
-            dtype=dtype,
-            device=setting.device,
-            trust_remote_code=config.trust_remote_code,
-        )
 
     masters = torch.bfloat16 if config.training.master_dtype == "bfloat16" else torch.float32
     if masters is not torch.float32 and compute is not masters:
@@ -94,13 +96,19 @@ def load_models(setting: Setting, compute: torch.dtype) -> Loaded:
             f" {str(compute).removeprefix('torch.')}: pass --dtype bfloat16, or leave"
             " --master-dtype at float32"
         )
-    student, teacher = load(masters), load(compute)
+    place = "cpu" if in_host else setting.device
+    student, teacher = _load(setting, masters, setting.device), _load(setting, compute, place)
     inputs = {f"the model {config.model}": model_fingerprint(student.model)}
     if not setting.compile:
         asked = config.compile is False
         reason = "as --no-compile asks" if asked else f"as {compilation.obstacle()}: slower"
         setting.observer.note(f"running uncompiled, {reason}")
-    return Loaded(student.model, teacher, student.dtype, inputs)
+    return Loaded(student.model, teacher, student.dtype, inputs, place)
+
+
+def _load(setting: Setting, dtype: torch.dtype, device: str) -> LoadedModel:
+    trust = setting.config.trust_remote_code
+    return load_model(setting.config.model, dtype=dtype, device=device, trust_remote_code=trust)
 
 
 def make_pair(setting: Setting, loaded: Loaded, compute: torch.dtype) -> Pair:
@@ -122,7 +130,8 @@ def make_pair(setting: Setting, loaded: Loaded, compute: torch.dtype) -> Pair:
     if not config.train_embeddings:
         _share_embeddings(student, loaded.teacher.model)
     quantized = quantized_specs(student)
-    return Pair(student, loaded.teacher, loaded.stored, compute, on_integers, quantized)
+    stored, place = loaded.stored, loaded.place
+    return Pair(student, loaded.teacher, stored, compute, on_integers, quantized, place)
 
 
 def change_student(
@@ -184,7 +193,8 @@ def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:
         if own is None:
             continue
         own.weight.requires_grad_(False)
-        if own.weight.dtype is source.weight.dtype:
+        alike = own.weight.dtype, own.weight.device
+        if alike == (source.weight.dtype, source.weight.device):
             own.weight.data = source.weight.data
 
 
@@ -197,12 +207,7 @@ def load_dropped_teacher(setting: Setting, pair: Pair) -> Pair:
     """The pair with its teacher loaded again, if it was dropped."""
     if not next(pair.teacher.model.parameters()).is_meta:
         return pair
-    teacher = load_model(
-        setting.config.model,
-        dtype=pair.compute,
-        device=setting.device,
-        trust_remote_code=setting.config.trust_remote_code,
-    )
+    teacher = _load(setting, pair.compute, pair.place)
     if not setting.config.train_embeddings:
         _share_embeddings(pair.student, teacher.model)
     return replace(pair, teacher=teacher)

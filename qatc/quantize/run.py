@@ -46,7 +46,14 @@ from qatc.quantize.given import (
     require_known_tokens,
     require_recorded,
 )
-from qatc.quantize.pair import Pair, load_dropped_teacher, load_models, make_pair, round_unquantized
+from qatc.quantize.pair import (
+    Pair,
+    drop_teacher,
+    load_dropped_teacher,
+    load_models,
+    make_pair,
+    round_unquantized,
+)
 from qatc.quantize.post_training import apply_method
 from qatc.quantize.provenance import provenance, versions
 from qatc.quantize.settings import QuantizeConfig, check_places
@@ -128,7 +135,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
     given = read_given(setting)
     inputs = {**versions(), **given.inputs}
     world.on_first(check_run, config, inputs)
-    loaded = load_models(setting, given.compute)
+    loaded = load_models(setting, given.compute, in_host=given.recorded is not None)
     inputs |= loaded.inputs
     world.on_first(check_run, config, inputs)
     if given.recorded is not None:
@@ -172,6 +179,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
             return setting, figures, []
         metadata = _metadata(setting, pair, corpus, rows, training, figures)
         metadata["divergence_by_layer"] = by_layer
+        drop_teacher(pair)
         output, masters = take_output(setting, pair, metadata)
     trained = Trained(output, masters, given.tokenizer, figures, training)
     return setting, figures, [trained]

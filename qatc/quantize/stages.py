@@ -87,8 +87,9 @@ def center(setting: Setting, pair: Pair, rows: Rows) -> None:
     """Measure where keys lie, if the recipe takes that off them; the same in a resumed run."""
     if not setting.config.recipe.center_keys:
         return
-    ids, real = next(batches(pair.student, rows[:CENTERING_ROWS], CENTERING_ROWS))
-    center_keys(pair.student, pair.teacher.model, ids, real)
+    teacher = pair.teacher.model
+    ids, real = next(batches(teacher, rows[:CENTERING_ROWS], CENTERING_ROWS))
+    center_keys(pair.student, teacher, ids, real)
 
 
 def split(

@@ -52,18 +52,21 @@ class Trained:
 def take_output(
     setting: Setting, pair: Pair, metadata: Mapping[str, Any]
 ) -> tuple[Output, dict[str, Tensor]]:
-    """The output of a trained student, which is a plain model afterwards, and its masters."""
+    """The output of a trained student, which is a plain model afterwards, and its masters.
+
+    What is written lies in the host's memory, and weight after weight goes there.
+    """
     state = pair.student.state_dict()
     model = restore(pair.student)
     masters = {name: state.pop(name) for name in [*pair.quantized, *filter(of_weight, state)]}
     floats = {
-        name: value.to(pair.stored)
+        name: value.to("cpu", pair.stored)
         if value.is_floating_point() and not of_attention(name)
-        else value
+        else value.cpu()
         for name, value in state.items()
     }
     weights = {
-        name: QuantizedWeight.from_state(masters, name, spec)
+        name: QuantizedWeight.from_state(masters, name, spec).cpu()
         for name, spec in pair.quantized.items()
     }
     output = Output(

@@ -93,7 +93,8 @@ class Answers:
         layers = [layer for _, layer in find_regions(other)]
         for ids, counted, before, outputs in self._batches:
             with autocast(), _noting(layers) as theirs:
-                other.base_model(input_ids=ids, use_cache=False)
+                there = next(other.parameters()).device
+                other.base_model(input_ids=ids.to(there), use_cache=False)
             given = [_like(*pair) for pair in zip(theirs, outputs, strict=True)]
             for end in range(1, len(given) + 1):
                 with _giving(self._layers[:end], given[:end]):
@@ -127,9 +128,9 @@ def _noting(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 
 def _like(output: Any, other: Any) -> Any:
-    """An output of a layer with the dtypes of another one's."""
+    """An output of a layer with the dtypes of another one's, and where that is."""
     if isinstance(output, Tensor):
-        return output.to(other.dtype)
+        return output.to(other)
     if isinstance(output, tuple):
         return tuple(_like(*pair) for pair in zip(output, other, strict=True))
     return output

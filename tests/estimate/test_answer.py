@@ -31,9 +31,11 @@ def test_a_step_is_four_forwards_of_time_and_what_is_moved() -> None:
     recorded = Setup(teacher="recorded")
     assert step_seconds(SHAPE, recorded, SPEED) == pytest.approx(3 * forward)
     assert step_seconds(SHAPE, replace(recorded, gpus=8), SPEED) == pytest.approx(3 * forward / 8)
-    moved = 2 * 4 * SHAPE.parameters / 16e9
+    moved = 2 * 8 * SHAPE.parameters / 16e9  # both moments, from the host and back
     away = replace(recorded, offload="optimizer")
     assert step_seconds(SHAPE, away, SPEED) == pytest.approx(3 * forward + moved)
+    small = step_seconds(SHAPE, replace(away, optimizer="adamw8bit"), SPEED)
+    assert small == pytest.approx(3 * forward + moved / 4, rel=0.05)
 
 
 def test_writing_is_bound_by_the_weights_or_by_the_products() -> None:

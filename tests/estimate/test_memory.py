@@ -109,6 +109,22 @@ def test_slots_are_limited_by_half_of_what_is_left() -> None:
     assert slots_of(SHAPE, Setup(), 24e9) == 2  # nothing is left: it does not fit
 
 
+def test_a_recorded_teacher_lies_in_the_host_beside_a_gpu() -> None:
+    recorded = Setup(teacher="recorded")
+    for title in ("loading", "evaluating", "measuring KL by layer"):
+        assert "teacher" not in phase(title, recorded).parts, title
+        assert phase(title, recorded).host["teacher"] == 2 * P, title
+        assert phase(title, replace(recorded, on_gpu=False)).parts["teacher"] == 2 * P, title
+        assert phase(title, Setup()).parts["teacher"] == 2 * P, title
+
+
+def test_codes_are_packed_in_the_host_when_no_teacher_is_there() -> None:
+    packing = phase("packing", Setup())
+    assert packing.parts.keys() == {"masters", "workspace", "libraries"}
+    assert packing.host["codes"] > SHAPE.linear
+    assert "codes" in phase("packing", Setup(on_gpu=False)).parts
+
+
 def test_a_recorded_teacher_is_not_beside_a_student_that_is_trained() -> None:
     for title in ("writing the corpus", "recording", "training"):
         held = phase(title, Setup(teacher="recorded")).parts.keys()
