@@ -133,9 +133,8 @@ class TrainingConfig:
 
     @property
     def plain_optimizer(self) -> bool:
-        """Whether nothing is asked of the optimizer that torch's own cannot do."""
-        asked = self.optimizer, self.master_dtype, self.offload
-        return asked == ("adamw", "float32", "none") and not self.fused_step
+        """Whether nothing but where its state lies is asked that torch's own cannot do."""
+        return (self.optimizer, self.master_dtype) == ("adamw", "float32") and not self.fused_step
 
 
 _CHOICES = {

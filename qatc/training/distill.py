@@ -117,7 +117,7 @@ class Distiller:
         with StopRequest() as stop:
             while step < self.config.steps:
                 step += 1
-                record = self._step(step)
+                record = self.step(step)
                 self._check(record)
                 self.history.append(record)
                 self._log(record)
@@ -133,7 +133,8 @@ class Distiller:
                 stop.obey()
         return self.history
 
-    def _step(self, step: int) -> StepMetrics:
+    def step(self, step: int) -> StepMetrics:
+        """Take one optimizer step, of this number from 1; nothing is checked, logged or saved."""
         started = time.perf_counter()
         batches = [self.rows[rows] for rows in self._batches(step)]
         tokens = sum(int(batch.real.sum()) for batch in batches)

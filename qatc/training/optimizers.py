@@ -36,7 +36,8 @@ def make_optimizer(
         rate: the learning rate that it starts at.
         compile: compile what is not torch's own with Inductor.
     """
-    if config.plain_optimizer:
+    away = config.offload == "optimizer" and any(p.is_cuda for p in trained.values())
+    if config.plain_optimizer and not away:
         return torch.optim.AdamW(
             trained.values(), lr=rate, betas=BETAS, weight_decay=0.0, fused=True
         )
@@ -44,7 +45,7 @@ def make_optimizer(
         trained,
         rate,
         coded=config.optimizer == "adamw8bit",
-        offload=config.offload == "optimizer",
+        offload=away,
         seed=config.seed,
         compile=compile,
     )

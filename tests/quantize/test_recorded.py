@@ -59,10 +59,10 @@ def test_while_it_trains_no_teacher_is_there(
         pairs.append(pair)
 
     class Looking(Distiller):
-        def _step(self, step: int) -> Any:
+        def step(self, step: int) -> Any:
             assert self.teacher is None
             seen.append(all(p.is_meta for p in pairs[-1].teacher.model.parameters()))
-            return super()._step(step)
+            return super().step(step)
 
     monkeypatch.setattr(stages, "drop_teacher", dropped)
     monkeypatch.setattr(stages, "Distiller", Looking)

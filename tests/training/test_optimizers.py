@@ -245,9 +245,19 @@ def test_learns(name: str, tmp_path: Path) -> None:
     assert history[-1].kl < 1.3 * usual[-1].kl < 0.8 * usual[0].kl
 
 
+def test_on_a_cpu_nothing_is_moved_elsewhere(tmp_path: Path) -> None:
+    usual, away = (
+        run_of(tmp_path / place, replace(CONFIG, steps=2, offload=place))
+        for place in ("none", "optimizer")
+    )
+    usual.run()
+    away.run()
+    assert_equal(weights(away.student), weights(usual.student))
+
+
 class TestStepInBackward:
     def test_is_the_step_behind_it_where_nothing_is_clipped(self, tmp_path: Path) -> None:
-        config = replace(CONFIG, gradient_clip=1e6, offload="optimizer")
+        config = replace(CONFIG, gradient_clip=1e6, optimizer="adamw8bit")
         behind = run_of(tmp_path / "behind", config)
         within = run_of(tmp_path / "within", replace(config, fused_step=True))
         for a, b in zip(behind.run(), within.run(), strict=True):
