@@ -90,15 +90,16 @@ def generate_data(
             _refuse_writing(context, ("dtype", "device") if recording is not None else ())
             check_length(model, load_config(model, trust_remote_code=trust_remote_code), max_length)
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-            corpus = world.first_before_others(
-                corpus_from_text,
+            if not world.first:
+                return
+            corpus = corpus_from_text(
                 *(from_text, tokenizer, output),
                 model=model,
                 sequences=samples,
                 max_length=max_length,
                 shard_size=shard_size,
             )
-            if world.first and recording is not None:
+            if recording is not None:
                 with terminal.RunDisplay().live() as shown:
                     shown.stage(f"Loading {model}")
                     teacher = load_teacher(
@@ -106,8 +107,7 @@ def generate_data(
                     )
                     shown.stage(f"Recording what it says of the text, in {output}")
                     record_on_text(teacher, tokenizer, corpus, recording, shown.recorded)
-            if world.first:
-                _show(corpus, tokenizer, preview, json)
+            _show(corpus, tokenizer, preview, json)
             return
         config = CorpusConfig(
             sequences=samples,

@@ -220,6 +220,10 @@ def _is_open(option: Option, shape: Shape, setup: Setup) -> bool:
     """Whether an option is not asked for already, and of use."""
     if "offload" in option.changes and not setup.on_gpu:
         return False
+    if "master_dtype" in option.changes and setup.compute != "bfloat16":
+        return False
+    if setup.closed.intersection(option.changes):
+        return False
     if "loss_chunk" in option.changes and 0 < chunk_of(shape, setup) <= CHUNK:
         return False
     return any(getattr(setup, name) != value for name, value in option.changes.items())

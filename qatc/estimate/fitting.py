@@ -7,28 +7,57 @@ from types import SimpleNamespace
 
 import torch
 
+from qatc.data.config import RECORDING
+from qatc.data.teacher_logits import recorded_as
+from qatc.errors import ConfigError
 from qatc.estimate.fit import Choice, require_fit, training_changes
 from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape, read_shape
+from qatc.losses.objective import RECORDED_TERMS, parse_loss
 from qatc.machine.device import pick_device, pick_dtype
 from qatc.machine.world import current
 from qatc.models.pipelines import why_no_integer_forward
+from qatc.ptq.method import parse_method
 from qatc.quantize import QuantizeConfig
 
 
 def fitted(config: QuantizeConfig, memory: float) -> tuple[QuantizeConfig, Choice]:
     """The run with the cheapest options with which it fits into ``memory`` bytes of each GPU.
 
-    The same model, options and memory give the same choice on every machine, so that an interrupted
-    run goes on with it.
+    The same command gives the same choice on the same machine, so that an interrupted run goes on
+    with it. With another number of processes, give the options that it chose.
 
     Raises:
-        ConfigError: there is no such model, or nothing fits.
+        ConfigError: there is no such model, nothing fits, or what fits needs a recorded teacher
+            that is not there.
     """
+    if config.training.train != "full":
+        raise ConfigError(
+            f"--fit reckons with a training of everything, end to end, and --train is"
+            f" {config.training.train}; leave out one of them"
+        )
     shape = read_shape(config.model, trust_remote_code=config.trust_remote_code)
     choice = require_fit(shape, setup_of(config, shape), memory)
     training = replace(config.training, **training_changes(choice))
+    if training.teacher == "recorded" and recorded_as(config.data_directory) is None:
+        raise ConfigError(
+            f"to fit, {shape.name} needs a recorded teacher, which has the device to itself while"
+            f" it writes: run qatc generate-data --model {config.model} --output"
+            f" {config.data_directory} --record-logits {RECORDING} --samples"
+            f" {config.generation.sequences} --max-length {config.generation.max_length} first"
+        )
     return replace(config, training=training, verify=choice.setup.verify), choice
+
+
+def _closed(config: QuantizeConfig) -> frozenset[str]:
+    """What cannot be chosen, as the run is told otherwise or would refuse it."""
+    method, terms = parse_method(config.method), [t.name for t in parse_loss(config.training.loss)]
+    found = {"loss_chunk"} if config.training.loss_chunk is not None else set()
+    if method.steps or not method.trains:
+        found |= {"master_dtype"}
+    if not method.trains or not set(terms) <= set(RECORDED_TERMS):
+        found |= {"teacher"}
+    return frozenset(found)
 
 
 def setup_of(config: QuantizeConfig, shape: Shape) -> Setup:
@@ -61,4 +90,5 @@ def setup_of(config: QuantizeConfig, shape: Shape) -> Setup:
         checkpoint_activations=training.checkpoint_activations,
         fused_step=training.fused_step,
         offload=training.offload,
+        closed=_closed(config),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape
+from qatc.losses.chunks import chunk_size
 
 DIVIDED = frozenset({"training"})
 """Phases in which GPUs share models out; in all others each has whole ones."""
@@ -19,9 +20,6 @@ PACKING = "packing and writing"
 
 WITHOUT_STUDENT = frozenset({"writing the corpus", "recording the teacher"})
 """Phases that generate-data has to itself, where the teacher is recorded."""
-
-LARGE, CHUNK = 2**26, 2**24
-"""Logits of a batch from which on a run computes them in chunks by itself, and those of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,7 @@ class PhaseMemory:
 
 def chunk_of(shape: Shape, setup: Setup) -> int:
     """Tokens whose logits are there at a time; 0 for all of a batch."""
-    if setup.loss_chunk is not None:
-        return setup.loss_chunk
-    if setup.tokens * shape.vocabulary < LARGE:
-        return 0
-    return 1 << max(4, (CHUNK // shape.vocabulary).bit_length() - 1)
+    return chunk_size(setup.loss_chunk, setup.tokens, shape.vocabulary)
 
 
 def models(shape: Shape, setup: Setup, phase: str) -> dict[str, float]:

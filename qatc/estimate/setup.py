@@ -47,6 +47,7 @@ class Setup:
         checkpoint_activations: keep a layer's input alone, and compute the rest again.
         fused_step: step one tensor at a time within the backward pass.
         offload: what is kept in the host's memory.
+        closed: fields that no option may be chosen for.
 
     Raises:
         ConfigError: a value is out of range, or options exclude each other.
@@ -73,6 +74,7 @@ class Setup:
     master_dtype: str = "float32"
     loss_chunk: int | None = None
     checkpoint_activations: bool = False
+    closed: frozenset[str] = frozenset()
     fused_step: bool = False
     offload: str = "none"
 

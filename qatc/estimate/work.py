@@ -87,15 +87,12 @@ def seconds(
     reading = (weights + slots * cache) / (speed.bandwidth * 1e9)
     step = max(reading, slots * forward / (speed.tflops * 1e12))
     rounds = math.ceil(setup.samples / (slots * setup.gpus))
-    models = 2 if setup.teacher == "online" else 1
     found = {"writing the corpus": rounds * length * step}
     if setup.teacher == "recorded":
         found["recording the teacher"] = setup.samples * length * forward / rate
     found["training"] = setup.steps * step_seconds(shape, setup, speed)
     # Full precision is its own reference; the student before and after stands beside the teacher.
-    found["evaluating three times"] = (
-        (1 + 2 * models) * setup.eval_samples * length * forward / rate
-    )
+    found["evaluating three times"] = 5 * setup.eval_samples * length * forward / rate
     return found
 
 

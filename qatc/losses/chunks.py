@@ -218,6 +218,8 @@ def _obstacle(chunks: Chunks, ids: Tensor) -> str | None:
     for name, tail in ("student", chunks.student), ("teacher", chunks.teacher):
         try:
             error = None if tail is None else check(tail, ids)
+        except torch.OutOfMemoryError:
+            raise  # whole logits take more
         except Exception as problem:  # whatever a model does otherwise, is why it is not used
             error = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
         if error is not None:

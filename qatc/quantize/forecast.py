@@ -55,12 +55,13 @@ def forecast(
     share = training.batch_size // current().size
     batch = training.batch_size * length
     size = chunk_size(training.loss_chunk, share * length, vocabulary)
-    floor = training_floor(pair.student, teacher, size or share * length, vocabulary, training)
+    beside = None if training.teacher == "recorded" else teacher
+    floor = training_floor(pair.student, beside, size or share * length, vocabulary, training)
     _warn_of_memory(setting, floor)
     few = torch.zeros((2, 8), dtype=torch.long, device=pair.student.device)
     chunks = find_chunks(
         pair.student,
-        None if training.teacher == "recorded" else teacher,
+        beside,
         *(few, training.loss_chunk, share * length),
         autocast=pair.autocast,
     )
@@ -76,7 +77,9 @@ def forecast(
             losses, _ = distillation_losses(pair.student, teacher, ids, real, real, terms, **how)
         return torch.stack(list(losses.values())).sum()
 
-    with _dropped_gradients(pair.student) if training.fused_step else nullcontext():
+    # Several processes leave each a share of the gradients, which the whole ones are not.
+    few_gradients = training.fused_step or current().size > 1
+    with _dropped_gradients(pair.student) if few_gradients else nullcontext():
         cost = measure_step(loss, pair.student, share, length, vocabulary)
     speed = None
     if corpus is None:

@@ -22,6 +22,7 @@ from qatc.models.load import check_length, model_fingerprint
 from qatc.models.preparation import can_compile
 from qatc.progress import Observer
 from qatc.quantize.settings import QuantizeConfig
+from qatc.quantize.unfinished import recorded_inputs
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def read_given(setting: Setting) -> Given:
         inputs[f"the evaluation text {config.eval_text}"] = digest.hexdigest()
         texts[str(config.eval_text)] = rows
     corpus, recorded, sequences = None, None, config.generation.sequences
-    if config.data is not None and is_complete(config.data):
+    if config.data is not None and is_complete(config.data) and not _is_recording(config):
         corpus = Corpus.open(config.data)
         corpus.require_tokenizer(tokenizer)
         inputs[f"the corpus {config.data}"] = corpus.fingerprint
@@ -116,6 +117,14 @@ def read_given(setting: Setting) -> Given:
             " evaluation; generate more (--samples), or lower --eval-samples"
         )
     return Given(tokenizer, compute, texts, corpus, recorded, inputs)
+
+
+def _is_recording(config: QuantizeConfig) -> bool:
+    """Whether an unfinished run has written this corpus itself and still records the teacher."""
+    if config.training.teacher != "recorded":
+        return False
+    begun = recorded_inputs(config)
+    return bool(begun) and f"the corpus {config.data}" not in begun
 
 
 def open_recorded(config: QuantizeConfig, corpus: Corpus) -> Recorded | None:

@@ -72,6 +72,7 @@ from qatc.quantize.stages import (
 from qatc.quantize.unfinished import begin_run, check_run, end_run, recorded_inputs, trained_file
 from qatc.quantize.writing import Trained, take_output, write
 from qatc.storage.directories import refuse_existing
+from qatc.storage.files import read_json, write_json
 from qatc.storage.locks import locked
 from qatc.training.parts import trained_at_once
 from qatc.training.sharding import check_training
@@ -102,7 +103,8 @@ def quantize(config: QuantizeConfig, observer: Observer | None = None) -> Quanti
             with the same settings.
     """
     world = current()
-    check_training(world, config.training)
+    recipe = config.recipe
+    check_training(world, config.training, recipe.weights.learned or recipe.kv.learned)
     check_places(config)
     with ExitStack() as held, ExitStack() as corpus_lock:
         world.on_first(_take_places, config, held, corpus_lock)
@@ -135,7 +137,9 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
     given = read_given(setting)
     inputs = {**versions(), **given.inputs}
     world.on_first(check_run, config, inputs)
-    loaded = load_models(setting, given.compute, in_host=given.recorded is not None)
+    place = config.partial / "teacher.json"  # the same one when the run goes on
+    in_host = read_json(place)["in_host"] if place.exists() else given.recorded is not None
+    loaded = load_models(setting, given.compute, in_host)
     inputs |= loaded.inputs
     world.on_first(check_run, config, inputs)
     if given.recorded is not None:
@@ -144,6 +148,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
     observer.stage(f"Capturing and rewriting the layers for {config.recipe.bits}")
     pair = make_pair(setting, loaded, given.compute)
     world.on_first(_begin, setting, given, pair, inputs, given.corpus)
+    world.on_first(write_json, place, {"in_host": in_host})
     with trained_at_once(pair.student, config.training.train):
         slots = world.on_first(forecast, setting, pair, given.corpus, given.texts)
     corpus = given.corpus or write_corpus(setting, given, pair, slots)
@@ -169,7 +174,8 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
         *_, rounded = baselines[corpus.held_out_name].values()
         training = train(setting, pair, rows, rounded.kl or 0.0)
     with _kept(setting):
-        pair = load_dropped_teacher(setting, pair)
+        if world.first:  # others read what it measures
+            pair = load_dropped_teacher(setting, pair)
         round_unquantized(pair)
         name, file = "QAT" if method.trains else method.name or "RTN", trained_file(config)
         by_layer = world.first_before_others(measure_depth, setting, pair, held_out)

@@ -103,9 +103,9 @@ class QuantizeConfig:
                 f"the loss {self.training.loss} compares hidden states with the teacher's, and"
                 f" {self.method} turns those of the student; leave out hidden or rotate"
             )
-        if method.steps and method.trains and self.training.master_dtype != "float32":
+        if method.steps and self.training.master_dtype != "float32":
             raise ConfigError(
-                f"the method {self.method} changes weights before training, which masters in"
+                f"the method {self.method} changes weights, which masters in"
                 f" {self.training.master_dtype} would round; leave out --master-dtype, or all of"
                 " the method but qat"
             )

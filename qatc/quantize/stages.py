@@ -12,6 +12,7 @@ from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import generate_corpus
 from qatc.data.teacher_logits import Recorded, recorded_as
 from qatc.evaluation.metrics import Metrics
+from qatc.machine.device import release_memory
 from qatc.machine.world import current
 from qatc.models.centers import center_keys
 from qatc.ptq.calibrate import batches
@@ -159,8 +160,11 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
             note=setting.observer.note,
         )
         history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
+    rate = distiller.rate
+    del distiller, student, teachers, models
     pair.student.zero_grad(set_to_none=True)
-    return Training(distiller.rate, history, layers)
+    release_memory(setting.device)  # of an optimizer, which hooks and models refer to in circles
+    return Training(rate, history, layers)
 
 
 def _train_layers(

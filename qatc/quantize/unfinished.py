@@ -79,8 +79,9 @@ def end_run(config: QuantizeConfig) -> None:
 
 
 def recorded_inputs(config: QuantizeConfig) -> dict[str, str]:
-    """The fingerprints and versions that the unfinished run began with."""
-    return dict(read_json(_run_file(config)).get("inputs", {}))
+    """The fingerprints and versions that the unfinished run began with; none if there is none."""
+    file = _run_file(config)
+    return dict(read_json(file).get("inputs", {})) if file.exists() else {}
 
 
 def trained_file(config: QuantizeConfig) -> Path:

@@ -95,7 +95,7 @@ def measure_step(
 
 def training_floor(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     tokens: int,
     vocabulary: int,
     config: TrainingConfig = _USUAL,
@@ -103,16 +103,18 @@ def training_floor(
     """Bytes that training takes at least: parameters, gradients, AdamW's state, teacher, logits.
 
     Args:
-        student, teacher: the models; what they share counts once.
+        student, teacher: the models; what they share counts once. None for a teacher that is not
+            there meanwhile.
         tokens: of one forward pass, or of a chunk of its logits.
         vocabulary: width of the logits.
         config: which optimizer there is, and whether it leaves gradients.
     """
-    tensors = {id(p): p for m in (student, teacher) for p in m.parameters()}
+    models = [student] if teacher is None else [student, teacher]
+    tensors = {id(p): p for m in models for p in m.parameters()}
     held = sum(p.nbytes for p in tensors.values())
     gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
     held += optimizer_bytes(student, config) + (0 if config.fused_step else gradients)
-    width = next(teacher.parameters()).element_size()
+    width = next(models[-1].parameters()).element_size()
     return held + 3 * width * tokens * vocabulary
 
 

@@ -37,6 +37,7 @@ from qatc.machine.signals import StopRequest
 from qatc.models import find_regions
 from qatc.training.checkpoint import Checkpoints
 from qatc.training.config import TrainingConfig, default_learning_rate, schedule
+from qatc.training.optimizers import make_optimizer
 from qatc.training.records import Records
 from qatc.training.streams import Stream
 
@@ -155,9 +156,7 @@ class BlockwiseTrainer:
         trained, checkpoints = self._trained(number), self._checkpoints(number)
         width = source.hidden.shape[-1]
         peak = self.config.learning_rate or default_learning_rate(width, self.rounding_kl)
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            trained.values(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        optimizer = make_optimizer(trained, self.config, peak)
         step = checkpoints.restore(self.student, trained, optimizer)
         own = replace(self.config, steps=self.steps, warmup_steps=0)
         while step < self.steps and not stop.requested:

@@ -93,6 +93,15 @@ class TrainingConfig:
                 " that of hidden states, layer by layer; leave out --loss, or let it be lowered end"
                 " to end afterwards (--train blockwise+full)"
             )
+        if stages.by_layer and self.fused_step:
+            raise ConfigError(
+                f"--fused-step keeps no gradients of a model, and --train {self.train} has those of"
+                " a single layer; leave out one of them"
+            )
+        if stages.by_layer and stages.parts is None and self.loss_chunk is not None:
+            raise ConfigError(
+                f"--loss-chunk is of logits, of which --train {self.train} reads none; leave it out"
+            )
         if self.blockwise_steps is not None and not stages.by_layer:
             raise ConfigError(
                 f"blockwise_steps says how long layers are trained one after the other, and train"

@@ -113,6 +113,13 @@ class Distiller:
             KeyboardInterrupt: after Ctrl-C or another signal to end, once a checkpoint is written.
             CheckpointError: a checkpoint is damaged or cannot be written.
         """
+        try:
+            return self._run(on_step)
+        finally:
+            if self.in_backward is not None:
+                self.in_backward.remove()
+
+    def _run(self, on_step: Callable[[StepMetrics], None] | None) -> list[StepMetrics]:
         step = self._resume()
         with StopRequest() as stop:
             while step < self.config.steps:

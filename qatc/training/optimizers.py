@@ -228,8 +228,13 @@ class StepInBackward:
     ) -> None:
         self.optimizer, self.clip = optimizer, clip
         self._squares: list[Tensor] = []
-        for parameter in trained.values():
-            parameter.register_post_accumulate_grad_hook(self._update)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in trained.values()]
+
+    def remove(self) -> None:
+        """Let backward passes be without steps again; else parameters keep all of the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     @torch.no_grad()
     def _update(self, parameter: nn.Parameter) -> None:

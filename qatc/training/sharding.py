@@ -32,9 +32,20 @@ def check_batch(world: World, batch_size: int) -> None:
         )
 
 
-def check_training(world: World, config: TrainingConfig) -> None:
-    """Raise ``ConfigError`` if several processes cannot train so."""
+def check_training(world: World, config: TrainingConfig, learned: bool) -> None:
+    """Raise ``ConfigError`` if several processes cannot train so.
+
+    Args:
+        world: the processes.
+        config: how they are to train.
+        learned: whether there are learned scales.
+    """
     check_batch(world, config.batch_size)
+    if world.size > 1 and config.master_dtype == "bfloat16" and learned:
+        raise ConfigError(
+            "learned scales are trained in fp32, and several processes train parameters of one"
+            " dtype together; leave --master-dtype at float32, or choose --preset paper"
+        )
     if world.size > 1 and parse_train(config.train).by_layer:
         raise ConfigError(
             f"--train {config.train} trains a layer at a time on one device, and there are"

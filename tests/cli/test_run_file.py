@@ -37,14 +37,18 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["quantize", *map(str, arguments)])
 
 
-def other(value: Any) -> Any:
-    """Another value of the same kind."""
-    return not value if isinstance(value, bool) else value + 1
+TRAININGS: tuple[dict[str, Any], ...] = (
+    {"teacher": "recorded", "optimizer": "adamw8bit", "master_dtype": "bfloat16", "accumulate": 2}
+    | {"offload": "optimizer", "loss_chunk": 7, "checkpoint_activations": True, "train": "norms"},
+    {"fused_step": True, "loss_chunk": 0},
+    {"train": "blockwise+full", "blockwise_steps": 5, "blockwise_rows": 64, "accumulate": 3},
+)
+"""What does not go together; between them no value is a default."""
 
 
-def config_of(tmp_path: Path) -> QuantizeConfig:
-    """No value is a default."""
-    generation, training = CorpusConfig(), TrainingConfig()
+def config_of(tmp_path: Path, number: int = 0) -> QuantizeConfig:
+    """No value is a default, but for those of other trainings."""
+    generation = CorpusConfig()
     return QuantizeConfig(
         model="some/model",
         output=tmp_path / "out",
@@ -56,15 +60,16 @@ def config_of(tmp_path: Path) -> QuantizeConfig:
             seed=8, batch_size=3, turns=2, record_logits="8+4",
         ),
         training=TrainingConfig(
-            **{
-                field.name: other(getattr(training, field.name))
-                for field in dataclasses.fields(training)
-                if field.name not in ("seed", "learning_rate", "loss", "teacher")
-            },
-            seed=8,
+            steps=11,
+            batch_size=5,
             learning_rate=0.25,
+            warmup_steps=1,
+            gradient_clip=2.0,
+            seed=8,
+            checkpoint_every=9,
+            keep_checkpoints=3,
             loss="label+2*logits:decay",
-            teacher="recorded",
+            **TRAININGS[number],
         ),
         loss_on="all",
         budget=2.5,
@@ -81,17 +86,24 @@ def config_of(tmp_path: Path) -> QuantizeConfig:
     )  # fmt: skip
 
 
-def test_a_run_is_asked_for_again_in_every_setting(
-    asked: list[QuantizeConfig], tmp_path: Path
-) -> None:
-    config = config_of(tmp_path)
+def test_every_setting_is_another_one_somewhere(tmp_path: Path) -> None:
+    """A setting to come is found here."""
+    configs = [config_of(tmp_path, number) for number in range(len(TRAININGS))]
     plain = QuantizeConfig("x", tmp_path / "out")
-    for name in ("generation", "training"):  # a setting to come is found here
-        for field in dataclasses.fields(getattr(config, name)):
-            values = [getattr(getattr(c, name), field.name) for c in (config, plain)]
+    for name in ("generation", "training"):
+        for field in dataclasses.fields(getattr(plain, name)):
             if field.name == "shard_size":  # no option
                 continue
-            assert values[0] != values[1], f"{field.name} of the test is the default"
+            default = getattr(getattr(plain, name), field.name)
+            values = [getattr(getattr(config, name), field.name) for config in configs]
+            assert any(value != default for value in values), f"{field.name} is the default"
+
+
+@pytest.mark.parametrize("number", range(len(TRAININGS)))
+def test_a_run_is_asked_for_again_in_every_setting(
+    asked: list[QuantizeConfig], tmp_path: Path, number: int
+) -> None:
+    config = config_of(tmp_path, number)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(as_options(config)))
     assert run("--config", file, "--output", config.output).exit_code == 2
