@@ -4,7 +4,7 @@
 
 Each way is a process of its own, which loads the model, prepares it and waits; the first process
 then lets them step in turn, so that what else the machine does meets all of them, and nothing runs
-beside a step. All use the same loss, teacher, optimizer and clipping, compiled where the way is:
+beside a step. All use the same teacher, optimizer and clipping, and the same loss, compiled:
 
 =====================  =============================================================================
 way                    what the student's layers are
@@ -199,7 +199,8 @@ def make(arguments: argparse.Namespace, directory: Path) -> Any:
 
     way, dtype = arguments.way, getattr(torch, arguments.dtype)
     torch.manual_seed(0)
-    student, teacher = (load(arguments, d) for d in (torch.float32, dtype))
+    student = load(arguments, torch.float32)
+    teacher = None if way == "recorded" else load(arguments, dtype)
     vocabulary = student.config.vocab_size
     random = np.random.default_rng(0)
     count = 16 * arguments.rows
@@ -217,7 +218,7 @@ def make(arguments: argparse.Namespace, directory: Path) -> Any:
 
     return Distiller(
         student,
-        None if recorded else teacher,
+        teacher,
         rows,
         TrainingConfig(
             steps=10**6,
@@ -270,6 +271,7 @@ def change(student: Any, way: str, dtype: torch.dtype) -> None:
         )
         quantize_(layers, QATConfig(base, step="prepare"))
     if way in ("unquantized", "torchao compiled"):
+        torch._dynamo.config.recompile_limit = 4 * len(layers)  # else deep ones stay eager
         for layer in layers:
             layer.compile()
     if way in ("fake-quant", "integers", "recorded"):

@@ -45,7 +45,12 @@ def estimate(
             show_default=False,
         ),
     ] = None,
-    link: Annotated[float, typer.Option(help="GB/s between a GPU and the host's memory.")] = 16.0,
+    link: Annotated[
+        float | None,
+        typer.Option(
+            help="GB/s between a GPU and the host's memory. Default: 16.", show_default=False
+        ),
+    ] = None,
     bits: options.Bits = None,
     recipe: options.RecipeFile = None,
     group_size: options.GroupSize = None,
@@ -183,19 +188,24 @@ def _speed(
     setup: Setup,
     tflops: float | None,
     bandwidth: float | None,
-    link: float,
+    link: float | None,
     here: str | None,
 ) -> Speed | None:
     """What is said of the machine, or what is measured of this one; None where neither is."""
     from qatc.estimate import Speed, measure_speed
+    from qatc.estimate.work import LINK
 
-    if tflops is None and here is None:
-        return None
+    for name, value in (("tflops", tflops), ("bandwidth", bandwidth), ("link", link)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} must be a positive number; got {value:g}")
     if tflops is not None:
-        return Speed(tflops, bandwidth or 10 * tflops, link)
-    assert here is not None
+        return Speed(tflops, bandwidth or 10 * tflops, link or LINK)
+    if here is None:
+        if bandwidth is not None or link is not None:
+            raise ConfigError("--bandwidth and --link count beside --tflops; give that as well")
+        return None
     found = measure_speed(shape, setup.compute, here)
-    return Speed(found.tflops, bandwidth or found.bandwidth, link)
+    return Speed(found.tflops, bandwidth or found.bandwidth, link or LINK)
 
 
 def _render(found: Estimate) -> None:
