@@ -16,7 +16,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
-    "--extra-index-url", "--held-out", "--help", "--nnodes", "--no-python", "--nproc-per-node",
+    "--cases", "--extra-index-url", "--held-out", "--help", "--nnodes", "--no-python", "--nproc-per-node",
     "--parts", "--rdzv-endpoint", "--sample", "--shapes", "--threads",
 }  # fmt: skip
 """Options of pip, torchrun and the benchmarks."""

@@ -222,7 +222,7 @@ def _is_open(option: Option, shape: Shape, setup: Setup) -> bool:
         return False
     if "master_dtype" in option.changes and setup.compute != "bfloat16":
         return False
-    if setup.closed.intersection(option.changes):
+    if option.changes.keys() & set(setup.closed):
         return False
     if "loss_chunk" in option.changes and 0 < chunk_of(shape, setup) <= CHUNK:
         return False

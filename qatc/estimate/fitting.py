@@ -49,7 +49,7 @@ def fitted(config: QuantizeConfig, memory: float) -> tuple[QuantizeConfig, Choic
     return replace(config, training=training, verify=choice.setup.verify), choice
 
 
-def _closed(config: QuantizeConfig) -> frozenset[str]:
+def _closed(config: QuantizeConfig) -> tuple[str, ...]:
     """What cannot be chosen, as the run is told otherwise or would refuse it."""
     method, terms = parse_method(config.method), [t.name for t in parse_loss(config.training.loss)]
     found = {"loss_chunk"} if config.training.loss_chunk is not None else set()
@@ -57,7 +57,7 @@ def _closed(config: QuantizeConfig) -> frozenset[str]:
         found |= {"master_dtype"}
     if not method.trains or not set(terms) <= set(RECORDED_TERMS):
         found |= {"teacher"}
-    return frozenset(found)
+    return tuple(sorted(found))
 
 
 def setup_of(config: QuantizeConfig, shape: Shape) -> Setup:

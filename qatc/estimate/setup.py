@@ -74,7 +74,7 @@ class Setup:
     master_dtype: str = "float32"
     loss_chunk: int | None = None
     checkpoint_activations: bool = False
-    closed: frozenset[str] = frozenset()
+    closed: tuple[str, ...] = ()
     fused_step: bool = False
     offload: str = "none"
 
