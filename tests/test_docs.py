@@ -16,8 +16,8 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
-    "--cases", "--extra-index-url", "--held-out", "--help", "--nnodes", "--no-python", "--nproc-per-node",
-    "--parts", "--rdzv-endpoint", "--sample", "--shapes", "--threads",
+    "--cases", "--extra-index-url", "--held-out", "--help", "--nnodes", "--no-python",
+    "--nproc-per-node", "--parts", "--rdzv-endpoint", "--sample", "--shapes", "--threads",
 }  # fmt: skip
 """Options of pip, torchrun and the benchmarks."""
 

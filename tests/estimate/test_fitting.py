@@ -11,14 +11,11 @@ import pytest
 
 from qatc.errors import ConfigError
 from qatc.estimate import Setup
-from qatc.estimate.fit import OPTIONS
+from qatc.estimate.fit import OPTIONS, fit
 from qatc.estimate.fitting import fitted, setup_of
-from qatc.estimate.parts import chunk_of
 from qatc.estimate.shapes import read_shape
-from qatc.losses.chunks import chunk_size
 from qatc.quantize import QuantizeConfig
 from qatc.training import TrainingConfig
-from tests.estimate.shapes import llama_7b
 from tests.estimate.test_shapes import LLAMA_7B
 
 
@@ -33,15 +30,6 @@ def config(tmp_path: Path) -> QuantizeConfig:
 def test_every_option_is_one_of_the_training() -> None:
     known = {field.name for field in dataclasses.fields(TrainingConfig)}
     assert {name for option in OPTIONS for name in option.training} <= known
-
-
-@pytest.mark.parametrize("rows", [1, 8, 64])
-@pytest.mark.parametrize("asked", [None, 0, 100])
-def test_chunks_are_those_that_the_training_takes(rows: int, asked: int | None) -> None:
-    for vocabulary in (512, 32000, 128256):
-        shape = replace(llama_7b(), vocabulary=vocabulary)
-        setup = Setup(batch_size=rows, loss_chunk=asked)
-        assert chunk_of(shape, setup) == chunk_size(asked, setup.tokens, vocabulary)
 
 
 def test_what_fits_is_the_run_itself(config: QuantizeConfig) -> None:
@@ -60,3 +48,42 @@ def test_the_choice_becomes_the_run(config: QuantizeConfig) -> None:
 def test_what_cannot_fit_is_refused(config: QuantizeConfig) -> None:
     with pytest.raises(ConfigError, match="does not fit into 4.0 GB"):
         fitted(config, 4e9)
+
+
+def test_a_recorded_teacher_that_is_needed_has_to_be_there(
+    config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing the record in the run itself would take both models at once."""
+    monkeypatch.setattr("qatc.estimate.fitting.setup_of", lambda *_: Setup())
+    with pytest.raises(ConfigError, match="generate-data --model .* --record-logits 32") as raised:
+        fitted(config, 24e9)
+    assert str(config.data_directory) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "told, closed",
+    [
+        ({"loss": "logits+hidden"}, ("teacher",)),
+        ({"loss_chunk": 0}, ("loss_chunk",)),
+        ({"loss": "label"}, ()),
+    ],
+)
+def test_what_a_run_would_refuse_is_not_chosen(
+    config: QuantizeConfig, told: dict[str, object], closed: tuple[str, ...]
+) -> None:
+    run = replace(config, training=replace(config.training, **told))  # type: ignore[arg-type]
+    assert setup_of(run, read_shape(run.model)).closed == closed
+    wide = fit(read_shape(run.model), replace(Setup(), closed=closed), 36e9)
+    assert wide is None or not {c for o in wide.options for c in o.changes} & {*closed}
+
+
+def test_masters_in_bf16_are_not_chosen_for_a_run_in_fp32(config: QuantizeConfig) -> None:
+    found = setup_of(replace(config, dtype="float32"), read_shape(config.model))
+    choice = fit(read_shape(config.model), found, 110e9)
+    assert choice is not None and choice.setup.master_dtype == "float32"
+
+
+def test_parts_are_not_reckoned_with(config: QuantizeConfig) -> None:
+    part = replace(config, training=replace(config.training, train="norms"))
+    with pytest.raises(ConfigError, match="--fit reckons with a training of everything"):
+        fitted(part, 80e9)
