@@ -15,7 +15,16 @@ from torch import Tensor
 from qatc.errors import ConfigError
 from qatc.machine.world import World
 from qatc.training.sharding import check_batch, own_share
-from tests.in_a_world import APART, forget_last, parameters_of, train, user_step
+from tests.in_a_world import (
+    APART,
+    FUSED,
+    SMALL,
+    TOGETHER,
+    forget_last,
+    parameters_of,
+    train,
+    user_step,
+)
 from tests.training.conftest import assert_equal, make_rows
 
 ALONE = World()
@@ -46,6 +55,17 @@ def test_tied_and_clipped(in_a_world: Path, tmp_path: Path) -> None:
     trained = parameters_of(student)
     assert "lm_head.weight" not in trained
     assert_equal(trained, weights(in_a_world, "tied"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["small", "small again"])
+def test_with_chunks_and_moments_in_8_bits(in_a_world: Path, tmp_path: Path, name: str) -> None:
+    student, _ = train(tmp_path, replace(APART, **SMALL), ALONE)
+    assert_equal(weights(in_a_world, name), parameters_of(student))
+
+
+def test_steps_within_the_backward_pass(in_a_world: Path, tmp_path: Path) -> None:
+    student, _ = train(tmp_path, replace(TOGETHER, **FUSED), ALONE)
+    assert_equal(weights(in_a_world, "fused"), parameters_of(student), rtol=1e-4, atol=1e-5)
 
 
 def test_the_record_is_of_the_whole_batch(in_a_world: Path) -> None:
