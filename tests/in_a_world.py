@@ -228,9 +228,9 @@ def forget_last(source: Path, place: Path) -> None:
 
 
 def end(world: World, record: StepMetrics) -> None:
-    """Ctrl-C reaches one of the processes alone."""
+    """A signal reaches one of the processes alone; Ctrl-C, in the background, none."""
     if record.step == 2 and not world.first:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
