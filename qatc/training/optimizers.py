@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qatc.training.adamw import BETAS, Scalars, block_of, update_coded, update_float
 from qatc.training.config import TrainingConfig
+from qatc.training.sharding import first_row, own_rows
 
 BLOCK = 2**20
 """Elements that are updated at a time, which bounds what an update takes besides its states."""
@@ -112,19 +113,20 @@ class RoundingAdamW(torch.optim.Optimizer):
         scalars = Scalars.of(rate, step, self.names[parameter], self.seed)
         numbers = scalars.rate, scalars.first, scalars.second, scalars.low, scalars.high
         assert parameter.grad is not None
-        own, gradient = _local(parameter.detach()), _local(parameter.grad)
+        own, gradient = own_rows(parameter.detach()), own_rows(parameter.grad)
         factor = torch.ones((), device=own.device) if factor is None else factor
         coded = "exp_avg_scale" in state
         block = (block_of(parameter.shape) or 1) if coded else 1
         shape = (-1, block) if coded else (-1,)
         run = _compiled(coded) if self.compile else (update_coded if coded else update_float)
-        first = _first_element(parameter)
+        before = first_row(parameter)  # a scalar has no rows
+        first = before * (parameter.shape.numel() // parameter.shape[0]) if before else 0
         if not own.numel():
             return
         flat = own.view(shape), gradient.reshape(shape)
-        moments = [_local(state[key]).view(shape) for key in _KEYS[:2]]
+        moments = [own_rows(state[key]).view(shape) for key in _KEYS[:2]]
         if coded:
-            moments += [_local(state[key]).view(-1, 1) for key in _KEYS[2:]]
+            moments += [own_rows(state[key]).view(-1, 1) for key in _KEYS[2:]]
         size = max(1, BLOCK // block)
         lanes = self._lane(gradient, factor)
         for lane, start in zip(lanes, range(0, len(flat[0]), size), strict=False):
@@ -163,7 +165,7 @@ def _states(parameter: Tensor, coded: bool, pinned: bool) -> dict[str, Tensor]:
     Moments have its shape, and scales a row of their own for each of its rows.
     """
     block = block_of(parameter.shape) if coded else None
-    local = _local(parameter.detach())
+    local = own_rows(parameter.detach())
     how: dict[str, Any] = {"device": local.device}
     if pinned:
         how = {"device": "cpu", "pin_memory": True}
@@ -178,25 +180,6 @@ def _states(parameter: Tensor, coded: bool, pinned: bool) -> dict[str, Tensor]:
     for key in _KEYS[2:]:
         found[key] = torch.zeros((local.shape[0], blocks), dtype=torch.float32, **how)
     return found
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has."""
-    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
-def _first_element(parameter: Tensor) -> int:
-    """Index, in the whole parameter, of the first element that this process has."""
-    if not hasattr(parameter, "to_local"):
-        return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    placed: Any = parameter
-    _, offset = compute_local_shape_and_global_offset(
-        placed.shape, placed.device_mesh, placed.placements
-    )
-    return int(offset[0]) * (parameter.shape.numel() // parameter.shape[0])
 
 
 @functools.cache

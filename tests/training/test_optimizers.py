@@ -170,7 +170,7 @@ class TestUpdate:
 
         def trained(rows: slice, block: int) -> Any:
             monkeypatch.setattr(optimizers, "BLOCK", block)
-            monkeypatch.setattr(optimizers, "_first_element", lambda p: (rows.start or 0) * 96)
+            monkeypatch.setattr(optimizers, "first_row", lambda p: rows.start or 0)
             monkeypatch.setattr(optimizers, "block_of", lambda shape: 96)
             p = nn.Parameter(start[rows].to(dtype, copy=True))
             run = RoundingAdamW({"w": p}, 1e-2, coded=coded)
