@@ -14,6 +14,7 @@ from qatc.data.corpus import Rows
 from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.graph import compilation
+from qatc.machine.device import release_memory
 from qatc.models import LoadedModel, load_model
 from qatc.models.load import model_fingerprint
 from qatc.models.pipelines import why_no_integer_forward
@@ -201,6 +202,7 @@ def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:
 def drop_teacher(pair: Pair) -> None:
     """Let go of the memory of a teacher that is not run for a while, but for what is shared."""
     pair.teacher.model.to("meta")
+    release_memory(pair.place)  # the graphs that wrote the corpus refer to its weights in circles
 
 
 def load_dropped_teacher(setting: Setting, pair: Pair) -> Pair:
