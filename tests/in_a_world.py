@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qatc.cli.errors import readable_errors
@@ -128,25 +128,8 @@ def begin(directory: Path, model: Path) -> None:
     with captures.shared():
         student, _ = train(directory / "alone", APART, World())
         save_file(parameters_of(student), directory / "alone.safetensors")
-        for name in ("begun alone", "begun by five"):
-            forget_last(directory / "alone", directory / name)
-        divide(directory / "begun by five" / "checkpoints" / "step-000003", 5)
+        forget_last(directory / "alone", directory / "begun alone")
         quantize(run_of(model, directory / "quantized alone", batch_size=2, accumulate=2))
-
-
-def divide(checkpoint: Path, size: int) -> None:
-    """Put the rows of a checkpoint of one process into files of several."""
-    whole = load_file(checkpoint / "state.safetensors")
-    (checkpoint / "state.safetensors").unlink()
-    for rank in range(size):
-        parts: dict[str, Tensor] = {}
-        for name, tensor in whole.items():
-            if name.startswith("random") or not tensor.dim():
-                parts |= {name: tensor} if rank == 0 else {}
-            else:
-                share = -(-len(tensor) // size)
-                parts[name] = tensor[rank * share : (rank + 1) * share].contiguous()
-        save_file(parts, checkpoint / f"state-{rank:05d}-of-{size:05d}.safetensors")
 
 
 def parameters_of(model: Any) -> dict[str, Tensor]:
@@ -193,7 +176,7 @@ def main(directory: Path, model: Path) -> None:
         with captures.shared():
             finish("whole")
             world.on_first(forget_last, directory / "whole", directory / "again")
-            for name in ("again", "begun alone", "begun by five"):
+            for name in ("again", "begun alone"):
                 finish(name)
             try:
                 train(directory / "ended", TOGETHER, world, lambda r: end(world, r))

@@ -98,6 +98,14 @@ class World:
                 raise failed
         return [value for value, _ in outcomes]
 
+    def group_beside(self) -> Any:
+        """A new group of all processes, on CPUs, for a thread that runs beside them; None alone."""
+        if self.size == 1:
+            return None
+        from torch import distributed
+
+        return distributed.new_group(backend="gloo", timeout=_PATIENCE)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each of some numbers, summed over all processes in fp64."""
         return self._reduced(values, "SUM")

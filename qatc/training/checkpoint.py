@@ -1,28 +1,43 @@
 """Training checkpoints: atomic, never pickled, bit for bit.
 
-A process alone writes one file. Of several each writes its rows of every tensor into a file of its
-own, side by side, and the first one puts the directory in its place once all have. The rows of all
-files, in their order, are the tensor: so any number of processes goes on from what another wrote.
+They are written and read by ``torch.distributed.checkpoint``, as safetensors files and a list of
+them. Each process writes its rows of every tensor; any number of processes goes on from what
+another wrote. The directory takes its place once all have written.
+
+Aside, a checkpoint is a copy of the state, taken at once, that is written while training goes on:
+by a thread, and among processes over a group of their own. The next one waits for it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
-from qatc.errors import CheckpointError
+from qatc.errors import CheckpointError, DataError
 from qatc.machine.world import current
 from qatc.storage import markers
 from qatc.storage.directories import complete_directory, recover
-from qatc.storage.files import writing_to
+from qatc.storage.files import read_json, write_json, writing_to
 from qatc.storage.markers import Mark
-from qatc.training.sharding import first_row, like_shard, own_rows
+from qatc.training.state import numbers_of_files, shapes_of, to_restore, to_save
+
+FILES = "checkpoint.json"
+"""The list of a checkpoint's files."""
+
+# It says that there is one process, which is what it is told.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 class Checkpoints:
@@ -31,11 +46,16 @@ class Checkpoints:
     Args:
         directory: where they are.
         keep: how many of the last ones to keep.
+        aside: write while training goes on. It takes host memory for a copy of the state; where
+            that is all in host memory and the CPU computes, nothing is gained.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, aside: bool = False) -> None:
         self.directory = directory
         self.keep = keep
+        self.aside = aside
+        self._group: Any = None
+        self._on_its_way: _OnItsWay | None = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -46,7 +66,8 @@ class Checkpoints:
         return sorted(int(match.group(1)) for match in found if match)
 
     def latest(self) -> int | None:
-        """Step of the last checkpoint, or None."""
+        """Step of the last checkpoint, or None; waits for one that is on its way."""
+        self.wait()
         steps = self.steps()
         return steps[-1] if steps else None
 
@@ -57,34 +78,61 @@ class Checkpoints:
         trained: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Write a checkpoint and drop the oldest ones.
+        """Write a checkpoint and drop the oldest ones; aside, only begin to.
 
         Raises:
-            CheckpointError: the disk cannot be written; earlier checkpoints are kept.
+            CheckpointError: this one or the one before cannot be written; earlier ones are kept.
         """
-        world = current()
-        tensors = {f"model.{n}": own_rows(p.detach()) for n, p in trained.items()}
-        for name, parameter in trained.items():
-            for key, value in optimizer.state[parameter].items():
-                rows = own_rows(torch.as_tensor(value))
-                if world.first or rows.dim():  # what has no rows is the same everywhere
-                    tensors[f"optimizer.{key}.{name}"] = rows
-        if world.first:
-            tensors["random.cpu"] = torch.get_rng_state()
-            if torch.cuda.is_available():
-                tensors["random.cuda"] = torch.cuda.get_rng_state()
-        place = self._path(step)
-        with ExitStack() as block:
+        self.wait()
+        world, place, block = current(), self._path(step), ExitStack()
 
-            def open_place() -> Path:
-                return block.enter_context(
-                    complete_directory(place, overwrite=True, replaceable=_is_checkpoint)
-                )
+        def open_place() -> Path:
+            return block.enter_context(
+                complete_directory(place, overwrite=True, replaceable=_is_checkpoint)
+            )
 
-            file = world.on_first(open_place) / _file(world.rank, world.size)
-            world.on_each(_write, file, tensors, step, place)
-            world.on_first(block.close)
-        world.on_first(self._drop_oldest)
+        inside = world.on_first(open_place)
+
+        def finish(files: list[str]) -> None:
+            write_json(inside / FILES, {"step": step, "files": files})
+            block.close()
+            self._drop_oldest()
+
+        if self._group is None:
+            self._group = world.group_beside()
+        state = to_save(trained, optimizer)
+        how: dict[str, Any] = {
+            "storage_writer": _Writer(inside, numbers_of_files(state), finish),
+            "process_group": self._group,
+            "no_dist": world.size == 1,
+        }
+        if self.aside:
+            self._on_its_way = _OnItsWay(place, block, dcp.async_save(state, **how))  # type: ignore[arg-type]
+            return
+        self._on_its_way = _OnItsWay(place, block, _at_once(dcp.save, state, **how))
+        self.wait()
+
+    def settle(self) -> None:
+        """:meth:`wait` if nothing is left to wait for: all have written, or failed to."""
+        writing = self._on_its_way
+        if writing is not None and not current().greatest(not writing.future.done()):
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is on its way, if there is one; all processes do.
+
+        Raises:
+            CheckpointError: it cannot be written; earlier ones are kept.
+        """
+        writing, self._on_its_way = self._on_its_way, None
+        if writing is None:
+            return
+        try:
+            writing.future.result()
+        except CheckpointException as failed:
+            error = _told(failed, writing.place)
+            current().on_first(writing.give_up, error)
+            raise error from failed
 
     def _drop_oldest(self) -> None:
         for old in self.steps()[: -self.keep]:
@@ -106,143 +154,128 @@ class Checkpoints:
         Raises:
             CheckpointError: it is damaged or belongs to another model.
         """
-        world = current()
-        step = world.on_first(self._last_whole)
+        self.wait()
+        step = current().on_first(self._last_whole)
         if step is None:
             return 0
-        with self._opened(step) as kept:
-            expected = {f"model.{name}": tuple(p.shape) for name, p in trained.items()}
-            if expected != {n: s for n, s in kept.shapes.items() if n.startswith("model.")}:
+        with self._damage_told(step):
+            reader = dcp.HuggingFaceStorageReader(str(self._path(step)))
+            kept = reader.read_metadata().state_dict_metadata
+            self._require_all_files(step)
+            if shapes_of(kept) != {f"model.{n}": p.shape for n, p in trained.items()}:
                 raise CheckpointError(
                     f"the checkpoint {self._path(step)} belongs to another model or another choice"
                     " of trained parameters; remove it to start over"
                 )
+            state = to_restore(kept, trained, optimizer)
             with torch.no_grad():
-                for name, parameter in trained.items():
-                    rows = own_rows(parameter)
-                    rows.copy_(kept.rows(f"model.{name}", first_row(parameter), len(rows)))
-                    _load(optimizer.state[parameter], name, parameter, kept)
-            torch.set_rng_state(kept.whole("random.cpu"))
-            if torch.cuda.is_available() and "random.cuda" in kept.shapes:
-                torch.cuda.set_rng_state(kept.whole("random.cuda"))
+                dcp.load(state, storage_reader=reader, no_dist=True)  # each reads what it needs
+            torch.set_rng_state(state["random.cpu"])
+            if "random.cuda" in state:
+                torch.cuda.set_rng_state(state["random.cuda"])
         return step
 
+    def _require_all_files(self, step: int) -> None:
+        """Raise ``OSError`` if a file is missing."""
+        path = self._path(step)
+        listed = path / FILES
+        # An earlier release wrote one file, which is read as it is.
+        names = read_json(listed)["files"] if listed.exists() else ["state.safetensors"]
+        found = sorted(file.name for file in path.glob("*.safetensors"))
+        if found != names:
+            raise OSError(f"it has the files {', '.join(found)} and should have {', '.join(names)}")
+
     def _last_whole(self) -> int | None:
-        self._clear()
-        return self.latest()
-
-    @contextmanager
-    def _opened(self, step: int) -> Iterator[_Files]:
-        from safetensors import SafetensorError
-
-        path = self._path(step) / _file(0, 1)
-        try:
-            yield _Files(self._path(step))
-        except (OSError, SafetensorError) as error:
-            earlier = self.steps()[:-1]
-            back = f"step {earlier[-1]}" if earlier else "the start"
-            raise CheckpointError(
-                f"the checkpoint {path} is damaged ({error}); remove the directory"
-                f" {path.parent} and run the same command again to go on from {back}"
-            ) from error
-
-    def _clear(self) -> None:
         """Delete what a killed run left of a checkpoint that it was writing or deleting."""
         for name in {path.name.partition(".")[0] for path in self.directory.glob("step-*")}:
             recover(self.directory / name)
             if markers.is_empty(self.directory / name):
                 (self.directory / name).rmdir()
+        return next(reversed(self.steps()), None)
+
+    @contextmanager
+    def _damage_told(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, DataError, CheckpointException) as error:
+            reason = _first(error) if isinstance(error, CheckpointException) else error
+            earlier = self.steps()[:-1]
+            back = f"step {earlier[-1]}" if earlier else "the start"
+            raise CheckpointError(
+                f"the checkpoint {self._path(step)} is damaged ({reason}); remove the directory"
+                f" {self._path(step)} and run the same command again to go on from {back}"
+            ) from error
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
 
 
-class _Files:
-    """The files of a checkpoint, and tensors as rows of all of them.
+@dataclass(frozen=True)
+class _OnItsWay:
+    """A checkpoint that is being written.
 
     Attributes:
-        shapes: of every tensor, as a whole.
-
-    Raises:
-        OSError: one is missing.
-        SafetensorError: one is damaged.
+        place: where it will be.
+        block: the directory beside it, opened by the first process, which takes the place at last.
+        future: ends once all processes have written and it is there.
     """
 
-    def __init__(self, directory: Path) -> None:
-        from safetensors import safe_open
+    place: Path
+    block: ExitStack
+    future: Future[Any]
 
-        alone = directory / _file(0, 1)
-        paths = [alone] if alone.exists() else sorted(directory.glob("state-*-of-*.safetensors"))
-        names = [_file(number, len(paths)) for number in range(len(paths))]
-        if [path.name for path in paths] != names or not paths:
-            raise OSError(f"it has {', '.join(p.name for p in paths) or 'no file'}, and not all")
-        files: list[Any] = [safe_open(path, "pt") for path in paths]
-        self._parts = [{name: file.get_slice(name) for name in file.keys()} for file in files]
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for parts in self._parts:
-            for name, part in parts.items():
-                rows, *others = part.get_shape() or [None]
-                before = self.shapes.get(name)
-                rows = rows + before[0] if before else rows
-                self.shapes[name] = () if rows is None else (rows, *others)
-
-    def whole(self, name: str) -> Tensor:
-        """A tensor that one file has."""
-        tensor: Tensor = next(parts for parts in self._parts if name in parts)[name][...]
-        return tensor
-
-    def rows(self, name: str, first: int, count: int) -> Tensor:
-        """Some rows of a tensor."""
-        found, start = [], 0
-        for parts in self._parts:
-            part = parts[name]
-            rows = part.get_shape()[0]
-            low, high = max(first - start, 0), min(first + count - start, rows)
-            if low < high:
-                found.append(part[low:high])
-            start += rows
-        return torch.cat(found) if found else self._parts[0][name][:0]
+    def give_up(self, error: BaseException) -> None:
+        """Remove what is there of it."""
+        self.block.__exit__(type(error), error, None)
 
 
-def _load(state: dict[str, Tensor], name: str, parameter: nn.Parameter, kept: _Files) -> None:
-    """What an optimizer has of a parameter, of whose rows this process has some.
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """Writes safetensors files, and then has the first process do the rest.
 
-    Into the state as it lies, of its own dtypes, where ``load_state_dict`` would make the dtype of
-    a parameter of all; what is not there is made.
+    Args:
+        place: a directory.
+        numbers: of the file that each tensor is written to.
+        finish: is given the names of all files, once all processes have written theirs.
     """
-    own = own_rows(parameter)
-    for full, shape in kept.shapes.items():
-        kind, _, rest = full.partition(".")
-        key, _, of = rest.partition(".")
-        if kind != "optimizer" or of != name:
-            continue
-        first = first_row(parameter)
-        value = kept.rows(full, first, len(own)) if shape else kept.whole(full)
-        if key in state:
-            own_rows(state[key]).copy_(value)
-        else:
-            value = value.to(own.device)
-            state[key] = like_shard(value, parameter) if value.shape == own.shape else value
+
+    def __init__(
+        self, place: Path, numbers: dict[str, int], finish: Callable[[list[str]], None]
+    ) -> None:
+        super().__init__(str(place), numbers, save_distributed=True)
+        self.per_thread_copy_ahead = 0  # of a stream of the first GPU, which is another process's
+        self._finish = finish
+
+    def finish(self, metadata: Any, results: list[list[Any]]) -> None:
+        """Called by the first process alone."""
+        self._finish(sorted({w.storage_data.relative_path for part in results for w in part}))
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor], step: int, place: Path) -> None:
-    from safetensors.torch import save_file
-
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _at_once(act: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+    """The future of what has been done."""
+    future: Future[Any] = Future()
     try:
-        save_file(whole, file, metadata={"step": str(step)})
-    except Exception as error:  # safetensors raises its own error for a full disk
-        raise CheckpointError(
-            f"cannot write the checkpoint {place}: {error}; free some space and"
-            " run the same command again"
-        ) from error
+        future.set_result(act(*args, **kwargs))
+    except CheckpointException as error:
+        future.set_exception(error)
+    return future
 
 
-def _file(rank: int, size: int) -> str:
-    """What the file of a process is called."""
-    part = f"-{rank:05d}-of-{size:05d}" if size > 1 else ""
-    return f"state{part}.safetensors"
+def _told(failed: CheckpointException, place: Path) -> BaseException:
+    """Why a checkpoint could not be written, as one error of all processes."""
+    error = _first(failed)
+    if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+        return error  # or a signal
+    return CheckpointError(
+        f"cannot write the checkpoint {place}: {error}; free some space and"
+        " run the same command again"
+    )
+
+
+def _first(failed: CheckpointException) -> BaseException:
+    """What went wrong in the first of the processes in which something did."""
+    error, _ = failed.failures[min(failed.failures)]
+    return error
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return any(path.glob("state*.safetensors"))
+    return any(path.glob("*.safetensors"))
