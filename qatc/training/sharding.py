@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qatc.data.corpus import Rows
 from qatc.errors import ConfigError
+from qatc.losses.objective import parse_loss
 from qatc.machine.world import World
 from qatc.models import find_regions
 from qatc.training.config import TrainingConfig
@@ -47,6 +48,13 @@ def check_training(world: World, config: TrainingConfig, learned: bool) -> None:
         raise ConfigError(
             "learned scales are trained in fp32, and several processes train parameters of one"
             " dtype together; leave --master-dtype at float32, or choose --preset paper"
+        )
+    if world.size > 1 and [term.name for term in parse_loss(config.loss)] == ["attention"]:
+        # FSDP gathers a layer's parameters as soon as a gradient reaches its output.
+        raise ConfigError(
+            f"the loss {config.loss} asks nothing of what the last layer gives, and {world.size}"
+            " processes wait for that to train it; add a term, as in --loss attention+0.1*logits,"
+            " or start one process"
         )
     if world.size > 1 and parse_train(config.train).by_layer:
         raise ConfigError(
