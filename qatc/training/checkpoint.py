@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -119,10 +119,10 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is on its way, if there is one; all processes do.
+        """Wait for the checkpoint that is on its way, if there is one.
 
         Raises:
-            CheckpointError: it cannot be written; earlier ones are kept.
+            CheckpointError: it cannot be written; earlier ones are kept. All processes raise it.
         """
         writing, self._on_its_way = self._on_its_way, None
         if writing is None:
@@ -131,8 +131,17 @@ class Checkpoints:
             writing.future.result()
         except CheckpointException as failed:
             error = _told(failed, writing.place)
-            current().on_first(writing.give_up, error)
+            writing.block.__exit__(type(error), error, None)  # removes what is there of it
             raise error from failed
+
+    def close(self) -> None:
+        """:meth:`wait`, and give up what only this run's checkpoints needed."""
+        try:
+            self.wait()
+        finally:
+            if self._group is not None:
+                distributed.destroy_process_group(self._group)
+                self._group = None
 
     def _drop_oldest(self) -> None:
         for old in self.steps()[: -self.keep]:
@@ -223,10 +232,6 @@ class _OnItsWay:
     place: Path
     block: ExitStack
     future: Future[Any]
-
-    def give_up(self, error: BaseException) -> None:
-        """Remove what is there of it."""
-        self.block.__exit__(type(error), error, None)
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):

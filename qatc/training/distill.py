@@ -119,7 +119,7 @@ class Distiller:
         finally:
             if self.in_backward is not None:
                 self.in_backward.remove()
-            self.checkpoints.wait()
+            self.checkpoints.close()
 
     def _run(self, on_step: Callable[[StepMetrics], None] | None) -> list[StepMetrics]:
         step = self._resume()
@@ -139,7 +139,7 @@ class Distiller:
                     self._save(step)
                 if stopped:
                     break
-            self.checkpoints.wait()
+            self.world.on_each(self.checkpoints.wait)
             if stop.requested:
                 stop.obey()
         return self.history

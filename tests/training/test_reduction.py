@@ -102,7 +102,7 @@ def write_again(directory: Path, world: World, config: TrainingConfig, model: An
         checkpoints = Checkpoints(directory / "checkpoints", 2, aside=True)
         assert checkpoints.restore(own, trained, optimizer) == 2
         checkpoints.save(2, own, trained, optimizer)
-        checkpoints.wait()
+        checkpoints.close()
 
 
 @pytest.fixture(scope="module")
