@@ -80,6 +80,9 @@ def user_step(order: str) -> dict[str, Tensor]:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
             for _, layer in find_regions(student):
                 fully_shard(layer, mp_policy=policy)
+        elif what == "rounded-root":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+            fully_shard(student, mp_policy=policy)
     if "shard" in order:
         whole = [n for n, p in student.named_parameters() if not hasattr(p, "full_tensor")]
         assert not whole, f"{order}: an optimizer would train {whole} in each process alone"
@@ -195,8 +198,9 @@ def main(directory: Path, model: Path) -> None:
             gradients = user_step(order)
             if world.first:
                 save_file(gradients, directory / f"{order}.safetensors")
-        refuses_rounded_masters("prepare rounded")
-        refuses_rounded_masters("rounded prepare")
+        for order in ("prepare rounded", "rounded prepare"):
+            refuses_rounded_masters(order)
+            refuses_rounded_masters(order.replace("rounded", "rounded-root"))
         if not world.first:
             raise ConfigError("all is done, and the second process ends")
         world.on_each(lambda: None)
