@@ -22,8 +22,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import distributed, nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from qatc.errors import CheckpointError, DataError
 from qatc.machine.world import current
@@ -107,10 +112,11 @@ class Checkpoints:
             "no_dist": world.size == 1,
         }
         if self.aside:
-            self._on_its_way = _OnItsWay(place, block, dcp.async_save(state, **how))  # type: ignore[arg-type]
-            return
-        self._on_its_way = _OnItsWay(place, block, _at_once(dcp.save, state, **how))
-        self.wait()
+            writing: Any = async_save(state, **how)
+            self._on_its_way = _OnItsWay(place, block, writing)
+        else:
+            self._on_its_way = _OnItsWay(place, block, _at_once(save, state, **how))
+            self.wait()
 
     def settle(self) -> None:
         """:meth:`wait` if nothing is left to wait for: all have written, or failed to."""
@@ -168,7 +174,7 @@ class Checkpoints:
         if step is None:
             return 0
         with self._damage_told(step):
-            reader = dcp.HuggingFaceStorageReader(str(self._path(step)))
+            reader = HuggingFaceStorageReader(str(self._path(step)))
             kept = reader.read_metadata().state_dict_metadata
             self._require_all_files(step)
             if shapes_of(kept) != {f"model.{n}": p.shape for n, p in trained.items()}:
@@ -178,7 +184,7 @@ class Checkpoints:
                 )
             state = to_restore(kept, trained, optimizer)
             with torch.no_grad():
-                dcp.load(state, storage_reader=reader, no_dist=True)  # each reads what it needs
+                load(state, storage_reader=reader, no_dist=True)  # each reads what it needs
             torch.set_rng_state(state["random.cpu"])
             if "random.cuda" in state:
                 torch.cuda.set_rng_state(state["random.cuda"])
@@ -234,7 +240,7 @@ class _OnItsWay:
     future: Future[Any]
 
 
-class _Writer(dcp.HuggingFaceStorageWriter):
+class _Writer(HuggingFaceStorageWriter):
     """Writes safetensors files, and then has the first process do the rest.
 
     Args:

@@ -1,8 +1,8 @@
 """What a checkpoint holds: tensors by name, of which each process has some rows.
 
-    model.NAME              a trained parameter
-    optimizer.KEY.NAME      what the optimizer keeps of it
-    random.cpu, random.cuda states of the generators of the first process
+model.NAME              a trained parameter
+optimizer.KEY.NAME      what the optimizer keeps of it
+random.cpu, random.cuda states of the generators of the first process
 """
 
 from __future__ import annotations

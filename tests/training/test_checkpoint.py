@@ -8,8 +8,9 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qatc.errors import CheckpointError
+from qatc.machine.world import World
 from qatc.storage import markers
 from qatc.storage.markers import Mark
 from qatc.training import checkpoint
 from qatc.training.checkpoint import Checkpoints
 from tests.conftest import at_disk_call, contents, run_until_killed
+from tests.ranks import fork_ranks
 
 
 class Run:
     """A small model under AdamW."""
 
-    def __init__(
-        self, directory: Path, width: int = 3, keep: int = 2, aside: bool = False
-    ) -> None:
+    def __init__(self, directory: Path, width: int = 3, keep: int = 2, aside: bool = False) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 1))
         self.trained = dict(self.model.named_parameters())
@@ -77,9 +78,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Checkpoints are written as soon as what this gives is called, or at the end."""
     free, write = threading.Event(), checkpoint._Writer.write_data
 
-    def wait(*args: object) -> object:
+    def wait(*args: Any) -> Any:
         assert free.wait(60)
-        return write(*args)  # type: ignore[arg-type]
+        return write(*args)
 
     monkeypatch.setattr(checkpoint._Writer, "write_data", wait)
     try:
@@ -238,6 +239,24 @@ class TestAside:
                     aside.checkpoints.settle()
                     threading.Event().wait(0.1)
         aside.checkpoints.wait()  # it is told once
+
+
+def test_where_one_of_two_processes_cannot_write_both_tell(tmp_path: Path) -> None:
+    def act(world: World) -> None:
+        run = Run(tmp_path / "checkpoints", aside=True)
+        run.train(1)
+        run.save(5)
+        run.checkpoints.wait()
+        with full_disk() if world.rank == 1 else nullcontext():
+            run.save(10)
+            with pytest.raises(CheckpointError, match="step-000010: .*free some space"):
+                run.checkpoints.wait()
+        assert run.checkpoints.steps() == [5]
+        assert world.on_each(run.restore) == [5, 5]
+        run.checkpoints.close()
+
+    fork_ranks(act, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
 
 
 def test_tensors_go_to_several_files_where_there_are_many(
