@@ -1,8 +1,8 @@
 """Training checkpoints: atomic, never pickled, bit for bit.
 
-They are written and read by ``torch.distributed.checkpoint``, as safetensors files and a list of
-them. Each process writes its rows of every tensor; any number of processes goes on from what
-another wrote. The directory takes its place once all have written.
+They are written and read by ``torch.distributed.checkpoint``, as safetensors files. Each process
+writes its rows of every tensor; any number of processes goes on from what another wrote. The
+directory takes its place once all have written.
 
 Aside, a checkpoint is a copy of the state, taken at once, that is written while training goes on:
 by a thread, and among processes over a group of their own. The next one waits for it.
@@ -10,6 +10,7 @@ by a thread, and among processes over a group of their own. The next one waits f
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -29,17 +31,15 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.storage import WriteResult
 
-from qatc.errors import CheckpointError, DataError
+from qatc.errors import CheckpointError
 from qatc.machine.world import current
 from qatc.storage import markers
 from qatc.storage.directories import complete_directory, recover
-from qatc.storage.files import read_json, write_json, writing_to
+from qatc.storage.files import sync, writing_to
 from qatc.storage.markers import Mark
-from qatc.training.state import numbers_of_files, shapes_of, to_restore, to_save
-
-FILES = "checkpoint.json"
-"""The list of a checkpoint's files."""
+from qatc.training.state import shapes_of, to_restore, to_save
 
 # It says that there is one process, which is what it is told.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -98,8 +98,7 @@ class Checkpoints:
 
         inside = world.on_first(open_place)
 
-        def finish(files: list[str]) -> None:
-            write_json(inside / FILES, {"step": step, "files": files})
+        def finish() -> None:
             block.close()
             self._drop_oldest()
 
@@ -107,7 +106,7 @@ class Checkpoints:
             self._group = world.group_beside()
         state = to_save(trained, optimizer)
         how: dict[str, Any] = {
-            "storage_writer": _Writer(inside, numbers_of_files(state), finish),
+            "storage_writer": _Writer(inside / _file(world.rank, world.size), finish),
             "process_group": self._group,
             "no_dist": world.size == 1,
         }
@@ -176,7 +175,7 @@ class Checkpoints:
         with self._damage_told(step):
             reader = HuggingFaceStorageReader(str(self._path(step)))
             kept = reader.read_metadata().state_dict_metadata
-            self._require_all_files(step)
+            _require_all_files(self._path(step))
             if shapes_of(kept) != {f"model.{n}": p.shape for n, p in trained.items()}:
                 raise CheckpointError(
                     f"the checkpoint {self._path(step)} belongs to another model or another choice"
@@ -190,16 +189,6 @@ class Checkpoints:
                 torch.cuda.set_rng_state(state["random.cuda"])
         return step
 
-    def _require_all_files(self, step: int) -> None:
-        """Raise ``OSError`` if a file is missing."""
-        path = self._path(step)
-        listed = path / FILES
-        # An earlier release wrote one file, which is read as it is.
-        names = read_json(listed)["files"] if listed.exists() else ["state.safetensors"]
-        found = sorted(file.name for file in path.glob("*.safetensors"))
-        if found != names:
-            raise OSError(f"it has the files {', '.join(found)} and should have {', '.join(names)}")
-
     def _last_whole(self) -> int | None:
         """Delete what a killed run left of a checkpoint that it was writing or deleting."""
         for name in {path.name.partition(".")[0] for path in self.directory.glob("step-*")}:
@@ -212,7 +201,7 @@ class Checkpoints:
     def _damage_told(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError, DataError, CheckpointException) as error:
+        except (OSError, SafetensorError, CheckpointException) as error:
             reason = _first(error) if isinstance(error, CheckpointException) else error
             earlier = self.steps()[:-1]
             back = f"step {earlier[-1]}" if earlier else "the start"
@@ -241,24 +230,36 @@ class _OnItsWay:
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writes safetensors files, and then has the first process do the rest.
+    """Writes what a process has to a file, and then has the first process do the rest.
 
     Args:
-        place: a directory.
-        numbers: of the file that each tensor is written to.
-        finish: is given the names of all files, once all processes have written theirs.
+        file: where to.
+        finish: is called by the first process once all have written theirs.
     """
 
-    def __init__(
-        self, place: Path, numbers: dict[str, int], finish: Callable[[list[str]], None]
-    ) -> None:
-        super().__init__(str(place), numbers, save_distributed=True)
-        self.per_thread_copy_ahead = 0  # of a stream of the first GPU, which is another process's
-        self._finish = finish
+    def __init__(self, file: Path, finish: Callable[[], None]) -> None:
+        super().__init__(str(file.parent), save_distributed=True)
+        self._file, self._finish = file, finish
 
-    def finish(self, metadata: Any, results: list[list[Any]]) -> None:
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """As the base class does, which copies all of it twice before it writes."""
+        tensors = {item.index.fqn: planner.resolve_data(item).cpu() for item in plan.items}
+        starts = {
+            item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+            for item in plan.items
+        }
+        told = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(starts)}
+        save_file(tensors, self._file, metadata=told)
+        sync(self._file)
+        done: Any = torch.futures.Future()
+        done.set_result(
+            [WriteResult(i.index, tensors[i.index.fqn].nbytes, None) for i in plan.items]
+        )
+        return done
+
+    def finish(self, metadata: Any, results: Any) -> None:
         """Called by the first process alone."""
-        self._finish(sorted({w.storage_data.relative_path for part in results for w in part}))
+        self._finish()
 
 
 def _at_once(act: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
@@ -286,6 +287,19 @@ def _first(failed: CheckpointException) -> BaseException:
     """What went wrong in the first of the processes in which something did."""
     error, _ = failed.failures[min(failed.failures)]
     return error
+
+
+def _file(rank: int, size: int) -> str:
+    """What the file of a process is called."""
+    part = f"-{rank:05d}-of-{size:05d}" if size > 1 else ""
+    return f"state{part}.safetensors"
+
+
+def _require_all_files(path: Path) -> None:
+    """Raise ``OSError`` if a file is missing in the directory of a checkpoint."""
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if found != [_file(rank, len(found)) for rank in range(len(found))]:
+        raise OSError(f"it has {', '.join(found)}, and not all files")
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from qatc.machine.world import current
 from qatc.training.sharding import like_shard, own_rows
 
-FILE_BYTES = 2**28
-"""About what is written to a file: as it is, it is twice more in memory."""
-
 
 def to_save(
     trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -74,17 +71,6 @@ def to_restore(
 def shapes_of(kept: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Shapes of the parameters in a checkpoint."""
     return {name: found.size for name, found in kept.items() if name.startswith("model.")}
-
-
-def numbers_of_files(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """For each tensor the number, from 1, of the file to write it to."""
-    numbers, filled = dict[str, int](), 0
-    for name, tensor in state.items():
-        size = own_rows(tensor).nbytes
-        full = filled > 0 and filled + size > FILE_BYTES
-        filled = size if full else filled + size
-        numbers[name] = max(numbers.values(), default=1) + full
-    return numbers
 
 
 def _made(parameter: nn.Parameter, found: Any) -> Tensor:

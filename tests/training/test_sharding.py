@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qatc.errors import ConfigError
 from qatc.machine.world import World
-from qatc.training.checkpoint import FILES
 from qatc.training.sharding import check_batch, own_share
 from tests.in_a_world import (
     APART,
@@ -44,8 +43,7 @@ def test_trains_what_one_process_does_bit_for_bit(in_a_world: Path, name: str) -
 def test_one_process_goes_on_with_what_two_began(in_a_world: Path, tmp_path: Path) -> None:
     forget_last(in_a_world / "whole", tmp_path / "run")
     files = {p.name for p in (tmp_path / "run" / "checkpoints" / "step-000003").iterdir()}
-    shards = {f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)}
-    assert files == {FILES, *shards}
+    assert files == {f"state-0000{rank}-of-00002.safetensors" for rank in (0, 1)}
     student, _ = train(tmp_path / "run", APART, ALONE)
     assert_equal(parameters_of(student), weights(in_a_world, "alone"))
 
