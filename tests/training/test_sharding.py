@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qatc.errors import ConfigError
 from qatc.machine.world import World
-from qatc.training.sharding import check_batch, own_share
+from qatc.training.config import TrainingConfig
+from qatc.training.sharding import check_batch, check_training, own_share
 from tests.in_a_world import (
     APART,
     FUSED,
@@ -82,6 +83,14 @@ def test_the_record_is_of_the_whole_batch(in_a_world: Path) -> None:
 @pytest.mark.parametrize("order", ["prepare shard", "shard prepare"])
 def test_a_user_shards_before_or_after_prepare(in_a_world: Path, order: str) -> None:
     assert_equal(weights(in_a_world, order), user_step("prepare"), rtol=1e-5, atol=1e-6)
+
+
+def test_several_need_a_loss_of_what_the_last_layer_gives() -> None:
+    config = TrainingConfig(batch_size=4, loss="0.5*attention")
+    check_training(ALONE, config, learned=False)
+    with pytest.raises(ConfigError, match="and 2 processes wait .*--loss attention.0.1.logits"):
+        check_training(World(0, 2), config, learned=False)
+    check_training(World(0, 2), replace(config, loss="attention+label"), learned=False)
 
 
 def test_a_batch_is_divided_evenly() -> None:
