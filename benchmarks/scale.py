@@ -4,9 +4,9 @@
 
 On 1, 2 and 4 processes of one thread each, without a limit of the gradient: the corpus must be the
 same byte for byte; the output is compared with that of one process which takes a batch in as many
-parts as there are processes. Two processes must give the same bytes; four add gradients in another
-order. Then one of two processes is killed at random points, and the same command is given again
-until it ends: the same bytes again. At last, two finish what four began, and one what two began.
+parts as there are processes. They must give the same bytes. Then one of two processes is killed at
+random points, and the same command is given again until it ends: the same bytes again. At last,
+two finish what four began, and one what two began.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qatc.cli.errors import readable_errors
@@ -80,6 +80,9 @@ def user_step(order: str) -> dict[str, Tensor]:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
             for _, layer in find_regions(student):
                 fully_shard(layer, mp_policy=policy)
+        elif what == "rounded-root":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+            fully_shard(student, mp_policy=policy)
     if "shard" in order:
         whole = [n for n, p in student.named_parameters() if not hasattr(p, "full_tensor")]
         assert not whole, f"{order}: an optimizer would train {whole} in each process alone"
@@ -128,25 +131,8 @@ def begin(directory: Path, model: Path) -> None:
     with captures.shared():
         student, _ = train(directory / "alone", APART, World())
         save_file(parameters_of(student), directory / "alone.safetensors")
-        for name in ("begun alone", "begun by five"):
-            forget_last(directory / "alone", directory / name)
-        divide(directory / "begun by five" / "checkpoints" / "step-000003", 5)
+        forget_last(directory / "alone", directory / "begun alone")
         quantize(run_of(model, directory / "quantized alone", batch_size=2, accumulate=2))
-
-
-def divide(checkpoint: Path, size: int) -> None:
-    """Put the rows of a checkpoint of one process into files of several."""
-    whole = load_file(checkpoint / "state.safetensors")
-    (checkpoint / "state.safetensors").unlink()
-    for rank in range(size):
-        parts: dict[str, Tensor] = {}
-        for name, tensor in whole.items():
-            if name.startswith("random") or not tensor.dim():
-                parts |= {name: tensor} if rank == 0 else {}
-            else:
-                share = -(-len(tensor) // size)
-                parts[name] = tensor[rank * share : (rank + 1) * share].contiguous()
-        save_file(parts, checkpoint / f"state-{rank:05d}-of-{size:05d}.safetensors")
 
 
 def parameters_of(model: Any) -> dict[str, Tensor]:
@@ -193,7 +179,7 @@ def main(directory: Path, model: Path) -> None:
         with captures.shared():
             finish("whole")
             world.on_first(forget_last, directory / "whole", directory / "again")
-            for name in ("again", "begun alone", "begun by five"):
+            for name in ("again", "begun alone"):
                 finish(name)
             try:
                 train(directory / "ended", TOGETHER, world, lambda r: end(world, r))
@@ -212,8 +198,9 @@ def main(directory: Path, model: Path) -> None:
             gradients = user_step(order)
             if world.first:
                 save_file(gradients, directory / f"{order}.safetensors")
-        refuses_rounded_masters("prepare rounded")
-        refuses_rounded_masters("rounded prepare")
+        for order in ("prepare rounded", "rounded prepare"):
+            refuses_rounded_masters(order)
+            refuses_rounded_masters(order.replace("rounded", "rounded-root"))
         if not world.first:
             raise ConfigError("all is done, and the second process ends")
         world.on_each(lambda: None)

@@ -25,8 +25,11 @@ def training(shape: Shape, setup: Setup) -> PhaseMemory:
     parts = models(shape, setup, "training") | _gathered(shape, setup)
     state = trained(shape, setup) * setup.moments / setup.gpus
     host = {}
+    if setup.on_gpu:  # on a CPU a checkpoint is written as it lies
+        kept = trained(shape, setup) * (setup.moments + setup.master)
+        host["checkpoint on its way"] = kept
     if setup.offload == "optimizer" and setup.on_gpu:
-        host = {"optimizer": state * setup.gpus}
+        host["optimizer"] = state * setup.gpus
     else:
         parts["optimizer"] = state
     at_loss, at_end = _at_the_loss(shape, setup), _at_the_end(shape, setup)

@@ -101,7 +101,7 @@ def find(
     for other, known in graphs or ():
         if other == key and known.serves(owner.module, leaves):
             refuse_hooks(owner.module, owner.name)  # as capturing it would
-            refuse_rounded_masters(owner.module, owner.name)
+            refuse_rounded_masters(owner.module, owner.name, owner.root)
             return _copied(known.template)
     args, kwargs = pytree.tree_unflatten(list(leaves), call[0])
     template = capture(owner.twin(), args, kwargs, owner.name)

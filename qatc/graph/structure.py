@@ -127,18 +127,30 @@ def copy_of(module: nn.Module) -> nn.Module:
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
-def refuse_rounded_masters(module: nn.Module, name: str) -> None:
+def refuse_rounded_masters(module: nn.Module, name: str, root: nn.Module | None = None) -> None:
     """Raise ``ConfigError`` if a sharded module gets its parameters in a dtype of fewer bits.
 
     Its codes would be those of the rounded weights, and not those that are written in the end.
+
+    Args:
+        module: whose weights are quantized.
+        name: what it is called.
+        root: the model that it is a part of; the innermost that is sharded around a module decides.
     """
-    if type(module) is plain_class(type(module)):
+    around = [
+        part
+        for part in (root or module).modules()
+        if type(part) is not plain_class(type(part))
+        and any(child is module for child in part.modules())
+    ]
+    if not around:
         return
-    sharded: Any = module
+    sharded: Any = around[-1]
     dtype = sharded._get_fsdp_state()._mp_policy.param_dtype
     if dtype not in (None, torch.float32):
+        what = (name or "the model") if sharded is module else f"what is around {name}"
         raise ConfigError(
-            f"{name or 'the model'} is sharded with MixedPrecisionPolicy(param_dtype={dtype}),"
+            f"{what} is sharded with MixedPrecisionPolicy(param_dtype={dtype}),"
             " which rounds weights before they are quantized; leave the policy out, and pass"
             f" compute_dtype={dtype} to qatc.prepare"
         )

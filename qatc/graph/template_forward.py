@@ -37,6 +37,7 @@ class TemplateForward:
         name: its full name, for errors.
         store: where templates are kept and made.
         own: what a recipe says of single parameters of the module.
+        root: the model that the module is a part of, which may be sharded around it.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class TemplateForward:
         name: str,
         store: TemplateStore,
         own: Exceptions = NONE,
+        root: nn.Module | None = None,
     ) -> None:
         self.module = module
+        self.root = root
         self.name = name
         self.store = store
         self.own = own
@@ -122,7 +125,7 @@ class TemplateForward:
         """A module that computes what this one does, in the compute dtype, to be captured."""
         dtype = self.store.compute_dtype
         refuse_hooks(self.module, self.name)
-        refuse_rounded_masters(self.module, self.name)
+        refuse_rounded_masters(self.module, self.name, self.root)
         self.remove()
         try:
             twin = copy_of(self.module)
@@ -212,6 +215,7 @@ class TemplateForward:
         copied = copy.copy(self)
         copied.module = module
         copied.original = copy.deepcopy(self.original, memo)
+        copied.root = memo.get(id(self.root), self.root)  # a copy of the layer alone leaves it
         copied._paths = weakref.WeakKeyDictionary(
             {copy.deepcopy(child, memo): path for child, path in self._paths.items()}
         )

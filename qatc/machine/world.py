@@ -13,7 +13,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 from qatc.errors import ConfigError, QatcError, WorldError
@@ -22,8 +22,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PATIENCE = datetime.timedelta(days=2)
-"""How long one waits for another: the first may evaluate for hours. Whoever dies is noticed."""
+"""How long one waits for word of another: the first may evaluate for hours. Whoever dies is noticed
+at once, as its connections close."""
 
+_STEP = datetime.timedelta(hours=1)
+"""How long one waits for others within a step, or while models are divided: all do that at once.
+NCCL may not notice who dies beside it. ``torchrun`` ends the others then; another launcher may not.
+"""
 
 _LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """What ``torchrun`` tells each process; schedulers set some of it for others."""
@@ -40,10 +45,12 @@ class World:
     Attributes:
         rank: its number, from 0.
         size: how many there are.
+        words: the group, on CPUs, over which they tell one another what is no part of a step.
     """
 
     rank: int = 0
     size: int = 1
+    words: Any = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -66,7 +73,7 @@ class World:
                 outcome[0] = act(*args, **kwargs)
             except BaseException as error:
                 own, outcome[1] = error, _portable(error)
-        distributed.broadcast_object_list(outcome, src=0)
+        distributed.broadcast_object_list(outcome, src=0, group=self.words)
         if own is not None:
             raise own
         if outcome[1] is not None:
@@ -92,11 +99,19 @@ class World:
         except QatcError as error:
             mine = None, error
         outcomes: list[Any] = [None] * self.size
-        distributed.all_gather_object(outcomes, mine)
+        distributed.all_gather_object(outcomes, mine, group=self.words)
         for _, failed in outcomes:
             if failed is not None:
                 raise failed
         return [value for value, _ in outcomes]
+
+    def group_beside(self) -> Any:
+        """A new group of all processes, on CPUs, for a thread that runs beside them; None alone."""
+        if self.size == 1:
+            return None
+        from torch import distributed
+
+        return distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each of some numbers, summed over all processes in fp64."""
@@ -113,7 +128,7 @@ class World:
         from torch import distributed
 
         numbers = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(numbers, getattr(distributed.ReduceOp, how))
+        distributed.all_reduce(numbers, getattr(distributed.ReduceOp, how), group=self.words)
         return [float(number) for number in numbers]
 
 
@@ -152,14 +167,16 @@ def joined(device: str = "auto") -> Iterator[World]:
         store=store,
         rank=rank,
         world_size=size,
-        timeout=_PATIENCE,
+        timeout=_STEP,
     )
-    _current = World(rank, size)
+    words = World(rank, size).group_beside()
+    _current = World(rank, size, words)
     try:
         _current.on_each(_take_device, device, on_gpus)
         yield _current
         _current.on_each(lambda: None)  # whoever leaves early would look like one that died
         distributed.destroy_process_group()
+        words = None
     except BaseException as error:
         if isinstance(error, EndedElsewhere) or not _is_first_to_fail(store):
             raise EndedElsewhere(1) from error
@@ -170,6 +187,8 @@ def joined(device: str = "auto") -> Iterator[World]:
             ) from error
         raise
     finally:
+        if words is not None:
+            distributed.destroy_process_group(words)  # or its threads break off the process's end
         _current = World()
 
 

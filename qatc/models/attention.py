@@ -60,7 +60,7 @@ class AttentionCalls(TorchFunctionMode):
         self._see = see
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ATTENTION:
+        if func in _ATTENTION and not torch.compiler.is_exporting():  # while a graph is captured
             self._see(_attention_map(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 

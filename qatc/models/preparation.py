@@ -153,7 +153,7 @@ def prepare(
     forwards = []
     for name, region in find_regions(model):
         own = recipe.exceptions(name, dict(region.named_parameters()))
-        forwards.append(TemplateForward(region, name, store, own))
+        forwards.append(TemplateForward(region, name, store, own, model))
     at_ends = []
     for end in ends:
         if end.role == "head":
@@ -161,7 +161,7 @@ def prepare(
             at_end = TemplateStore(same_for_all(pipeline), compiler, compute_dtype)
         else:  # a table is rounded from its masters, and the layers cast what they get
             at_end = TemplateStore(same_for_all(embedding_pipeline(recipe)), compiler)
-        at_ends.append((end, TemplateForward(end.module, end.name, at_end)))
+        at_ends.append((end, TemplateForward(end.module, end.name, at_end, root=model)))
     for forward in (*forwards, *(forward for _, forward in at_ends)):
         forward.install()
     switched = tuple(_switch_cache_off(model))

@@ -1,28 +1,48 @@
 """Training checkpoints: atomic, never pickled, bit for bit.
 
-A process alone writes one file. Of several each writes its rows of every tensor into a file of its
-own, side by side, and the first one puts the directory in its place once all have. The rows of all
-files, in their order, are the tensor: so any number of processes goes on from what another wrote.
+They are written and read by ``torch.distributed.checkpoint``, as safetensors files. Each process
+writes its rows of every tensor; any number of processes goes on from what another wrote. The
+directory takes its place once all have written.
+
+Aside, a checkpoint is a copy of the state, taken at once, that is written while training goes on:
+by a thread, and among processes over a group of their own. The next one waits for it.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import distributed, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from qatc.errors import CheckpointError
 from qatc.machine.world import current
 from qatc.storage import markers
 from qatc.storage.directories import complete_directory, recover
-from qatc.storage.files import writing_to
+from qatc.storage.files import sync, writing_to
 from qatc.storage.markers import Mark
-from qatc.training.sharding import first_row, like_shard, own_rows
+from qatc.training.state import shapes_of, to_restore, to_save
+
+# It says that there is one process, which is what it is told.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 class Checkpoints:
@@ -31,11 +51,16 @@ class Checkpoints:
     Args:
         directory: where they are.
         keep: how many of the last ones to keep.
+        aside: write while training goes on. It takes host memory for a copy of the state; where
+            that is all in host memory and the CPU computes, nothing is gained.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, aside: bool = False) -> None:
         self.directory = directory
         self.keep = keep
+        self.aside = aside
+        self._group: Any = None
+        self._on_its_way: _OnItsWay | None = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -46,7 +71,8 @@ class Checkpoints:
         return sorted(int(match.group(1)) for match in found if match)
 
     def latest(self) -> int | None:
-        """Step of the last checkpoint, or None."""
+        """Step of the last checkpoint, or None; waits for one that is on its way."""
+        self.wait()
         steps = self.steps()
         return steps[-1] if steps else None
 
@@ -57,34 +83,70 @@ class Checkpoints:
         trained: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Write a checkpoint and drop the oldest ones.
+        """Write a checkpoint and drop the oldest ones; aside, only begin to.
 
         Raises:
-            CheckpointError: the disk cannot be written; earlier checkpoints are kept.
+            CheckpointError: this one or the one before cannot be written; earlier ones are kept.
         """
-        world = current()
-        tensors = {f"model.{n}": own_rows(p.detach()) for n, p in trained.items()}
-        for name, parameter in trained.items():
-            for key, value in optimizer.state[parameter].items():
-                rows = own_rows(torch.as_tensor(value))
-                if world.first or rows.dim():  # what has no rows is the same everywhere
-                    tensors[f"optimizer.{key}.{name}"] = rows
-        if world.first:
-            tensors["random.cpu"] = torch.get_rng_state()
-            if torch.cuda.is_available():
-                tensors["random.cuda"] = torch.cuda.get_rng_state()
-        place = self._path(step)
-        with ExitStack() as block:
+        self.wait()
+        world, place, block = current(), self._path(step), ExitStack()
 
-            def open_place() -> Path:
-                return block.enter_context(
-                    complete_directory(place, overwrite=True, replaceable=_is_checkpoint)
-                )
+        def open_place() -> Path:
+            return block.enter_context(
+                complete_directory(place, overwrite=True, replaceable=_is_checkpoint)
+            )
 
-            file = world.on_first(open_place) / _file(world.rank, world.size)
-            world.on_each(_write, file, tensors, step, place)
-            world.on_first(block.close)
-        world.on_first(self._drop_oldest)
+        inside = world.on_first(open_place)
+
+        def finish() -> None:
+            block.close()
+            self._drop_oldest()
+
+        if self._group is None:
+            self._group = world.group_beside()
+        state = to_save(trained, optimizer)
+        how: dict[str, Any] = {
+            "storage_writer": _Writer(inside / _file(world.rank, world.size), finish),
+            "process_group": self._group,
+            "no_dist": world.size == 1,
+        }
+        if self.aside:
+            writing: Any = async_save(state, **how)
+            self._on_its_way = _OnItsWay(place, block, writing)
+        else:
+            self._on_its_way = _OnItsWay(place, block, _at_once(save, state, **how))
+            self.wait()
+
+    def settle(self) -> None:
+        """:meth:`wait` if nothing is left to wait for: all have written, or failed to."""
+        writing = self._on_its_way
+        if writing is not None and not current().greatest(not writing.future.done()):
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is on its way, if there is one.
+
+        Raises:
+            CheckpointError: it cannot be written; earlier ones are kept. All processes raise it.
+        """
+        writing, self._on_its_way = self._on_its_way, None
+        if writing is None:
+            return
+        try:
+            writing.future.result()
+        except CheckpointException as failed:
+            error = _told(failed, writing.place)
+            writing.block.__exit__(type(error), error, None)  # removes what is there of it
+            raise error from failed
+
+    def close(self) -> None:
+        """:meth:`wait`, and give up what only this run's checkpoints needed."""
+        try:
+            self.wait()
+        finally:
+            if self._group is not None:
+                distributed.destroy_process_group(self._group)
+                self._group = None
 
     def _drop_oldest(self) -> None:
         for old in self.steps()[: -self.keep]:
@@ -106,136 +168,125 @@ class Checkpoints:
         Raises:
             CheckpointError: it is damaged or belongs to another model.
         """
-        world = current()
-        step = world.on_first(self._last_whole)
+        self.wait()
+        step = current().on_first(self._last_whole)
         if step is None:
             return 0
-        with self._opened(step) as kept:
-            expected = {f"model.{name}": tuple(p.shape) for name, p in trained.items()}
-            if expected != {n: s for n, s in kept.shapes.items() if n.startswith("model.")}:
+        with self._damage_told(step):
+            reader = HuggingFaceStorageReader(str(self._path(step)))
+            kept = reader.read_metadata().state_dict_metadata
+            _require_all_files(self._path(step))
+            if shapes_of(kept) != {f"model.{n}": p.shape for n, p in trained.items()}:
                 raise CheckpointError(
                     f"the checkpoint {self._path(step)} belongs to another model or another choice"
                     " of trained parameters; remove it to start over"
                 )
+            state = to_restore(kept, trained, optimizer)
             with torch.no_grad():
-                for name, parameter in trained.items():
-                    rows = own_rows(parameter)
-                    rows.copy_(kept.rows(f"model.{name}", first_row(parameter), len(rows)))
-                    _load(optimizer.state[parameter], name, parameter, kept)
-            torch.set_rng_state(kept.whole("random.cpu"))
-            if torch.cuda.is_available() and "random.cuda" in kept.shapes:
-                torch.cuda.set_rng_state(kept.whole("random.cuda"))
+                load(state, storage_reader=reader, no_dist=True)  # each reads what it needs
+            torch.set_rng_state(state["random.cpu"])
+            if "random.cuda" in state:
+                torch.cuda.set_rng_state(state["random.cuda"])
         return step
 
     def _last_whole(self) -> int | None:
-        self._clear()
-        return self.latest()
-
-    @contextmanager
-    def _opened(self, step: int) -> Iterator[_Files]:
-        from safetensors import SafetensorError
-
-        path = self._path(step) / _file(0, 1)
-        try:
-            yield _Files(self._path(step))
-        except (OSError, SafetensorError) as error:
-            earlier = self.steps()[:-1]
-            back = f"step {earlier[-1]}" if earlier else "the start"
-            raise CheckpointError(
-                f"the checkpoint {path} is damaged ({error}); remove the directory"
-                f" {path.parent} and run the same command again to go on from {back}"
-            ) from error
-
-    def _clear(self) -> None:
         """Delete what a killed run left of a checkpoint that it was writing or deleting."""
         for name in {path.name.partition(".")[0] for path in self.directory.glob("step-*")}:
             recover(self.directory / name)
             if markers.is_empty(self.directory / name):
                 (self.directory / name).rmdir()
+        return next(reversed(self.steps()), None)
+
+    @contextmanager
+    def _damage_told(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, CheckpointException) as error:
+            reason = _first(error) if isinstance(error, CheckpointException) else error
+            earlier = self.steps()[:-1]
+            back = f"step {earlier[-1]}" if earlier else "the start"
+            raise CheckpointError(
+                f"the checkpoint {self._path(step)} is damaged ({reason}); remove the directory"
+                f" {self._path(step)} and run the same command again to go on from {back}"
+            ) from error
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
 
 
-class _Files:
-    """The files of a checkpoint, and tensors as rows of all of them.
+@dataclass(frozen=True)
+class _OnItsWay:
+    """A checkpoint that is being written.
 
     Attributes:
-        shapes: of every tensor, as a whole.
-
-    Raises:
-        OSError: one is missing.
-        SafetensorError: one is damaged.
+        place: where it will be.
+        block: the directory beside it, opened by the first process, which takes the place at last.
+        future: ends once all processes have written and it is there.
     """
 
-    def __init__(self, directory: Path) -> None:
-        from safetensors import safe_open
-
-        alone = directory / _file(0, 1)
-        paths = [alone] if alone.exists() else sorted(directory.glob("state-*-of-*.safetensors"))
-        names = [_file(number, len(paths)) for number in range(len(paths))]
-        if [path.name for path in paths] != names or not paths:
-            raise OSError(f"it has {', '.join(p.name for p in paths) or 'no file'}, and not all")
-        files: list[Any] = [safe_open(path, "pt") for path in paths]
-        self._parts = [{name: file.get_slice(name) for name in file.keys()} for file in files]
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for parts in self._parts:
-            for name, part in parts.items():
-                rows, *others = part.get_shape() or [None]
-                before = self.shapes.get(name)
-                rows = rows + before[0] if before else rows
-                self.shapes[name] = () if rows is None else (rows, *others)
-
-    def whole(self, name: str) -> Tensor:
-        """A tensor that one file has."""
-        tensor: Tensor = next(parts for parts in self._parts if name in parts)[name][...]
-        return tensor
-
-    def rows(self, name: str, first: int, count: int) -> Tensor:
-        """Some rows of a tensor."""
-        found, start = [], 0
-        for parts in self._parts:
-            part = parts[name]
-            rows = part.get_shape()[0]
-            low, high = max(first - start, 0), min(first + count - start, rows)
-            if low < high:
-                found.append(part[low:high])
-            start += rows
-        return torch.cat(found) if found else self._parts[0][name][:0]
+    place: Path
+    block: ExitStack
+    future: Future[Any]
 
 
-def _load(state: dict[str, Tensor], name: str, parameter: nn.Parameter, kept: _Files) -> None:
-    """What an optimizer has of a parameter, of whose rows this process has some.
+class _Writer(HuggingFaceStorageWriter):
+    """Writes what a process has to a file, and then has the first process do the rest.
 
-    Into the state as it lies, of its own dtypes, where ``load_state_dict`` would make the dtype of
-    a parameter of all; what is not there is made.
+    Args:
+        file: where to.
+        finish: is called by the first process once all have written theirs.
     """
-    own = own_rows(parameter)
-    for full, shape in kept.shapes.items():
-        kind, _, rest = full.partition(".")
-        key, _, of = rest.partition(".")
-        if kind != "optimizer" or of != name:
-            continue
-        first = first_row(parameter)
-        value = kept.rows(full, first, len(own)) if shape else kept.whole(full)
-        if key in state:
-            own_rows(state[key]).copy_(value)
-        else:
-            value = value.to(own.device)
-            state[key] = like_shard(value, parameter) if value.shape == own.shape else value
+
+    def __init__(self, file: Path, finish: Callable[[], None]) -> None:
+        super().__init__(str(file.parent), save_distributed=True)
+        self._file, self._finish = file, finish
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """As the base class does, which copies all of it twice before it writes."""
+        tensors = {item.index.fqn: planner.resolve_data(item).cpu() for item in plan.items}
+        starts = {
+            item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+            for item in plan.items
+        }
+        told = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(starts)}
+        save_file(tensors, self._file, metadata=told)
+        sync(self._file)
+        done: Any = torch.futures.Future()
+        done.set_result(
+            [WriteResult(i.index, tensors[i.index.fqn].nbytes, None) for i in plan.items]
+        )
+        return done
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """Called by the first process alone."""
+        self._finish()
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor], step: int, place: Path) -> None:
-    from safetensors.torch import save_file
-
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _at_once(act: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+    """The future of what has been done."""
+    future: Future[Any] = Future()
     try:
-        save_file(whole, file, metadata={"step": str(step)})
-    except Exception as error:  # safetensors raises its own error for a full disk
-        raise CheckpointError(
-            f"cannot write the checkpoint {place}: {error}; free some space and"
-            " run the same command again"
-        ) from error
+        future.set_result(act(*args, **kwargs))
+    except CheckpointException as error:
+        future.set_exception(error)
+    return future
+
+
+def _told(failed: CheckpointException, place: Path) -> BaseException:
+    """Why a checkpoint could not be written, as one error of all processes."""
+    error = _first(failed)
+    if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+        return error  # or a signal
+    return CheckpointError(
+        f"cannot write the checkpoint {place}: {error}; free some space and"
+        " run the same command again"
+    )
+
+
+def _first(failed: CheckpointException) -> BaseException:
+    """What went wrong in the first of the processes in which something did."""
+    error, _ = failed.failures[min(failed.failures)]
+    return error
 
 
 def _file(rank: int, size: int) -> str:
@@ -244,5 +295,12 @@ def _file(rank: int, size: int) -> str:
     return f"state{part}.safetensors"
 
 
+def _require_all_files(path: Path) -> None:
+    """Raise ``OSError`` if a file is missing in the directory of a checkpoint."""
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if found != [_file(rank, len(found)) for rank in range(len(found))]:
+        raise OSError(f"it has {', '.join(found)}, and not all files")
+
+
 def _is_checkpoint(path: Path) -> bool:
-    return any(path.glob("state*.safetensors"))
+    return any(path.glob("*.safetensors"))

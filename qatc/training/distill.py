@@ -101,7 +101,8 @@ class Distiller:
         if config.fused_step:
             assert isinstance(self.optimizer, RoundingAdamW)
             self.in_backward = StepInBackward(self.optimizer, self.trained, config.gradient_clip)
-        self.checkpoints = Checkpoints(directory / "checkpoints", config.keep_checkpoints)
+        aside = self.world.size > 1 or self.device.type != "cpu"
+        self.checkpoints = Checkpoints(directory / "checkpoints", config.keep_checkpoints, aside)
         self.metrics_file = directory / "metrics.jsonl"
         self.history: list[StepMetrics] = []
 
@@ -118,6 +119,7 @@ class Distiller:
         finally:
             if self.in_backward is not None:
                 self.in_backward.remove()
+            self.checkpoints.close()
 
     def _run(self, on_step: Callable[[StepMetrics], None] | None) -> list[StepMetrics]:
         step = self._resume()
@@ -125,6 +127,7 @@ class Distiller:
             while step < self.config.steps:
                 step += 1
                 record = self.step(step)
+                self.checkpoints.settle()
                 self._check(record)
                 self.history.append(record)
                 self._log(record)
@@ -136,6 +139,7 @@ class Distiller:
                     self._save(step)
                 if stopped:
                     break
+            self.world.on_each(self.checkpoints.wait)
             if stop.requested:
                 stop.obey()
         return self.history
@@ -208,11 +212,9 @@ class Distiller:
             yield order[position * size : (position + 1) * size].numpy()
 
     def _check(self, record: StepMetrics) -> None:
-        kept = self.checkpoints.latest()
-        where = f"the last good checkpoint, step {kept}, is kept" if kept else "no step is kept"
         if not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
             raise TrainingError(
-                f"the loss is not a number at step {record.step}; {where}."
+                f"the loss is not a number at step {record.step}; {self._kept()}."
                 f" Start over (--overwrite) with a lower --lr than {self.rate:g},"
                 " or with --dtype float32"
             )
@@ -221,9 +223,13 @@ class Distiller:
         if len(self.history) >= 50 and min(recent) > 3 * max(start) + 1:
             raise TrainingError(
                 f"the loss diverges: KL {record.kl:.2f} at step {record.step} after"
-                f" {max(start):.2f} at the start; {where}. Start over"
+                f" {max(start):.2f} at the start; {self._kept()}. Start over"
                 f" (--overwrite) with a lower --lr than {self.rate:g}"
             )
+
+    def _kept(self) -> str:
+        kept = self.checkpoints.latest()
+        return f"the last good checkpoint, step {kept}, is kept" if kept else "no step is kept"
 
     def _save(self, step: int) -> None:
         # A checkpoint must not outlive the record of its steps.

@@ -13,14 +13,17 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qatc.data.corpus import Rows
 from qatc.errors import ConfigError
+from qatc.losses.objective import parse_loss
 from qatc.machine.world import World
 from qatc.models import find_regions
 from qatc.training.config import TrainingConfig
 from qatc.training.parts import parse_train
+from qatc.training.reduction import InOrder
 
 
 def check_batch(world: World, batch_size: int) -> None:
@@ -45,6 +48,13 @@ def check_training(world: World, config: TrainingConfig, learned: bool) -> None:
         raise ConfigError(
             "learned scales are trained in fp32, and several processes train parameters of one"
             " dtype together; leave --master-dtype at float32, or choose --preset paper"
+        )
+    if world.size > 1 and [term.name for term in parse_loss(config.loss)] == ["attention"]:
+        # FSDP gathers a layer's parameters as soon as a gradient reaches its output.
+        raise ConfigError(
+            f"the loss {config.loss} asks nothing of what the last layer gives, and {world.size}"
+            " processes wait for that to train it; add a term, as in --loss attention+0.1*logits,"
+            " or start one process"
         )
     if world.size > 1 and parse_train(config.train).by_layer:
         raise ConfigError(
@@ -102,6 +112,8 @@ def _shard(model: Any) -> Any:
         # A sum, and not the mean: each loss is divided by what all of them count.
         part.set_force_sum_reduction_for_comms(True)
         part.set_gradient_divide_factor(1.0)
+        if device.type == "cpu":
+            part.set_custom_reduce_scatter(InOrder())
         for parameter in whole.parameters():
             parameter.data = parameter.data.new_empty(0)
     return divided
@@ -139,14 +151,20 @@ def first_row(parameter: Any) -> int:
 
 
 def like_shard(rows: Tensor, parameter: Any) -> Tensor:
-    """The rows that this process has of a tensor as part of the whole, as ``parameter`` is."""
+    """The rows that this process has of a tensor as part of the whole, as ``parameter`` is.
+
+    The tensor may have other columns than the parameter, and be in host memory.
+    """
     if not hasattr(parameter, "to_local"):
         return rows
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
 
+    mesh = parameter.device_mesh
+    if rows.device.type != mesh.device_type:  # a DTensor would move them there
+        mesh = init_device_mesh(rows.device.type, (mesh.size(),))
+    shape = (len(parameter), *rows.shape[1:])
+    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        rows,
-        *(parameter.device_mesh, parameter.placements),
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        rows, mesh, parameter.placements, shape=torch.Size(shape), stride=stride
     )

@@ -40,6 +40,7 @@ def test_every_option_takes_what_it_says() -> None:
     assert phase("training", Setup(teacher="recorded")).parts.keys() == plain.keys() - {"teacher"}
     away = phase("training", Setup(offload="optimizer"))
     assert "optimizer" not in away.parts and away.host["optimizer"] == 8 * P
+    assert away.host["checkpoint on its way"] == 12 * P
     here = phase("training", Setup(offload="optimizer", on_gpu=False))
     assert here.parts["optimizer"] == 8 * P and not here.host
     frozen = phase("training", Setup(train_embeddings=False)).parts

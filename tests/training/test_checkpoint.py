@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qatc.errors import CheckpointError
+from qatc.machine.world import World
 from qatc.storage import markers
 from qatc.storage.markers import Mark
+from qatc.training import checkpoint
 from qatc.training.checkpoint import Checkpoints
 from tests.conftest import at_disk_call, contents, run_until_killed
+from tests.ranks import fork_ranks
 
 
 class Run:
     """A small model under AdamW."""
 
-    def __init__(self, directory: Path, width: int = 3, keep: int = 2) -> None:
+    def __init__(self, directory: Path, width: int = 3, keep: int = 2, aside: bool = False) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 1))
         self.trained = dict(self.model.named_parameters())
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=0.1, fused=True)
-        self.checkpoints = Checkpoints(directory, keep)
+        self.checkpoints = Checkpoints(directory, keep, aside)
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
@@ -45,14 +51,53 @@ class Run:
         return self.checkpoints.restore(self.model, self.trained, self.optimizer)
 
     def state(self) -> list[Tensor]:
-        slots = [self.optimizer.state[p] for p in self.trained.values()]
-        moments = [torch.as_tensor(slot[key]) for slot in slots for key in sorted(slot)]
-        return [*(p.detach().clone() for p in self.trained.values()), *moments]
+        return [tensor.clone() for tensor in self.named_state().values()]
+
+    def named_state(self) -> dict[str, Tensor]:
+        moments = {
+            f"optimizer.{key}.{name}": torch.as_tensor(self.optimizer.state[p][key])
+            for name, p in self.trained.items()
+            for key in sorted(self.optimizer.state[p])
+        }
+        return {f"model.{name}": p.detach() for name, p in self.trained.items()} | moments
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def aside(tmp_path: Path) -> Run:
+    """One whose checkpoints are written while it trains."""
+    return Run(tmp_path / "checkpoints", aside=True)
+
+
+@contextmanager
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Checkpoints are written as soon as what this gives is called, or at the end."""
+    free, write = threading.Event(), checkpoint._Writer.write_data
+
+    def wait(*args: Any) -> Any:
+        assert free.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint._Writer, "write_data", wait)
+    try:
+        yield free.set
+    finally:
+        free.set()
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond a few bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_goes_on_as_if_nothing_had_happened(run: Run) -> None:
@@ -107,18 +152,22 @@ def test_what_a_killed_run_left_is_no_checkpoint(run: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["run", "aside"])
 def test_a_kill_while_one_is_written_or_deleted_costs_none(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last one that is listed is whole, whatever call the kill came before."""
+    run: Run = request.getfixturevalue(kind)
     run.train(1)
     for step in (5, 10):
         run.save(step)
+    run.checkpoints.wait()
     backup = run.checkpoints.directory.with_name("backup")
     shutil.copytree(run.checkpoints.directory, backup)
     with monkeypatch.context() as patch:
         calls = at_disk_call(patch)
         run.save(15)
+        run.checkpoints.wait()
     latest = set()
     for number in range(1, len(calls) + 1):
         shutil.rmtree(run.checkpoints.directory)
@@ -127,6 +176,7 @@ def test_a_kill_while_one_is_written_or_deleted_costs_none(
         def killed(number: int = number) -> None:
             at_disk_call(pytest.MonkeyPatch(), number, lambda: os.kill(os.getpid(), signal.SIGKILL))
             run.save(15)
+            run.checkpoints.wait()
 
         run_until_killed(killed)
         latest.add(Run(run.checkpoints.directory).restore())
@@ -137,22 +187,90 @@ def test_a_kill_while_one_is_written_or_deleted_costs_none(
     assert latest == {10, 15}
 
 
-@pytest.mark.parametrize("error", [SafetensorError("disk full"), OSError(28, "No space left")])
-def test_a_full_disk_keeps_the_earlier_ones(
-    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+@pytest.mark.parametrize("kind", ["run", "aside"])
+def test_a_full_disk_keeps_the_earlier_ones(kind: str, request: pytest.FixtureRequest) -> None:
+    run: Run = request.getfixturevalue(kind)
     run.train(1)
     run.save(5)
+    run.checkpoints.wait()
     before = contents(run.checkpoints.directory)
-
-    def full(tensors: Any, path: Path, **kwargs: Any) -> None:
-        path.write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(CheckpointError, match="cannot write .*step-000010: .*free some space"):
+    told = "cannot write the checkpoint .*step-000010: .*File too large.*; free some space"
+    with full_disk(), pytest.raises(CheckpointError, match=told):
         run.save(10)
+        run.checkpoints.wait()
     assert contents(run.checkpoints.directory) == before
+    run.save(10)
+    assert run.checkpoints.latest() == 10
+
+
+class TestAside:
+    def test_it_is_of_the_step_that_it_was_begun_at(
+        self, aside: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        aside.train(3)
+        state = aside.state()
+        with held(monkeypatch) as release:
+            aside.save(3)
+            aside.train(2)
+            assert aside.checkpoints.steps() == [], "none before it is whole"
+            aside.checkpoints.settle()  # does not wait
+            release()
+            assert aside.checkpoints.latest() == 3
+        assert not any(torch.equal(a, b) for a, b in zip(aside.state(), state, strict=True))
+        assert aside.restore() == 3
+        assert all(torch.equal(a, b) for a, b in zip(aside.state(), state, strict=True))
+
+    def test_the_next_one_waits_for_it(self, aside: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        aside.train(1)
+        with held(monkeypatch) as release:
+            aside.save(3)
+            threading.Timer(0.1, release).start()
+            aside.save(6)
+            assert 3 in aside.checkpoints.steps()
+        assert aside.restore() == 6, "and whoever reads waits as well"
+
+    def test_a_failure_is_told_as_soon_as_it_is_known(self, aside: Run) -> None:
+        aside.train(1)
+        with full_disk():
+            aside.save(5)
+            with pytest.raises(CheckpointError, match="step-000005: .*free some space"):
+                for _ in range(600):
+                    aside.checkpoints.settle()
+                    threading.Event().wait(0.1)
+        aside.checkpoints.wait()  # it is told once
+
+
+def test_where_one_of_two_processes_cannot_write_both_tell(tmp_path: Path) -> None:
+    def act(world: World) -> None:
+        run = Run(tmp_path / "checkpoints", aside=True)
+        run.train(1)
+        run.save(5)
+        run.checkpoints.wait()
+        with full_disk() if world.rank == 1 else nullcontext():
+            run.save(10)
+            with pytest.raises(CheckpointError, match="step-000010: .*free some space"):
+                run.checkpoints.wait()
+        assert run.checkpoints.steps() == [5]
+        assert world.on_each(run.restore) == [5, 5]
+        run.checkpoints.close()
+
+    fork_ranks(act, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
+    (tmp_path / "checkpoints" / "step-000005" / "state-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is damaged .it has .*, and not all files"):
+        Run(tmp_path / "checkpoints").restore()
+
+
+def test_the_one_file_of_an_earlier_release(run: Run) -> None:
+    run.train(2)
+    place = run.checkpoints.directory / "step-000002"
+    place.mkdir(parents=True)
+    state = run.named_state() | {"random.cpu": torch.get_rng_state()}
+    save_file(state, place / "state.safetensors", metadata={"step": "2"})
+    expected = run.state()
+    other = Run(run.checkpoints.directory)
+    assert other.restore() == 2
+    assert all(torch.equal(a, b) for a, b in zip(other.state(), expected, strict=True))
 
 
 @pytest.mark.parametrize(("steps", "back"), [((5,), "the start"), ((5, 10), "step 5")])
@@ -160,7 +278,7 @@ def test_a_truncated_one_says_how_to_go_on(run: Run, steps: tuple[int, ...], bac
     run.train(1)
     for step in steps:
         run.save(step)
-    file = run.checkpoints.directory / f"step-{steps[-1]:06d}" / "state.safetensors"
+    (file,) = (run.checkpoints.directory / f"step-{steps[-1]:06d}").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(CheckpointError, match=f"is damaged .* to go on from {back}$") as raised:
         run.restore()

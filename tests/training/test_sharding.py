@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qatc.errors import ConfigError
 from qatc.machine.world import World
-from qatc.training.sharding import check_batch, own_share
+from qatc.training.config import TrainingConfig
+from qatc.training.sharding import check_batch, check_training, own_share
 from tests.in_a_world import (
     APART,
     FUSED,
@@ -34,16 +35,16 @@ def weights(directory: Path, name: str) -> dict[str, Tensor]:
     return load_file(directory / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", ["whole", "again", "begun alone", "begun by five", "ended"])
+@pytest.mark.parametrize("name", ["whole", "again", "begun alone", "ended"])
 def test_trains_what_one_process_does_bit_for_bit(in_a_world: Path, name: str) -> None:
-    """From the start, and from step 3 of 6 that two, one or five wrote, and from where it ended."""
+    """From the start, and from step 3 of 6 that two or one wrote, and from where it ended."""
     assert_equal(weights(in_a_world, name), weights(in_a_world, "alone"))
 
 
 def test_one_process_goes_on_with_what_two_began(in_a_world: Path, tmp_path: Path) -> None:
     forget_last(in_a_world / "whole", tmp_path / "run")
     files = {p.name for p in (tmp_path / "run" / "checkpoints" / "step-000003").iterdir()}
-    assert {f"state-0000{rank}-of-00002.safetensors" for rank in (0, 1)} <= files
+    assert files == {f"state-0000{rank}-of-00002.safetensors" for rank in (0, 1)}
     student, _ = train(tmp_path / "run", APART, ALONE)
     assert_equal(parameters_of(student), weights(in_a_world, "alone"))
 
@@ -82,6 +83,14 @@ def test_the_record_is_of_the_whole_batch(in_a_world: Path) -> None:
 @pytest.mark.parametrize("order", ["prepare shard", "shard prepare"])
 def test_a_user_shards_before_or_after_prepare(in_a_world: Path, order: str) -> None:
     assert_equal(weights(in_a_world, order), user_step("prepare"), rtol=1e-5, atol=1e-6)
+
+
+def test_several_need_a_loss_of_what_the_last_layer_gives() -> None:
+    config = TrainingConfig(batch_size=4, loss="0.5*attention")
+    check_training(ALONE, config, learned=False)
+    with pytest.raises(ConfigError, match="and 2 processes wait .*--loss attention.0.1.logits"):
+        check_training(World(0, 2), config, learned=False)
+    check_training(World(0, 2), replace(config, loss="attention+label"), learned=False)
 
 
 def test_a_batch_is_divided_evenly() -> None:
