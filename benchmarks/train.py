@@ -155,7 +155,7 @@ class Worker:
 
 def work(arguments: argparse.Namespace) -> None:
     """Prepare one way when a line on standard input says so, then step at every further one."""
-    from qatc.training.teacher import compiled_layers
+    from qatc.training.distill import compiled_layers
 
     sys.stdin.readline()
     started = time.perf_counter()

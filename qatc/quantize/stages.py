@@ -24,10 +24,9 @@ from qatc.sensitivity.answers import Answers, probe_rows
 from qatc.storage.files import read_json, write_json
 from qatc.training.blockwise import BlockwiseTrainer, LayerMetrics
 from qatc.training.config import StepMetrics
-from qatc.training.distill import Distiller
+from qatc.training.distill import Distiller, compiled_layers
 from qatc.training.parts import choose_parts, parse_train
 from qatc.training.sharding import sharded
-from qatc.training.teacher import compiled_layers
 
 CENTERING_ROWS = 16
 """Rows of the corpus on which the mean of the keys is measured; more moves it by little."""

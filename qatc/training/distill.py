@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,17 @@ from qatc.losses.chunks import find_chunks
 from qatc.losses.objective import distillation_losses, parse_loss, recorded_losses
 from qatc.machine.signals import StopRequest
 from qatc.machine.world import current
+from qatc.models.preparation import prepare, restore
+from qatc.models.regions import is_transformers_model
+from qatc.recipe.recipe import Recipe
 from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
 from qatc.training.optimizers import RoundingAdamW, StepInBackward, make_optimizer
 from qatc.training.sharding import check_batch, clip_gradients, own_share, require_sharded
+
+_UNQUANTIZED = "16-16-16"
+"""Bits of what only has its layers compiled."""
 
 
 class Distiller:
@@ -271,3 +277,28 @@ def _width(model: nn.Module) -> int:
     if not isinstance(width, int):
         raise ConfigError("the model's config has no hidden_size; pass a learning rate (--lr)")
     return width
+
+
+@contextmanager
+def compiled_layers(teacher: Any, compile: bool) -> Iterator[None]:
+    """Inside the block, the layers of a full-precision model run as one compiled graph.
+
+    It is captured as the student's is, and quantizes nothing: in fp32 it gives what the layers give
+    to a few last places, in bf16 it rounds less often than they do, which keep every intermediate
+    value. A teacher is run in every step, so that compiling it pays from a few dozens of them on.
+
+    Args:
+        teacher: a transformers model; any other one is left as it is.
+        compile: whether to compile at all.
+
+    Raises:
+        CaptureError: a layer cannot be captured.
+    """
+    if not (compile and is_transformers_model(teacher)):
+        yield
+        return
+    prepare(teacher, Recipe.from_bits(_UNQUANTIZED), compile=True)
+    try:
+        yield
+    finally:
+        restore(teacher)

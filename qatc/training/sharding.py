@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from qatc.data.corpus import Rows
 from qatc.errors import ConfigError
 from qatc.losses.objective import parse_loss
+from qatc.machine.reduction import InOrder
 from qatc.machine.world import World
 from qatc.models import find_regions
 from qatc.training.config import TrainingConfig
 from qatc.training.parts import parse_train
-from qatc.training.reduction import InOrder
 
 
 def check_batch(world: World, batch_size: int) -> None:

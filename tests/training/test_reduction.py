@@ -15,6 +15,7 @@ from torch import Tensor
 from qatc.data.config import Recording
 from qatc.data.corpus import Rows
 from qatc.graph import captures
+from qatc.machine.reduction import InOrder
 from qatc.machine.world import World
 from qatc.models.preparation import prepare
 from qatc.recipe.recipe import Recipe
@@ -22,7 +23,6 @@ from qatc.training.checkpoint import Checkpoints
 from qatc.training.config import TrainingConfig
 from qatc.training.distill import Distiller
 from qatc.training.optimizers import make_optimizer
-from qatc.training.reduction import InOrder
 from qatc.training.sharding import sharded
 from tests.conftest import make_llama
 from tests.losses import test_recorded

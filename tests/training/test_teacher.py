@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qatc.models.preparation import can_compile
-from qatc.training.teacher import compiled_layers
+from qatc.training.distill import compiled_layers
 from tests.conftest import make_llama
 
 
