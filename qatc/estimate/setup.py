@@ -12,6 +12,7 @@ CHOICES = {
     "optimizer": ("adamw", "adamw8bit"),
     "offload": ("none", "optimizer"),
     "teacher": ("online", "recorded"),
+    "train": ("full", "lora"),
 }
 """What the fields that are words may be."""
 
@@ -47,6 +48,8 @@ class Setup:
         checkpoint_activations: keep a layer's input alone, and compute the rest again.
         fused_step: step one tensor at a time within the backward pass.
         offload: what is kept in the host's memory.
+        train: ``full``, or ``lora`` with updates of a rank in the place of weights.
+        lora_rank: of these.
         closed: fields that no option may be chosen for.
 
     Raises:
@@ -77,10 +80,12 @@ class Setup:
     closed: tuple[str, ...] = ()
     fused_step: bool = False
     offload: str = "none"
+    train: str = "full"
+    lora_rank: int = 16
 
     def __post_init__(self) -> None:
         counts = ("gpus", "batch_size", "accumulate", "max_length", "steps", "samples")
-        for name in (*counts, "eval_samples", "keep_checkpoints"):
+        for name in (*counts, "eval_samples", "keep_checkpoints", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.slots is not None and self.slots < 1:
@@ -96,6 +101,11 @@ class Setup:
             raise ConfigError(
                 f"a batch of {self.batch_size} rows cannot be shared by {self.gpus} GPUs; choose a"
                 " multiple (--batch-size)"
+            )
+        if self.train == "lora" and self.gpus > 1:
+            raise ConfigError(
+                f"updates of rank {self.lora_rank} are trained by one process, and there are"
+                f" {self.gpus} GPUs; ask for one, or leave out --train lora"
             )
         if self.fused_step and self.accumulate > 1:
             raise ConfigError(

@@ -48,7 +48,7 @@ def _at_the_loss(shape: Shape, setup: Setup) -> dict[str, float]:
     if chunk:  # hidden states of both models, and their gradient in fp32
         logits += tokens * shape.hidden * (2 * setup.width + 4)
     gradients = _all_gradients(shape, setup) if setup.accumulate > 1 else 0.0
-    if chunk and setup.train_embeddings:
+    if chunk and _ends_are_trained(setup):
         gradients = max(gradients, shape.embedding * 4.0)  # of the head, added up in fp32
     return {
         "gradients": gradients,
@@ -67,7 +67,7 @@ def _at_the_end(shape: Shape, setup: Setup) -> dict[str, float]:
     """In the first layer's backward pass."""
     layer = setup.tokens * saved_activations(shape, setup)
     # The table's gradient, which is added to that of the head where they are one.
-    again = shape.embedding * setup.master if setup.train_embeddings and not shape.head else 0
+    again = shape.embedding * setup.master if _ends_are_trained(setup) and not shape.head else 0
     return {
         "gradients": _gradients(shape, setup),
         "activations": layer,
@@ -78,11 +78,15 @@ def _at_the_end(shape: Shape, setup: Setup) -> dict[str, float]:
 
 
 def _all_gradients(shape: Shape, setup: Setup) -> float:
-    return trained(shape, setup) * setup.master / setup.gpus
+    """Of what is trained; updates are in fp32, whatever the masters."""
+    width = 4 if setup.train == "lora" else setup.master
+    return float(trained(shape, setup) * width / setup.gpus)
 
 
 def _gradients(shape: Shape, setup: Setup) -> float:
     """Of all parameters, or of those whose step is not yet due."""
+    if setup.train == "lora":  # a layer's, from which those of its updates are computed
+        return _all_gradients(shape, setup) + shape.linear / shape.layers * setup.master
     if not setup.fused_step:
         unsharded = shape.linear / shape.layers * setup.master if setup.gpus > 1 else 0.0
         return _all_gradients(shape, setup) + unsharded
@@ -93,7 +97,13 @@ def _gradients(shape: Shape, setup: Setup) -> float:
 
 def trained(shape: Shape, setup: Setup) -> int:
     """Parameters that are trained."""
+    if setup.train == "lora":
+        return shape.edges * setup.lora_rank
     return shape.parameters - (0 if setup.train_embeddings else shape.ends)
+
+
+def _ends_are_trained(setup: Setup) -> bool:
+    return setup.train_embeddings and setup.train == "full"
 
 
 def saved_activations(shape: Shape, setup: Setup) -> float:

@@ -37,6 +37,9 @@ class TemplateForward:
         name: its full name, for errors.
         store: where templates are kept and made.
         own: what a recipe says of single parameters of the module.
+
+    Attributes:
+        updates: by the name of a parameter, what makes of it the tensor that the graph gets.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class TemplateForward:
         self.name = name
         self.store = store
         self.own = own
+        self.updates: dict[str, Callable[[Tensor], Tensor]] = {}
         self.original: Callable[..., Any] | None = module.__dict__.get("forward")
         self._names = frozenset(name for name, _ in every_parameter(module))
         self._paths = weakref.WeakKeyDictionary({m: p for p, m in module.named_modules()})
@@ -134,7 +138,11 @@ class TemplateForward:
 
     def parameters(self, template: Template) -> list[Tensor]:
         """The tensors that this module passes for the template's lifted parameters."""
-        return [getattr(module, leaf) for module, leaf in self.owners(template)]
+        held = [getattr(module, leaf) for module, leaf in self.owners(template)]
+        for number, name in enumerate(template.parameters if self.updates else ()):
+            if name in self.updates:
+                held[number] = self.updates[name](held[number])
+        return held
 
     def owners(self, template: Template) -> list[tuple[nn.Module, str]]:
         """The submodule and attribute of each of them; submodules may be replaced at any time."""
@@ -212,6 +220,7 @@ class TemplateForward:
         copied = copy.copy(self)
         copied.module = module
         copied.original = copy.deepcopy(self.original, memo)
+        copied.updates = copy.deepcopy(self.updates, memo)
         copied._paths = weakref.WeakKeyDictionary(
             {copy.deepcopy(child, memo): path for child, path in self._paths.items()}
         )

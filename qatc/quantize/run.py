@@ -149,7 +149,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
     pair = make_pair(setting, loaded, given.compute)
     world.on_first(_begin, setting, given, pair, inputs, given.corpus)
     world.on_first(write_json, place, {"in_host": in_host})
-    with trained_at_once(pair.student, config.training.train):
+    with trained_at_once(pair.student, config.training.train, config.training.lora_rank):
         slots = world.on_first(forecast, setting, pair, given.corpus, given.texts)
     corpus = given.corpus or write_corpus(setting, given, pair, slots)
     corpus_lock.close()

@@ -46,6 +46,11 @@ def check_training(world: World, config: TrainingConfig, learned: bool) -> None:
             "learned scales are trained in fp32, and several processes train parameters of one"
             " dtype together; leave --master-dtype at float32, or choose --preset paper"
         )
+    if world.size > 1 and parse_train(config.train).parts == "lora":
+        raise ConfigError(
+            f"--train {config.train} updates whole weights, of which each of {world.size} processes"
+            " has a part; start one, or train the weights themselves (--train full)"
+        )
     if world.size > 1 and parse_train(config.train).by_layer:
         raise ConfigError(
             f"--train {config.train} trains a layer at a time on one device, and there are"

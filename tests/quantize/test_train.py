@@ -17,7 +17,7 @@ from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig, as_options
 from qatc.recipe.recipe import Recipe
 from qatc.training.config import TrainingConfig
-from tests.quantize.conftest import NothingTrained, Stopped, make, weights
+from tests.quantize.conftest import NothingTrained, Stopped, interrupted, make, weights
 
 TRAINING = TrainingConfig(
     steps=4, blockwise_steps=3, batch_size=4, checkpoint_every=2, train="blockwise+full"
@@ -77,6 +77,20 @@ def test_layers_alone(both: Any, shared_model_path: Path, tmp_path: Path) -> Non
     name = "model.embed_tokens.weight"
     before = AutoModelForCausalLM.from_pretrained(shared_model_path).state_dict()
     assert torch.equal(open_output(output).state[name], before[name])
+
+
+def test_updates_of_weights(both: Any, shared_model_path: Path, tmp_path: Path) -> None:
+    training = TrainingConfig(steps=3, batch_size=4, train="lora", lora_rank=2, checkpoint_every=2)
+    config = make(shared_model_path, tmp_path / "out", training=training, data=both.data)
+    interrupted(config, step=3)
+    result = quantize(config)
+    assert "\n3 steps of updates of rank 2 alone, " in (result.output / "report.md").read_text()
+    (figures,) = result.figures.values()
+    assert figures["QAT"].kl != figures["RTN"].kl
+    whole = quantize(replace(config, output=tmp_path / "whole"))
+    assert weights(whole.output) == weights(result.output) and whole.figures == result.figures
+    options = as_options(QuantizeConfig("m", Path("o"), training=training))
+    assert options is not None and (options["train"], options["lora-rank"]) == ("lora", 2)
 
 
 @pytest.mark.parametrize("train", ["scales", "norms"])
