@@ -66,6 +66,7 @@ def measure_step(
     rows: int,
     length: int,
     vocabulary: int,
+    backward: bool = True,
 ) -> StepCost:
     """Time one step of training on random tokens; no parameter and no random state changes.
 
@@ -75,19 +76,21 @@ def measure_step(
         rows: B.
         length: T.
         vocabulary: ids are drawn below it.
+        backward: whether gradients are computed; without, it is a forward pass alone.
     """
     device = next(student.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
     real = torch.ones_like(ids, dtype=torch.bool)
     costs: list[StepCost] = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.set_grad_enabled(backward):
         # The first one compiles, the second may still find caches cold.
         while len(costs) < 2 or (costs[-1].step < SETTLED * costs[-2].step and len(costs) < 5):
             started = _now(device)
             value = loss(ids, real)
             forward = _now(device)
-            value.backward()
+            if backward:
+                value.backward()
             costs.append(StepCost(forward - started, _now(device) - started))
             student.zero_grad(set_to_none=True)
     return costs[-1]

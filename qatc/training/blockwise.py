@@ -110,7 +110,7 @@ class BlockwiseTrainer:
         self.student, self.teacher, self.autocast = student, teacher, autocast
         self.layers = find_regions(student)
         self.rounding_kl = rounding_kl
-        self.directory = directory / "layers"
+        self.directory = directory
         self.records = Records(directory / RECORDS, LayerMetrics)
         self.device = next(student.parameters()).device
         self._bring: Callable[[Iterable[nn.Module]], None] = _leave
@@ -237,11 +237,16 @@ class BlockwiseTrainer:
         self._checkpoints(number).restore(self.student, trained, _stateless(trained))
 
     def _checkpoints(self, number: int) -> Checkpoints:
-        return Checkpoints(self.directory / f"{number:04d}", keep=1)
+        return layer_checkpoints(self.directory, number)
 
     def _trained(self, number: int) -> dict[str, nn.Parameter]:
         name, layer = self.layers[number]
         return {f"{name}.{n}": p for n, p in layer.named_parameters() if p.requires_grad}
+
+
+def layer_checkpoints(directory: Path, number: int) -> Checkpoints:
+    """Those of a layer, in the directory of a run."""
+    return Checkpoints(directory / "layers" / f"{number:04d}", keep=1)
 
 
 def _leave(modules: Iterable[nn.Module]) -> None:

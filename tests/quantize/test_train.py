@@ -16,8 +16,9 @@ from qatc.progress import Observer
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig, as_options
 from qatc.recipe.recipe import Recipe
+from qatc.report.first_steps import StepCost
 from qatc.training.config import TrainingConfig
-from tests.quantize.conftest import NothingTrained, Stopped, interrupted, make, weights
+from tests.quantize.conftest import Notes, NothingTrained, Stopped, interrupted, make, weights
 
 TRAINING = TrainingConfig(
     steps=4, blockwise_steps=3, batch_size=4, checkpoint_every=2, train="blockwise+full"
@@ -50,6 +51,53 @@ def test_both_stages(both: Any) -> None:
     lines = (both.output / "blockwise.jsonl").read_text().splitlines()
     assert [json.loads(line)["layer"] for line in lines] == [1, 1, 1, 2, 2, 2]
     assert len((both.output / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+class Ahead(Notes):
+    """Stops a run once it has said what is ahead."""
+
+    def stage(self, title: str) -> None:
+        if title.startswith("Evaluating"):
+            raise Stopped
+
+
+@pytest.mark.parametrize(
+    ("train", "wanted"),
+    [
+        ("blockwise", ["training 2 layers for 3 steps of 4 x 16 each: 192 tokens, about 7 min"]),
+        (
+            "blockwise+full",
+            [
+                "training 2 layers for 3 steps of 4 x 16 each: 192 tokens, about 7 min",
+                "training 4 steps of 4 x 16: 256 tokens, about 2 min",
+            ],
+        ),
+    ],
+)
+def test_what_is_ahead_of_both_stages(
+    both: Any,
+    shared_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train: str,
+    wanted: list[str],
+) -> None:
+    """Six steps of 30 s, and what layers read: two models by six batches of 10 s, twice."""
+    took: list[bool] = []
+
+    def measured(*args: Any, backward: bool = True) -> StepCost:
+        took.append(backward)
+        return StepCost(10.0, 30.0)
+
+    monkeypatch.setattr("qatc.quantize.forecast.measure_step", measured)
+    training = replace(TRAINING, train=train)
+    config = make(shared_model_path, tmp_path / "out", training=training, data=both.data)
+    seen = Ahead()
+    with pytest.raises(Stopped):
+        quantize(config, seen)
+    ahead = [n.partition(";")[0] for n in seen.notes if n.startswith("training ")][1:]
+    assert ahead == wanted
+    assert took == [True, train == "blockwise+full"], "else it is only run end to end"
 
 
 def test_its_run_file_says_so() -> None:
