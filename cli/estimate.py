@@ -88,7 +88,7 @@ def estimate(
         bool, typer.Option("--fused-step", help="One tensor's gradient is there at a time.")
     ] = False,
     offload: Annotated[
-        str, typer.Option(help="What the host's memory holds: none or optimizer.")
+        str, typer.Option(help="What the host's memory holds: none, optimizer or parameters.")
     ] = "none",
     train: Annotated[
         str, typer.Option(help="What is trained: full, or lora, low-rank updates of weights.")

@@ -150,7 +150,10 @@ def quantize(
     ] = False,
     offload: Annotated[
         str,
-        typer.Option(help="none, or optimizer: its moments lie in host memory, beside a GPU."),
+        typer.Option(
+            help="none; optimizer: its moments lie in host memory, beside a GPU; or parameters: so"
+            " do both models and gradients, and layers come one after the other."
+        ),
     ] = "none",
     train_embeddings: Annotated[
         bool,

@@ -57,6 +57,10 @@ def _closed(config: QuantizeConfig) -> tuple[str, ...]:
         found |= {"master_dtype"}
     if not method.trains or not set(terms) <= set(RECORDED_TERMS):
         found |= {"teacher"}
+    if config.training.train == "lora":
+        found |= {"offload"}
+    if config.recipe.weights.learned or config.recipe.kv.learned:
+        found |= {"--offload parameters"}  # which wants masters of one dtype
     return tuple(sorted(found))
 
 

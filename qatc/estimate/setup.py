@@ -10,7 +10,7 @@ CHOICES = {
     "compute": ("bfloat16", "float32"),
     "master_dtype": ("float32", "bfloat16"),
     "optimizer": ("adamw", "adamw8bit"),
-    "offload": ("none", "optimizer"),
+    "offload": ("none", "optimizer", "parameters"),
     "teacher": ("online", "recorded"),
     "train": ("full", "lora"),
 }
@@ -50,7 +50,7 @@ class Setup:
         offload: what is kept in the host's memory.
         train: ``full``, or ``lora`` with updates of a rank in the place of weights.
         lora_rank: of these.
-        closed: fields that no option may be chosen for.
+        closed: fields that no option may be chosen for, and options that may not be.
 
     Raises:
         ConfigError: a value is out of range, or options exclude each other.
@@ -107,11 +107,21 @@ class Setup:
                 f"updates of rank {self.lora_rank} are trained by one process, and there are"
                 f" {self.gpus} GPUs; ask for one, or leave out --train lora"
             )
+        if self.train == "lora" and self.offload == "parameters":
+            raise ConfigError(
+                "--offload parameters is of weights that are trained themselves; leave it out, or"
+                " --train lora"
+            )
         if self.fused_step and self.accumulate > 1:
             raise ConfigError(
                 f"a fused step keeps no gradients to add up over {self.accumulate} passes; leave"
                 " out --fused-step, or accumulate once"
             )
+
+    @property
+    def streams(self) -> bool:
+        """Whether parameters come from the host's memory, layer by layer."""
+        return self.offload == "parameters" and self.on_gpu
 
     @property
     def width(self) -> int:

@@ -25,12 +25,16 @@ def training(shape: Shape, setup: Setup) -> PhaseMemory:
     parts = models(shape, setup, "training") | _gathered(shape, setup)
     state = trained(shape, setup) * setup.moments / setup.gpus
     host = {}
-    if setup.offload == "optimizer" and setup.on_gpu:
+    if setup.offload != "none" and setup.on_gpu:
         host = {"optimizer": state * setup.gpus}
     else:
         parts["optimizer"] = state
     at_loss, at_end = _at_the_loss(shape, setup), _at_the_end(shape, setup)
     parts |= at_loss if sum(at_loss.values()) > sum(at_end.values()) else at_end
+    if setup.streams:
+        models_there = parts.keys() & {"masters", "teacher"}
+        host |= {name: parts.pop(name) * setup.gpus for name in sorted(models_there)}
+        host["gradients"] = trained(shape, setup) * setup.master
     return PhaseMemory("training", parts, host)
 
 
@@ -79,6 +83,8 @@ def _at_the_end(shape: Shape, setup: Setup) -> dict[str, float]:
 
 def _all_gradients(shape: Shape, setup: Setup) -> float:
     """Of what is trained; updates are in fp32, whatever the masters."""
+    if setup.streams:
+        return 0.0
     width = 4 if setup.train == "lora" else setup.master
     return float(trained(shape, setup) * width / setup.gpus)
 
@@ -87,6 +93,8 @@ def _gradients(shape: Shape, setup: Setup) -> float:
     """Of all parameters, or of those whose step is not yet due."""
     if setup.train == "lora":  # a layer's, from which those of its updates are computed
         return _all_gradients(shape, setup) + shape.linear / shape.layers * setup.master
+    if setup.streams:  # what a layer, or embedding and head, leave before it goes to the host
+        return max(shape.linear / shape.layers, shape.ends) * setup.master
     if not setup.fused_step:
         unsharded = shape.linear / shape.layers * setup.master if setup.gpus > 1 else 0.0
         return _all_gradients(shape, setup) + unsharded
@@ -125,7 +133,7 @@ def saved_activations(shape: Shape, setup: Setup) -> float:
 
 def _gathered(shape: Shape, setup: Setup) -> dict[str, float]:
     """Bytes of parameters that FSDP gathers at a time: some layers, embedding and head."""
-    if setup.gpus == 1:
+    if setup.gpus == 1 and not setup.streams:
         return {}
     width = setup.master + (setup.width if setup.teacher == "online" else 0)
     each = _GATHERED * shape.linear / shape.layers + shape.ends

@@ -160,9 +160,15 @@ def _measure_end_to_end(setting: Setting, pair: Pair, trains: bool) -> tuple[Ste
         return torch.stack(list(losses.values())).sum()
 
     # Several processes leave each a share of the gradients, which the whole ones are not.
-    few_gradients = training.fused_step or current().size > 1
+    streams = training.offload == "parameters"
+    few_gradients = training.fused_step or current().size > 1 or streams
     with _dropped_gradients(pair.student) if few_gradients else nullcontext():
         cost = measure_step(loss, pair.student, share, length, vocabulary, backward=trains)
+    if streams and trains:
+        setting.observer.note(
+            "--offload parameters makes a step longer than it is measured: weights and gradients"
+            " pass between host and device in each, and the CPU takes the optimizer's step"
+        )
     return cost, floor
 
 

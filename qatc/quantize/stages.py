@@ -156,7 +156,10 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
         models.append(teacher)
     with (
         compiled_layers(teacher, setting.compile),
-        sharded(current(), *models) as (student, *teachers),
+        sharded(current(), *models, offload=config.training.offload == "parameters") as (
+            student,
+            *teachers,
+        ),
     ):
         distiller = Distiller(
             student,

@@ -116,7 +116,8 @@ def training_floor(
     tensors = {id(p): p for m in models for p in m.parameters()}
     held = sum(p.nbytes for p in tensors.values())
     gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
-    held += optimizer_bytes(student, config) + (0 if config.fused_step else gradients)
+    left = _near(student, config, "none", "optimizer") and not config.fused_step
+    held += optimizer_bytes(student, config) + (gradients if left else 0)
     width = next(models[-1].parameters()).element_size()
     return held + 3 * width * tokens * vocabulary
 
@@ -127,8 +128,13 @@ def optimizer_bytes(student: nn.Module, config: TrainingConfig = _USUAL) -> int:
     That of a model on a GPU may lie elsewhere.
     """
     trained = [p for p in student.parameters() if p.requires_grad]
-    near = config.offload == "none" or not any(p.is_cuda for p in trained)
+    near = _near(student, config, "none")
     return sum(moment_bytes(p.shape, config) for p in trained) if near else 0
+
+
+def _near(student: nn.Module, config: TrainingConfig, *kept: str) -> bool:
+    """Whether what these ways to offload keep on a GPU is there, or all is in one memory."""
+    return config.offload in kept or not any(p.is_cuda for p in student.parameters())
 
 
 def memory_text(needed: int, device: str, options: str) -> str:

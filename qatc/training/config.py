@@ -49,7 +49,9 @@ class TrainingConfig:
             stochastically, see :mod:`qatc.training.adamw`.
         fused_step: update every parameter within the backward pass, as soon as its gradient is
             there, which is dropped then; the gradient of each is clipped by itself.
-        offload: ``optimizer`` keeps what the optimizer knows in host memory, ``none`` on the GPU.
+        offload: ``none`` keeps all on the GPU, ``optimizer`` what the optimizer knows in host
+            memory, ``parameters`` both models and gradients as well, and the CPU takes the
+            optimizer's step.
 
     Raises:
         ConfigError: a value is out of range.
@@ -104,6 +106,11 @@ class TrainingConfig:
             raise ConfigError(
                 f"--loss-chunk is of logits, of which --train {self.train} reads none; leave it out"
             )
+        if self.offload == "parameters" and stages.parts in (None, "lora"):
+            raise ConfigError(
+                f"--offload parameters is of a model whose weights are trained end to end, and"
+                f" --train is {self.train}; leave it out, or choose --offload optimizer"
+            )
         if self.blockwise_steps is not None and not stages.by_layer:
             raise ConfigError(
                 f"blockwise_steps says how long layers are trained one after the other, and train"
@@ -151,7 +158,7 @@ class TrainingConfig:
 _CHOICES = {
     "optimizer": ("adamw", "adamw8bit"),
     "master_dtype": ("float32", "bfloat16"),
-    "offload": ("none", "optimizer"),
+    "offload": ("none", "optimizer", "parameters"),
 }
 
 

@@ -38,7 +38,13 @@ from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
 from qatc.training.optimizers import RoundingAdamW, StepInBackward, make_optimizer
-from qatc.training.sharding import check_batch, clip_gradients, own_share, require_sharded
+from qatc.training.sharding import (
+    check_batch,
+    clip_gradients,
+    device_of,
+    own_share,
+    require_sharded,
+)
 
 
 class Distiller:
@@ -84,7 +90,7 @@ class Distiller:
         self.student, self.teacher, self.rows, self.config = student, teacher, rows, config
         self.terms = parse_loss(config.loss)
         self.autocast, self.compile = autocast, compile
-        self.device = next(student.parameters()).device
+        self.device = device_of(student)
         few = torch.from_numpy(rows[:2].tokens[:, :16]).to(self.device, torch.long)
         tokens = config.batch_size // self.world.size * rows.tokens.shape[1]
         of = None if config.teacher == "recorded" else teacher
@@ -96,7 +102,7 @@ class Distiller:
         require_sharded(self.world, self.trained)
         self.optimizer = make_optimizer(self.trained, config, self.rate, compile)
         if config.offload != "none" and self.device.type == "cpu":
-            note("states of the optimizer are in host memory anyway: --offload changes nothing")
+            note(f"all is in host memory anyway: --offload {config.offload} saves nothing")
         self.in_backward: StepInBackward | None = None
         if config.fused_step:
             assert isinstance(self.optimizer, RoundingAdamW)

@@ -58,6 +58,19 @@ def test_updates_take_what_they_have_and_a_layer_of_gradients() -> None:
     assert twice["gradients"] == 8 * updates + 2 * SHAPE.linear / 32
 
 
+def test_streamed_parameters_are_in_the_host_but_for_two_layers() -> None:
+    streamed = phase("training", Setup(offload="parameters"))
+    assert not {"masters", "teacher", "optimizer"} & streamed.parts.keys()
+    host = {name: streamed.host[name] for name in ("masters", "teacher", "gradients", "optimizer")}
+    assert host == {"masters": 4 * P, "teacher": 2 * P, "gradients": 4 * P, "optimizer": 8 * P}
+    layer, ends = SHAPE.linear / 32, 2 * 32000 * 4096
+    assert streamed.parts["gathered layers"] == pytest.approx((2 * layer + ends) * (4 + 2))
+    few = phase("training", Setup(offload="parameters", batch_size=1, max_length=16)).parts
+    assert few["gradients"] == 4 * ends, "of the largest part"
+    assert phase("training", Setup(offload="parameters", on_gpu=False)).parts["masters"] == 4 * P
+    assert phase("evaluating", Setup(offload="parameters")).parts["masters"] == 4 * P
+
+
 def test_activations_are_those_of_all_layers_or_their_inputs() -> None:
     big = Setup(
         batch_size=32, max_length=2048, fused_step=True, loss_chunk=0
@@ -152,6 +165,7 @@ def test_a_recorded_teacher_is_not_beside_a_student_that_is_trained() -> None:
         ({"fused_step": True, "accumulate": 2}, "leave out --fused-step"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit"),
         ({"train": "lora", "gpus": 2}, "there are 2 GPUs; ask for one, or leave out --train lora"),
+        ({"train": "lora", "offload": "parameters"}, "leave it out, or --train lora"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"slots": 0}, "slots must be at least 1"),
         ({"loss_chunk": -1}, "loss_chunk must not be negative"),
