@@ -109,15 +109,16 @@ def disk(shape: Shape, setup: Setup) -> Mapping[str, float]:
     """Bytes on the disk by what takes them, while the run goes on and after it."""
     tokens = setup.samples * setup.max_length
     own = trained(shape, setup)
-    checkpoint = own * (setup.master + setup.moments)
-    bits = 4 if setup.weight_bits <= 4 else 8
+    checkpoint = own * ((4 if setup.train == "lora" else setup.master) + setup.moments)
+    packed = 0.5 if setup.weight_bits <= 4 else 1.0
+    stored = packed if setup.weight_bits <= 8 else shape.stored
     found = {"corpus": tokens * TOKEN_BYTES}
     if setup.teacher == "recorded":
         found["recorded teacher"] = tokens * RECORD_BYTES
     # One more than are kept while the newest is written.
     found["checkpoints"] = (setup.keep_checkpoints + 1) * checkpoint
     rest = shape.parameters - shape.linear
-    found["output"] = shape.linear * bits / 8 + rest * shape.stored
+    found["output"] = shape.linear * stored + rest * shape.stored
     return found
 
 

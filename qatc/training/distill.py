@@ -16,12 +16,10 @@ state, step), so that a resumed run is the uninterrupted one, bit for bit on a C
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from qatc.data.corpus import Rows, derived_seed
-from qatc.errors import CheckpointError, ConfigError, TrainingError
+from qatc.errors import ConfigError, TrainingError
 from qatc.losses.chunks import find_chunks
 from qatc.losses.objective import distillation_losses, parse_loss, recorded_losses
 from qatc.machine.signals import StopRequest
 from qatc.machine.world import current
-from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
 from qatc.training.optimizers import RoundingAdamW, StepInBackward, make_optimizer
+from qatc.training.records import Records
 from qatc.training.sharding import (
     check_batch,
     clip_gradients,
@@ -108,8 +106,12 @@ class Distiller:
             assert isinstance(self.optimizer, RoundingAdamW)
             self.in_backward = StepInBackward(self.optimizer, self.trained, config.gradient_clip)
         self.checkpoints = Checkpoints(directory / "checkpoints", config.keep_checkpoints)
-        self.metrics_file = directory / "metrics.jsonl"
-        self.history: list[StepMetrics] = []
+        self.records = Records(directory / "metrics.jsonl", StepMetrics)
+
+    @property
+    def history(self) -> list[StepMetrics]:
+        """Every step so far."""
+        return self.records.history
 
     def run(self, on_step: Callable[[StepMetrics], None] | None = None) -> list[StepMetrics]:
         """Train from the last checkpoint, if there is one, to the end.
@@ -132,8 +134,7 @@ class Distiller:
                 step += 1
                 record = self.step(step)
                 self._check(record)
-                self.history.append(record)
-                self._log(record)
+                self.records.add(record)
                 if on_step is not None:
                     on_step(record)
                 stopped = stop.agree(self.world.greatest)
@@ -232,38 +233,13 @@ class Distiller:
             )
 
     def _save(self, step: int) -> None:
-        # A checkpoint must not outlive the record of its steps.
-        self.world.on_first(self._keep_record)
+        self.records.sync()
         self.checkpoints.save(step, self.student, self.trained, self.optimizer)
-
-    def _keep_record(self) -> None:
-        with writing_to(self.metrics_file):
-            sync(self.metrics_file)
 
     def _resume(self) -> int:
         step = self.checkpoints.restore(self.student, self.trained, self.optimizer)
-        lines: list[str] = []
-        if self.metrics_file.exists():
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()[:step]
-        if len(lines) < step:
-            raise CheckpointError(
-                f"{self.metrics_file} records {len(lines)} steps, but the last checkpoint is of"
-                f" step {step}; put the file back, or remove {self.metrics_file.parent} to start"
-                " over"
-            )
-        if self.metrics_file.exists():
-            whole = "".join(f"{line}\n" for line in lines).encode()
-            self.world.on_first(write_atomically, self.metrics_file, whole)
-            self.history = [StepMetrics(**json.loads(line)) for line in lines]
+        self.records.resume(step)
         return step
-
-    def _log(self, record: StepMetrics) -> None:
-        if not self.world.first:
-            return
-        with writing_to(self.metrics_file):
-            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
 
 
 def _width(model: nn.Module) -> int:
