@@ -70,6 +70,7 @@ WAYS = (
     Way("scales"),
     Way("scales", rate=4),
     Way("norms", rate=4),
+    Way("lora"),
     Way("blockwise", 1.0),
     Way("blockwise+full", 0.25),
 )
@@ -189,9 +190,12 @@ def train(case: Case, way: Way, steps: Sequence[int], rounding_kl: float) -> tup
             layers = replace(config, train="blockwise", blockwise_steps=by_layer)
             BlockwiseTrainer(*common_arguments, layers, Path(scratch)).run()
         if end_to_end:
-            choose_parts(student, parse_train(way.train).parts or "full")
+            parts = parse_train(way.train).parts or "full"
+            updates = choose_parts(student, parts, config.lora_rank, config.seed)
             whole = replace(config, steps=end_to_end)
             Distiller(*common_arguments, whole, Path(scratch), compile=case.compile).run()
+            if updates is not None:
+                updates.merge()
         return student, time.process_time() - started
 
 

@@ -88,8 +88,12 @@ def estimate(
         bool, typer.Option("--fused-step", help="One tensor's gradient is there at a time.")
     ] = False,
     offload: Annotated[
-        str, typer.Option(help="What the host's memory holds: none or optimizer.")
+        str, typer.Option(help="What the host's memory holds: none, optimizer or parameters.")
     ] = "none",
+    train: Annotated[
+        str, typer.Option(help="What is trained: full, or lora, low-rank updates of weights.")
+    ] = "full",
+    lora_rank: options.LoraRank = 16,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     compile: Annotated[bool, typer.Option(help="Graphs are compiled.")] = True,
@@ -152,6 +156,8 @@ def estimate(
             checkpoint_activations=checkpoint_activations,
             fused_step=fused_step,
             offload=offload,
+            train=train,
+            lora_rank=lora_rank,
         )
         room = parse_memory(memory) if memory is not None else None
         if room is None and not elsewhere:

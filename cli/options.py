@@ -137,6 +137,7 @@ Slots = Annotated[
     str, typer.Option(help="Sequences side by side; auto: as many as are fast and fit into memory.")
 ]
 Rows = Annotated[int, typer.Option("--batch-size", help="Rows per forward pass.")]
+LoraRank = Annotated[int, typer.Option(help="Rank of the updates of --train lora.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
 DType = Annotated[str, typer.Option("--dtype", help="Compute in auto, float32 or bfloat16.")]
 TrustRemoteCode = Annotated[

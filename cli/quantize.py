@@ -101,8 +101,8 @@ def quantize(
     train: Annotated[
         str,
         typer.Option(
-            help="What is trained: full, scales or norms (only those), blockwise (layer after"
-            " layer), or blockwise+full."
+            help="What is trained: full, scales or norms (only those), lora (low-rank updates of"
+            " weights), blockwise (layer after layer), blockwise+full or blockwise+lora."
         ),
     ] = "full",
     blockwise_steps: Annotated[
@@ -119,6 +119,7 @@ def quantize(
             help="Rows whose hidden states are kept in host memory for --train blockwise."
         ),
     ] = 1024,
+    lora_rank: options.LoraRank = 16,
     loss_chunk: Annotated[
         int | None,
         typer.Option(
@@ -149,7 +150,10 @@ def quantize(
     ] = False,
     offload: Annotated[
         str,
-        typer.Option(help="none, or optimizer: its moments lie in host memory, beside a GPU."),
+        typer.Option(
+            help="none; optimizer: its moments lie in host memory, beside a GPU; or parameters: so"
+            " do both models and gradients, and layers come one after the other."
+        ),
     ] = "none",
     train_embeddings: Annotated[
         bool,
@@ -269,6 +273,7 @@ def quantize(
                 train=train,
                 blockwise_steps=blockwise_steps,
                 blockwise_rows=blockwise_rows,
+                lora_rank=lora_rank,
                 loss_chunk=loss_chunk,
                 checkpoint_activations=checkpoint_activations,
                 optimizer=optimizer,

@@ -58,12 +58,16 @@ def _again(shape: Shape, setup: Setup, speed: Speed) -> float:
     return forward_operations(shape, length, head=False) / whole
 
 
-def _moved(shape: Shape, setup: Setup, speed: Speed) -> float:
-    """The optimizer's state from the host, and back."""
-    # Beside a plain step: other options that make it longer would make this one look cheap.
-    plain = replace(setup, offload="none", checkpoint_activations=False, teacher="online")
-    here = step_seconds(shape, plain, speed)
-    return step_seconds(shape, replace(plain, offload="optimizer"), speed) / here - 1
+def _moved(what: str) -> Callable[[Shape, Setup, Speed], float]:
+    """What comes from the host, and goes back."""
+
+    def added(shape: Shape, setup: Setup, speed: Speed) -> float:
+        # Beside a plain step: other options that make it longer would make this one look cheap.
+        plain = replace(setup, offload="none", checkpoint_activations=False, teacher="online")
+        here = step_seconds(shape, plain, speed)
+        return step_seconds(shape, replace(plain, offload=what), speed) / here - 1
+
+    return added
 
 
 OPTIONS = (
@@ -97,8 +101,12 @@ OPTIONS = (
         "nothing",
     ),
     Option(
-        "--offload optimizer", {"offload": "optimizer"}, ("offload",), _moved,
+        "--offload optimizer", {"offload": "optimizer"}, ("offload",), _moved("optimizer"),
         "nothing; the host holds the optimizer's state",
+    ),
+    Option(
+        "--offload parameters", {"offload": "parameters"}, ("offload",), _moved("parameters"),
+        "nothing; the host holds both models in training, and takes the optimizer's step",
     ),
 )  # fmt: skip
 """All, each with what it adds. Halving the batch is tried beside them, see :func:`fit`."""
@@ -203,6 +211,8 @@ def _choices(shape: Shape, setup: Setup, memory: float, speed: Speed) -> Iterato
         halved = {"batch_size": rows, "accumulate": setup.accumulate << halvings}
         for size in range(len(open_to) + 1):
             for options in itertools.combinations(open_to, size):
+                if sum("offload" in option.changes for option in options) > 1:
+                    continue
                 changes = halved | {k: v for option in options for k, v in option.changes.items()}
                 if changes.get("fused_step", setup.fused_step) and changes["accumulate"] > 1:
                     continue
@@ -222,7 +232,7 @@ def _is_open(option: Option, shape: Shape, setup: Setup) -> bool:
         return False
     if "master_dtype" in option.changes and setup.compute != "bfloat16":
         return False
-    if option.changes.keys() & set(setup.closed):
+    if {option.name, *option.changes} & set(setup.closed):
         return False
     if "loss_chunk" in option.changes and 0 < chunk_of(shape, setup) <= CHUNK:
         return False

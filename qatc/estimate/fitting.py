@@ -11,7 +11,7 @@ from qatc.data.config import RECORDING
 from qatc.data.teacher_logits import recorded_as
 from qatc.errors import ConfigError
 from qatc.estimate.fit import Choice, require_fit, training_changes
-from qatc.estimate.setup import Setup
+from qatc.estimate.setup import CHOICES, Setup
 from qatc.estimate.shapes import Shape, read_shape
 from qatc.losses.objective import RECORDED_TERMS, parse_loss
 from qatc.machine.device import pick_device, pick_dtype
@@ -31,10 +31,10 @@ def fitted(config: QuantizeConfig, memory: float) -> tuple[QuantizeConfig, Choic
         ConfigError: there is no such model, nothing fits, or what fits needs a recorded teacher
             that is not there.
     """
-    if config.training.train != "full":
+    if config.training.train not in CHOICES["train"]:
         raise ConfigError(
-            f"--fit reckons with a training of everything, end to end, and --train is"
-            f" {config.training.train}; leave out one of them"
+            f"--fit reckons with a training of everything or of low-rank updates, end to end, and"
+            f" --train is {config.training.train}; leave out one of them"
         )
     shape = read_shape(config.model, trust_remote_code=config.trust_remote_code)
     choice = require_fit(shape, setup_of(config, shape), memory)
@@ -57,6 +57,10 @@ def _closed(config: QuantizeConfig) -> tuple[str, ...]:
         found |= {"master_dtype"}
     if not method.trains or not set(terms) <= set(RECORDED_TERMS):
         found |= {"teacher"}
+    if config.training.train == "lora":
+        found |= {"offload"}
+    if config.recipe.weights.learned or config.recipe.kv.learned:
+        found |= {"--offload parameters"}  # which wants masters of one dtype
     return tuple(sorted(found))
 
 
@@ -90,5 +94,7 @@ def setup_of(config: QuantizeConfig, shape: Shape) -> Setup:
         checkpoint_activations=training.checkpoint_activations,
         fused_step=training.fused_step,
         offload=training.offload,
+        train=training.train,
+        lora_rank=training.lora_rank,
         closed=_closed(config),
     )

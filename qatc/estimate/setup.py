@@ -10,8 +10,9 @@ CHOICES = {
     "compute": ("bfloat16", "float32"),
     "master_dtype": ("float32", "bfloat16"),
     "optimizer": ("adamw", "adamw8bit"),
-    "offload": ("none", "optimizer"),
+    "offload": ("none", "optimizer", "parameters"),
     "teacher": ("online", "recorded"),
+    "train": ("full", "lora"),
 }
 """What the fields that are words may be."""
 
@@ -47,7 +48,9 @@ class Setup:
         checkpoint_activations: keep a layer's input alone, and compute the rest again.
         fused_step: step one tensor at a time within the backward pass.
         offload: what is kept in the host's memory.
-        closed: fields that no option may be chosen for.
+        train: ``full``, or ``lora`` with updates of a rank in the place of weights.
+        lora_rank: of these.
+        closed: fields that no option may be chosen for, and options that may not be.
 
     Raises:
         ConfigError: a value is out of range, or options exclude each other.
@@ -77,10 +80,12 @@ class Setup:
     closed: tuple[str, ...] = ()
     fused_step: bool = False
     offload: str = "none"
+    train: str = "full"
+    lora_rank: int = 16
 
     def __post_init__(self) -> None:
         counts = ("gpus", "batch_size", "accumulate", "max_length", "steps", "samples")
-        for name in (*counts, "eval_samples", "keep_checkpoints"):
+        for name in (*counts, "eval_samples", "keep_checkpoints", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.slots is not None and self.slots < 1:
@@ -97,11 +102,26 @@ class Setup:
                 f"a batch of {self.batch_size} rows cannot be shared by {self.gpus} GPUs; choose a"
                 " multiple (--batch-size)"
             )
+        if self.train == "lora" and self.gpus > 1:
+            raise ConfigError(
+                f"updates of rank {self.lora_rank} are trained by one process, and there are"
+                f" {self.gpus} GPUs; ask for one, or leave out --train lora"
+            )
+        if self.train == "lora" and self.offload == "parameters":
+            raise ConfigError(
+                "--offload parameters is of weights that are trained themselves; leave it out, or"
+                " --train lora"
+            )
         if self.fused_step and self.accumulate > 1:
             raise ConfigError(
                 f"a fused step keeps no gradients to add up over {self.accumulate} passes; leave"
                 " out --fused-step, or accumulate once"
             )
+
+    @property
+    def streams(self) -> bool:
+        """Whether parameters come from the host's memory, layer by layer."""
+        return self.offload == "parameters" and self.on_gpu
 
     @property
     def width(self) -> int:

@@ -33,6 +33,7 @@ class Shape:
         embedding: parameters of the token embedding.
         head: those of the output head; 0 where it is the embedding itself.
         largest: parameters of the largest matrix of a layer.
+        edges: rows and columns of the layers' matrices, all added up: what updates of rank 1 have.
         stored: bytes of a parameter in the checkpoint.
     """
 
@@ -52,6 +53,7 @@ class Shape:
     head: int
     largest: int
     stored: int
+    edges: int
 
     @property
     def parameters(self) -> int:
@@ -153,6 +155,7 @@ def shape_of(config: Any, name: str, *, trust_remote_code: bool = False) -> Shap
         head=own_head,
         largest=max(p.numel() for p in matrices),
         stored=stored,
+        edges=sum(sum(p.shape) for p in matrices if p.dim() == 2),
     )
 
 

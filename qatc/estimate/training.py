@@ -28,12 +28,16 @@ def training(shape: Shape, setup: Setup) -> PhaseMemory:
     if setup.on_gpu:  # on a CPU a checkpoint is written as it lies
         kept = trained(shape, setup) * (setup.moments + setup.master)
         host["checkpoint on its way"] = kept
-    if setup.offload == "optimizer" and setup.on_gpu:
+    if setup.offload != "none" and setup.on_gpu:
         host["optimizer"] = state * setup.gpus
     else:
         parts["optimizer"] = state
     at_loss, at_end = _at_the_loss(shape, setup), _at_the_end(shape, setup)
     parts |= at_loss if sum(at_loss.values()) > sum(at_end.values()) else at_end
+    if setup.streams:
+        models_there = parts.keys() & {"masters", "teacher"}
+        host |= {name: parts.pop(name) * setup.gpus for name in sorted(models_there)}
+        host["gradients"] = trained(shape, setup) * setup.master
     return PhaseMemory("training", parts, host)
 
 
@@ -51,7 +55,7 @@ def _at_the_loss(shape: Shape, setup: Setup) -> dict[str, float]:
     if chunk:  # hidden states of both models, and their gradient in fp32
         logits += tokens * shape.hidden * (2 * setup.width + 4)
     gradients = _all_gradients(shape, setup) if setup.accumulate > 1 else 0.0
-    if chunk and setup.train_embeddings:
+    if chunk and _ends_are_trained(setup):
         gradients = max(gradients, shape.embedding * 4.0)  # of the head, added up in fp32
     return {
         "gradients": gradients,
@@ -70,7 +74,7 @@ def _at_the_end(shape: Shape, setup: Setup) -> dict[str, float]:
     """In the first layer's backward pass."""
     layer = setup.tokens * saved_activations(shape, setup)
     # The table's gradient, which is added to that of the head where they are one.
-    again = shape.embedding * setup.master if setup.train_embeddings and not shape.head else 0
+    again = shape.embedding * setup.master if _ends_are_trained(setup) and not shape.head else 0
     return {
         "gradients": _gradients(shape, setup),
         "activations": layer,
@@ -81,11 +85,19 @@ def _at_the_end(shape: Shape, setup: Setup) -> dict[str, float]:
 
 
 def _all_gradients(shape: Shape, setup: Setup) -> float:
-    return trained(shape, setup) * setup.master / setup.gpus
+    """Of what is trained; updates are in fp32, whatever the masters."""
+    if setup.streams:
+        return 0.0
+    width = 4 if setup.train == "lora" else setup.master
+    return float(trained(shape, setup) * width / setup.gpus)
 
 
 def _gradients(shape: Shape, setup: Setup) -> float:
     """Of all parameters, or of those whose step is not yet due."""
+    if setup.train == "lora":  # a layer's, from which those of its updates are computed
+        return _all_gradients(shape, setup) + shape.linear / shape.layers * setup.master
+    if setup.streams:  # what a layer, or embedding and head, leave before it goes to the host
+        return max(shape.linear / shape.layers, shape.ends) * setup.master
     if not setup.fused_step:
         unsharded = shape.linear / shape.layers * setup.master if setup.gpus > 1 else 0.0
         return _all_gradients(shape, setup) + unsharded
@@ -96,7 +108,13 @@ def _gradients(shape: Shape, setup: Setup) -> float:
 
 def trained(shape: Shape, setup: Setup) -> int:
     """Parameters that are trained."""
+    if setup.train == "lora":
+        return shape.edges * setup.lora_rank
     return shape.parameters - (0 if setup.train_embeddings else shape.ends)
+
+
+def _ends_are_trained(setup: Setup) -> bool:
+    return setup.train_embeddings and setup.train == "full"
 
 
 def saved_activations(shape: Shape, setup: Setup) -> float:
@@ -118,7 +136,7 @@ def saved_activations(shape: Shape, setup: Setup) -> float:
 
 def _gathered(shape: Shape, setup: Setup) -> dict[str, float]:
     """Bytes of parameters that FSDP gathers at a time: some layers, embedding and head."""
-    if setup.gpus == 1:
+    if setup.gpus == 1 and not setup.streams:
         return {}
     width = setup.master + (setup.width if setup.teacher == "online" else 0)
     each = _GATHERED * shape.linear / shape.layers + shape.ends

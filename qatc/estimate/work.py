@@ -25,6 +25,9 @@ from qatc.estimate.training import trained
 LINK = 16.0
 """GB/s between host and GPU, unless a user says otherwise."""
 
+HOST = 50.0
+"""GB/s that a CPU is taken to reach in its memory, which an optimizer's step is bound by."""
+
 TOKEN_BYTES = 2.2
 """Of a token of a corpus on the disk: zstd of int32, of vocabularies of 32,000 to 128,000."""
 
@@ -72,6 +75,12 @@ def step_seconds(shape: Shape, setup: Setup, speed: Speed) -> float:
     if setup.offload == "optimizer" and setup.on_gpu:  # its state comes, and goes back updated
         moved = 2.0 * setup.moments * trained(shape, setup) / setup.gpus
         seconds += moved / (speed.link * 1e9)
+    if setup.streams:
+        # Weights come twice, once more for the backward pass, and gradients go.
+        width = 3 * setup.master + (setup.width if setup.teacher == "online" else 0)
+        seconds += width * shape.parameters / setup.gpus / (speed.link * 1e9)
+        stepped = 3 * setup.master + 2 * setup.moments
+        seconds += stepped * trained(shape, setup) / (HOST * 1e9)
     return seconds
 
 
@@ -100,15 +109,16 @@ def disk(shape: Shape, setup: Setup) -> Mapping[str, float]:
     """Bytes on the disk by what takes them, while the run goes on and after it."""
     tokens = setup.samples * setup.max_length
     own = trained(shape, setup)
-    checkpoint = own * (setup.master + setup.moments)
-    bits = 4 if setup.weight_bits <= 4 else 8
+    checkpoint = own * ((4 if setup.train == "lora" else setup.master) + setup.moments)
+    packed = 0.5 if setup.weight_bits <= 4 else 1.0
+    stored = packed if setup.weight_bits <= 8 else shape.stored
     found = {"corpus": tokens * TOKEN_BYTES}
     if setup.teacher == "recorded":
         found["recorded teacher"] = tokens * RECORD_BYTES
     # One more than are kept while the newest is written.
     found["checkpoints"] = (setup.keep_checkpoints + 1) * checkpoint
     rest = shape.parameters - shape.linear
-    found["output"] = shape.linear * bits / 8 + rest * shape.stored
+    found["output"] = shape.linear * stored + rest * shape.stored
     return found
 
 

@@ -38,6 +38,9 @@ class TemplateForward:
         store: where templates are kept and made.
         own: what a recipe says of single parameters of the module.
         root: the model that the module is a part of, which may be sharded around it.
+
+    Attributes:
+        updates: by the name of a parameter, what makes of it the tensor that the graph gets.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class TemplateForward:
         self.name = name
         self.store = store
         self.own = own
+        self.updates: dict[str, Callable[[Tensor], Tensor]] = {}
         self.original: Callable[..., Any] | None = module.__dict__.get("forward")
         self._names = frozenset(name for name, _ in every_parameter(module))
         self._paths = weakref.WeakKeyDictionary({m: p for p, m in module.named_modules()})
@@ -137,7 +141,11 @@ class TemplateForward:
 
     def parameters(self, template: Template) -> list[Tensor]:
         """The tensors that this module passes for the template's lifted parameters."""
-        return [getattr(module, leaf) for module, leaf in self.owners(template)]
+        held = [getattr(module, leaf) for module, leaf in self.owners(template)]
+        for number, name in enumerate(template.parameters if self.updates else ()):
+            if name in self.updates:
+                held[number] = self.updates[name](held[number])
+        return held
 
     def owners(self, template: Template) -> list[tuple[nn.Module, str]]:
         """The submodule and attribute of each of them; submodules may be replaced at any time."""
@@ -216,6 +224,7 @@ class TemplateForward:
         copied.module = module
         copied.original = copy.deepcopy(self.original, memo)
         copied.root = memo.get(id(self.root), self.root)  # a copy of the layer alone leaves it
+        copied.updates = copy.deepcopy(self.updates, memo)
         copied._paths = weakref.WeakKeyDictionary(
             {copy.deepcopy(child, memo): path for child, path in self._paths.items()}
         )

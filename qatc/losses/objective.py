@@ -151,8 +151,15 @@ def distillation_losses(
     following = ids.roll(-1, dims=1).flatten() if "label" in terms else labels
 
     def compare(logits: Tensor, wanted: Tensor, span: slice = slice(None)) -> Any:
-        masks = counted[span], following[span], labels[span]
-        return _of_logits(logits, wanted, *masks, terms, compile)
+        soft = compiled(soft_cross_entropy, compile)
+        masks = following[span], labels[span]
+        losses, kl = _of_logits(
+            logits, lambda own: soft(own, wanted, counted[span]), *masks, terms, compile
+        )
+        if "reverse" in terms:
+            reverse = compiled(reverse_divergence, compile)
+            losses["reverse"] = reverse(logits, wanted, counted[span])
+        return losses, kl
 
     inside, wanted_inside = _Inside([], []), _Inside([], [])
     seen = _watched(student, terms, inside), _watched(teacher, terms, wanted_inside)
@@ -205,16 +212,12 @@ def recorded_losses(
     following = ids.roll(-1, dims=1).flatten() if "label" in terms else labels
 
     def compare(logits: Tensor, _: Any = None, span: slice = slice(None)) -> Any:
-        losses: dict[str, Tensor] = {}
-        own = logits if "logits" in terms else logits.detach()
+        soft = compiled(sampled_cross_entropy, compile)
         entries = (targets.ids[span], targets.weights[span], targets.entropy[span])
-        cross_entropy, kl = compiled(sampled_cross_entropy, compile)(own, *entries, counted[span])
-        if "logits" in terms:
-            losses["logits"] = cross_entropy
-        if "label" in terms:
-            likelihood = compiled(negative_log_likelihood, compile)
-            losses["label"] = likelihood(logits, following[span], labels[span])
-        return losses, kl
+        masks = following[span], labels[span]
+        return _of_logits(
+            logits, lambda own: soft(own, *entries, counted[span]), *masks, terms, compile
+        )
 
     if chunks is not None:
         mix = {name: (mix or {}).get(name, 1.0) for name in RECORDED_TERMS if name in terms}
@@ -238,24 +241,23 @@ def refuse_unrecorded(terms: Collection[str]) -> None:
 
 def _of_logits(
     logits: Tensor,
-    wanted: Tensor,
-    counted: Tensor,
+    distribution: Callable[[Tensor], tuple[Tensor, Tensor]],
     following: Tensor,
     labels: Tensor,
     terms: Collection[str],
     compile: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms that read logits, and KL, summed over tokens ``[N]`` of logits ``[N, V]``."""
+    """The terms of logits ``[N, V]`` alone, and KL, summed over tokens ``[N]``.
+
+    ``distribution`` gives cross-entropy with the teacher's distribution, and KL to it.
+    """
     losses: dict[str, Tensor] = {}
-    own = logits if "logits" in terms else logits.detach()
-    cross_entropy, kl = compiled(soft_cross_entropy, compile)(own, wanted, counted)
+    cross_entropy, kl = distribution(logits if "logits" in terms else logits.detach())
     if "logits" in terms:
         losses["logits"] = cross_entropy
     if "label" in terms:
         likelihood = compiled(negative_log_likelihood, compile)
         losses["label"] = likelihood(logits, following, labels)
-    if "reverse" in terms:
-        losses["reverse"] = compiled(reverse_divergence, compile)(logits, wanted, counted)
     return losses, kl
 
 

@@ -6,10 +6,12 @@ import contextlib
 import gc
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 
 from qatc.errors import ConfigError
 from qatc.machine import cpu
@@ -61,6 +63,21 @@ def release_memory(device: str) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
+
+
+def move(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Move parameters and buffers to a device, in place; those that share memory share it there."""
+    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+    moved: dict[Any, Tensor] = {}
+    for tensor in tensors.values():
+        place = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if place not in moved:
+            moved[place] = _at(tensor.data, device)
+        tensor.data = moved[place]
+
+
+def _at(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device)
 
 
 def peak_memory(device: str) -> int:

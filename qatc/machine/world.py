@@ -192,6 +192,23 @@ def joined(device: str = "auto") -> Iterator[World]:
         _current = World()
 
 
+@contextlib.contextmanager
+def group_of_one(device: str) -> Iterator[None]:
+    """Inside the block, torch has a process group, which this process alone is, if it had none."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        yield
+        return
+    backend = "gloo" if device == "cpu" else f"cpu:gloo,{device}:nccl"
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 def _take_device(device: str, on_gpus: bool) -> None:
     """Let this process use a GPU of its own."""
     import torch

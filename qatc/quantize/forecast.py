@@ -14,21 +14,27 @@ from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import Speed, measure_speed
 from qatc.data.teacher_rows import Targets
 from qatc.losses.chunks import chunk_size, find_chunks
+from qatc.losses.distances import relative_error
 from qatc.losses.objective import distillation_losses, parse_loss, recorded_losses
 from qatc.machine.device import peak_memory, total_memory
 from qatc.machine.world import current
+from qatc.models import find_regions
 from qatc.ptq.method import parse_method
 from qatc.quantize.given import Setting
 from qatc.quantize.pair import Pair
 from qatc.report.first_steps import (
     Phase,
+    StepCost,
     measure_step,
     memory_text,
     optimizer_bytes,
     rows_cost,
     training_floor,
 )
+from qatc.training.blockwise import layer_checkpoints
 from qatc.training.checkpoint import Checkpoints
+from qatc.training.parts import parse_train, trained_at_once
+from qatc.training.streams import Stream
 
 _LESS_MEMORY = "--batch-size, --max-length, --no-train-embeddings"
 
@@ -45,15 +51,91 @@ def forecast(
     config, training = setting.config, setting.config.training
     if not parse_method(config.method).trains:
         return None
+    stages, layers = parse_train(training.train), len(find_regions(pair.student))
     done = Checkpoints(config.partial / "checkpoints", training.keep_checkpoints).latest() or 0
-    if done >= training.steps:
+    steps = 0 if stages.parts is None else training.steps - done
+    layer_steps = _layer_steps_left(setting, layers) if stages.by_layer and not done else 0
+    if steps + layer_steps <= 0:
         return None
     setting.observer.stage("Measuring the first steps")
+    length, batch = config.generation.max_length, training.batch_size
+    of = f"{batch * training.accumulate} x {length}"
+    phases, needed = [], 0
+    if layer_steps:
+        with trained_at_once(pair.student, "blockwise"):
+            cost = _measure_layer(setting, pair)
+            needed = peak_memory(setting.device) + optimizer_bytes(pair.student, training)
+        passes = layer_steps * training.accumulate
+        read = rows_cost(cost, min(training.blockwise_rows, config.generation.sequences), batch)
+        phases.append(Phase(
+            f"training {layers} layers for {training.layer_steps} steps of {of} each",
+            passes * batch * length // layers, passes * cost.step + 2 * layers * read,
+            "--blockwise-steps",
+        ))  # fmt: skip
+    with trained_at_once(pair.student, stages.parts or "blockwise", training.lora_rank):
+        cost, floor = _measure_end_to_end(setting, pair, stages.parts is not None)
+        own = optimizer_bytes(pair.student, training)
+        needed = max(needed, floor, peak_memory(setting.device) + own)
+    speed = None
+    if corpus is None:
+        speed = measure_speed(
+            pair.teacher, config.data_directory, config.generation, compile=setting.compile
+        )
+        phases.insert(0, _writing(setting, speed))
+    if steps:
+        passes = steps * training.accumulate
+        phases.append(Phase(
+            f"training {steps} steps of {of}", passes * batch * length, passes * cost.step,
+            "--steps",
+        ))  # fmt: skip
+    held_out = config.eval_sequences + sum(len(rows) for rows in texts.values())
+    share = batch // current().size
+    phases.append(Phase(
+        "evaluating it three times", 3 * held_out * length, 3 * rows_cost(cost, held_out, share),
+        "--eval-samples",
+    ))  # fmt: skip
+    for phase in phases:
+        setting.observer.note(str(phase))
+    setting.observer.note(memory_text(needed, setting.device, _LESS_MEMORY))
+    return None if speed is None else speed.slots
+
+
+def _layer_steps_left(setting: Setting, layers: int) -> int:
+    """Of all layers that are trained one after the other together."""
+    config = setting.config
+    done = (layer_checkpoints(config.partial, number).latest() or 0 for number in range(layers))
+    return layers * config.training.layer_steps - sum(done)
+
+
+def _measure_layer(setting: Setting, pair: Pair) -> StepCost:
+    """A step of the last layer alone, which learns to give what it reads."""
+    config, vocabulary = setting.config, pair.teacher.model.config.vocab_size
+    batch, length = config.training.batch_size, config.generation.max_length
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (batch, length), generator=generator, dtype=torch.int32)
+    text = Rows(ids.numpy(), torch.ones_like(ids).numpy(), (ids >= 0).numpy())
+    stream = Stream(pair.student, text, batch, pair.compute, pair.autocast)
+    hidden, last = stream.hidden.to(pair.student.device), len(find_regions(pair.student)) - 1
+
+    def loss(ids: Tensor, real: Tensor) -> Tensor:
+        return relative_error(stream.run(last, hidden), hidden, real) / real.sum()
+
+    return measure_step(loss, pair.student, batch, length, vocabulary)
+
+
+def _measure_end_to_end(setting: Setting, pair: Pair, trains: bool) -> tuple[StepCost, int]:
+    """A step of all of the model, and the memory that training takes at least.
+
+    Args:
+        setting: the run.
+        pair: both models; the parameters that it trains require a gradient.
+        trains: whether the model is trained end to end; else it is run that way alone.
+    """
+    config, training = setting.config, setting.config.training
     teacher = pair.teacher.model
     length, vocabulary = config.generation.max_length, teacher.config.vocab_size
     # Each of several processes has a share of a batch, and writes a share of the corpus.
     share = training.batch_size // current().size
-    batch = training.batch_size * length
     size = chunk_size(training.loss_chunk, share * length, vocabulary)
     beside = None if training.teacher == "recorded" else teacher
     floor = training_floor(pair.student, beside, size or share * length, vocabulary, training)
@@ -65,7 +147,7 @@ def forecast(
         *(few, training.loss_chunk, share * length),
         autocast=pair.autocast,
     )
-    terms = [term.name for term in parse_loss(training.loss)]
+    terms = [term.name for term in parse_loss(training.loss)] if trains else ["logits"]
 
     def loss(ids: Tensor, real: Tensor) -> Tensor:
         how: Any = {"autocast": pair.autocast, "compile": setting.compile, "chunks": chunks}
@@ -78,33 +160,16 @@ def forecast(
         return torch.stack(list(losses.values())).sum()
 
     # Several processes leave each a share of the gradients, which the whole ones are not.
-    few_gradients = training.fused_step or current().size > 1
+    streams = training.offload == "parameters"
+    few_gradients = training.fused_step or current().size > 1 or streams
     with _dropped_gradients(pair.student) if few_gradients else nullcontext():
-        cost = measure_step(loss, pair.student, share, length, vocabulary)
-    speed = None
-    if corpus is None:
-        speed = measure_speed(
-            pair.teacher, config.data_directory, config.generation, compile=setting.compile
+        cost = measure_step(loss, pair.student, share, length, vocabulary, backward=trains)
+    if streams and trains:
+        setting.observer.note(
+            "--offload parameters makes a step longer than it is measured: weights and gradients"
+            " pass between host and device in each, and the CPU takes the optimizer's step"
         )
-    steps = training.steps - done
-    passes = steps * training.accumulate
-    held_out = config.eval_sequences + sum(len(rows) for rows in texts.values())
-    needed = max(floor, peak_memory(setting.device) + optimizer_bytes(pair.student, training))
-    phases = [
-        *([] if speed is None else [_writing(setting, speed)]),
-        Phase(
-            f"training {steps} steps of {training.batch_size * training.accumulate} x {length}",
-            passes * batch, passes * cost.step, "--steps",
-        ),
-        Phase(
-            "evaluating it three times", 3 * held_out * length,
-            3 * rows_cost(cost, held_out, share), "--eval-samples",
-        ),
-    ]  # fmt: skip
-    for phase in phases:
-        setting.observer.note(str(phase))
-    setting.observer.note(memory_text(needed, setting.device, _LESS_MEMORY))
-    return None if speed is None else speed.slots
+    return cost, floor
 
 
 @contextmanager

@@ -74,7 +74,6 @@ from qatc.quantize.writing import Trained, take_output, write
 from qatc.storage.directories import refuse_existing
 from qatc.storage.files import read_json, write_json
 from qatc.storage.locks import locked
-from qatc.training.parts import trained_at_once
 from qatc.training.sharding import check_training
 
 
@@ -149,8 +148,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
     pair = make_pair(setting, loaded, given.compute)
     world.on_first(_begin, setting, given, pair, inputs, given.corpus)
     world.on_first(write_json, place, {"in_host": in_host})
-    with trained_at_once(pair.student, config.training.train):
-        slots = world.on_first(forecast, setting, pair, given.corpus, given.texts)
+    slots = world.on_first(forecast, setting, pair, given.corpus, given.texts)
     corpus = given.corpus or write_corpus(setting, given, pair, slots)
     corpus_lock.close()
     recorded = given.recorded or open_recorded(config, corpus)

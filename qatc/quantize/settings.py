@@ -198,6 +198,7 @@ def as_options(config: QuantizeConfig) -> dict[str, Any] | None:
         "train": training.train,
         "blockwise-steps": training.blockwise_steps,
         "blockwise-rows": training.blockwise_rows,
+        "lora-rank": training.lora_rank,
         "train-embeddings": config.train_embeddings,
         "seed": training.seed,
         "checkpoint-every": training.checkpoint_every,

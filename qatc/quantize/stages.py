@@ -31,6 +31,8 @@ from qatc.training.sharding import sharded
 CENTERING_ROWS = 16
 """Rows of the corpus on which the mean of the keys is measured; more moves it by little."""
 
+_WHAT = {"scales": "its scales", "norms": "its norms", "lora": "low-rank updates"}
+
 Figures = Mapping[str, Mapping[str, Metrics]]
 """Text name -> model name (``full precision``, ``RTN``, ``QAT``) -> metrics. The last of a text is
 the model that is written."""
@@ -140,8 +142,10 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
     layers = _train_layers(setting, pair, rows, rounding_kl) if stages.by_layer else []
     if stages.parts is None:
         return Training(max(step.learning_rate for step in layers), (), layers)
-    choose_parts(pair.student, stages.parts)
-    what = "" if stages.parts == "full" else f" its {stages.parts}"
+    updates = choose_parts(
+        pair.student, stages.parts, config.training.lora_rank, config.training.seed
+    )
+    what = f" {_WHAT[stages.parts]}" if stages.parts in _WHAT else ""
     setting.observer.stage(f"Training{what} for {steps} steps")
     models, teacher = [pair.student], pair.teacher.model
     if config.training.teacher == "recorded":
@@ -151,7 +155,10 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
         models.append(teacher)
     with (
         compiled_layers(teacher, setting.compile),
-        sharded(current(), *models) as (student, *teachers),
+        sharded(current(), *models, offload=config.training.offload == "parameters") as (
+            student,
+            *teachers,
+        ),
     ):
         distiller = Distiller(
             student,
@@ -166,6 +173,8 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
         )
         history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
     rate = distiller.rate
+    if updates is not None:
+        updates.merge()
     del distiller, student, teacher, teachers, models
     pair.student.zero_grad(set_to_none=True)
     release_memory(setting.device)  # of an optimizer, which hooks and models refer to in circles

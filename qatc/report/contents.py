@@ -11,11 +11,13 @@ from safetensors import SafetensorError
 
 from qatc.data.corpus import Corpus, read_manifest
 from qatc.data.shards import shard_is_whole
+from qatc.data.teacher_logits import MANIFEST as RECORD
 from qatc.errors import CheckpointError
 from qatc.evaluation.metrics import Metrics
 from qatc.output import loads_elsewhere
 from qatc.output.reading import read_metadata, recipe_of
 from qatc.output.stored import Stored, measure
+from qatc.storage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class CorpusContents:
         tokens: in them.
         damaged: files that are missing, or are not what was written.
         fingerprint: of its content; None while it is unfinished.
+        record: what its teacher's recorded distribution was made by; None if there is none.
+        damaged_record: files of that which are missing, or are not what was written.
     """
 
     path: str
@@ -121,6 +125,8 @@ class CorpusContents:
     tokens: int
     damaged: tuple[str, ...]
     fingerprint: str | None
+    record: dict[str, Any] | None = None
+    damaged_record: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -135,6 +141,9 @@ def corpus_contents(directory: Path) -> CorpusContents:
     """
     manifest = read_manifest(directory)
     shards = manifest["shards"]
+    file = directory / RECORD
+    record = read_json(file) if file.exists() else None
+    recorded = record["files"] if record else []
     return CorpusContents(
         path=str(directory),
         manifest=manifest,
@@ -142,4 +151,6 @@ def corpus_contents(directory: Path) -> CorpusContents:
         tokens=sum(shard["tokens"] for shard in shards),
         damaged=tuple(s["file"] for s in shards if not shard_is_whole(directory, s)),
         fingerprint=Corpus(directory, manifest).fingerprint if manifest["complete"] else None,
+        record=record,
+        damaged_record=tuple(f["file"] for f in recorded if not shard_is_whole(directory, f)),
     )

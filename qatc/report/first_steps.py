@@ -66,6 +66,7 @@ def measure_step(
     rows: int,
     length: int,
     vocabulary: int,
+    backward: bool = True,
 ) -> StepCost:
     """Time one step of training on random tokens; no parameter and no random state changes.
 
@@ -75,19 +76,21 @@ def measure_step(
         rows: B.
         length: T.
         vocabulary: ids are drawn below it.
+        backward: whether gradients are computed; without, it is a forward pass alone.
     """
     device = next(student.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
     real = torch.ones_like(ids, dtype=torch.bool)
     costs: list[StepCost] = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.set_grad_enabled(backward):
         # The first one compiles, the second may still find caches cold.
         while len(costs) < 2 or (costs[-1].step < SETTLED * costs[-2].step and len(costs) < 5):
             started = _now(device)
             value = loss(ids, real)
             forward = _now(device)
-            value.backward()
+            if backward:
+                value.backward()
             costs.append(StepCost(forward - started, _now(device) - started))
             student.zero_grad(set_to_none=True)
     return costs[-1]
@@ -113,7 +116,8 @@ def training_floor(
     tensors = {id(p): p for m in models for p in m.parameters()}
     held = sum(p.nbytes for p in tensors.values())
     gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
-    held += optimizer_bytes(student, config) + (0 if config.fused_step else gradients)
+    left = _near(student, config, "none", "optimizer") and not config.fused_step
+    held += optimizer_bytes(student, config) + (gradients if left else 0)
     width = next(models[-1].parameters()).element_size()
     return held + 3 * width * tokens * vocabulary
 
@@ -124,8 +128,13 @@ def optimizer_bytes(student: nn.Module, config: TrainingConfig = _USUAL) -> int:
     That of a model on a GPU may lie elsewhere.
     """
     trained = [p for p in student.parameters() if p.requires_grad]
-    near = config.offload == "none" or not any(p.is_cuda for p in trained)
+    near = _near(student, config, "none")
     return sum(moment_bytes(p.shape, config) for p in trained) if near else 0
+
+
+def _near(student: nn.Module, config: TrainingConfig, *kept: str) -> bool:
+    """Whether what these ways to offload keep on a GPU is there, or all is in one memory."""
+    return config.offload in kept or not any(p.is_cuda for p in student.parameters())
 
 
 def memory_text(needed: int, device: str, options: str) -> str:

@@ -124,7 +124,9 @@ def _training_sections(
 
 def _only(how: Mapping[str, Any]) -> str:
     """What alone was trained, if not everything."""
-    return f" of {how['train']} alone" if how.get("train") in ("scales", "norms") else ""
+    what = {"scales": "scales", "norms": "norms", "lora": f"updates of rank {how.get('lora_rank')}"}
+    end_to_end = str(how.get("train")).rpartition("+")[2]
+    return f" of {what[end_to_end]} alone" if end_to_end in what else ""
 
 
 def _layers_trained(layers: Sequence[LayerMetrics], followed: bool) -> str:

@@ -203,6 +203,7 @@ def corpus_rows(found: CorpusContents) -> Rows:
         *answers,
         *origin,
         ["files", f"{len(manifest['shards'])} of up to {manifest['shard_size']:,} sequences"],
+        *_record_rows(found),
         ["fingerprint", found.fingerprint or "none yet"],
         *(
             [name, manifest[f"{name}_version"]]
@@ -210,6 +211,19 @@ def corpus_rows(found: CorpusContents) -> Rows:
             if f"{name}_version" in manifest
         ),
     ]
+
+
+def _record_rows(found: CorpusContents) -> Rows:
+    """What is recorded of a teacher beside a corpus."""
+    if found.record is None:
+        return []
+    how = found.record["record_logits"]
+    state = "complete" if found.record["complete"] else "unfinished"
+    if found.damaged_record:
+        state = f"missing or damaged: {', '.join(found.damaged_record)}"
+    if state != "complete":
+        state += f"; qatc generate-data --record-logits {how} completes it"
+    return [["teacher recorded", f"{how} of {found.record['model']}, {state}"]]
 
 
 def corpus_text(manifest: Mapping[str, Any]) -> str:

@@ -8,9 +8,10 @@ errors of those before it, as in BRECQ (arXiv 2102.05426, section 3.2) and OmniQ
 is lowered is the squared error of a token's output relative to the teacher's squared norm,
 :func:`qatc.losses.distances.relative_error`, averaged over the real tokens.
 
-A step needs gradients, optimizer state and activations of one layer alone. What layers read is
-kept in host memory, see :mod:`qatc.training.streams`: ``R x T x D`` values for the student and as
-many for the teacher, in the compute dtype, of ``R = blockwise_rows`` rows.
+A step needs gradients, optimizer state and activations of one layer alone, and of both models that
+layer: beside a GPU all else of them waits in host memory meanwhile, and comes back at the end. What
+layers read is kept there too, see :mod:`qatc.training.streams`: ``R x T x D`` values for the
+student and as many for the teacher, in the compute dtype, of ``R = blockwise_rows`` rows.
 
 A finished layer is a checkpoint of its parameters, and within a layer there are those of the
 optimizer as well; what layers read is computed anew when a run goes on. The resumed run is the
@@ -21,9 +22,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from qatc.data.corpus import Rows, derived_seed
 from qatc.errors import ConfigError, TrainingError
 from qatc.losses.distances import relative_error
+from qatc.machine.device import move
 from qatc.machine.signals import StopRequest
 from qatc.models import find_regions
 from qatc.training.checkpoint import Checkpoints
@@ -107,8 +110,14 @@ class BlockwiseTrainer:
         self.student, self.teacher, self.autocast = student, teacher, autocast
         self.layers = find_regions(student)
         self.rounding_kl = rounding_kl
-        self.directory = directory / "layers"
+        self.directory = directory
         self.records = Records(directory / RECORDS, LayerMetrics)
+        self.device = next(student.parameters()).device
+        self._bring: Callable[[Iterable[nn.Module]], None] = _leave
+        self._send: Callable[[Iterable[nn.Module]], None] = _leave
+        if self.device.type != "cpu":
+            self._bring = partial(move, device=self.device)
+            self._send = partial(move, device=torch.device("cpu"))
         self._real = torch.from_numpy(self.rows.real)
         self._clock = 0.0
 
@@ -131,7 +140,11 @@ class BlockwiseTrainer:
             dtype = next(self.teacher.parameters()).dtype
             target = Stream(self.teacher, self.rows, self.config.batch_size, dtype)
             source = Stream(self.student, self.rows, self.config.batch_size, dtype, self.autocast)
-            for number, (_, layer) in enumerate(self.layers):
+            models = self.student, self.teacher
+            self._send(models)
+            pairs = zip(self.layers, find_regions(self.teacher), strict=True)
+            for number, ((_, layer), (_, its)) in enumerate(pairs):
+                self._bring((layer, its))
                 target.advance(number)
                 if ends[number] == self.steps:
                     self._restore(number)
@@ -142,6 +155,8 @@ class BlockwiseTrainer:
                     stop.obey()
                 if number + 1 < len(self.layers):
                     source.advance(number)
+                self._send((layer, its))
+            self._bring(models)
         return self.records.history
 
     def _train(
@@ -190,11 +205,10 @@ class BlockwiseTrainer:
     ) -> LayerMetrics:
         batches = list(self._batches(number, step))
         tokens = int(sum(self._real[rows].sum() for rows in batches))
-        device = next(iter(trained.values())).device
         loss = 0.0
         for rows in batches:
-            output = source.run(number, source.hidden[rows].to(device))
-            wanted, real = target[rows].to(device), self._real[rows].to(device)
+            output = source.run(number, source.hidden[rows].to(self.device))
+            wanted, real = target[rows].to(self.device), self._real[rows].to(self.device)
             error = relative_error(output, wanted, real) / tokens
             error.backward()
             loss += float(error.detach())
@@ -223,11 +237,20 @@ class BlockwiseTrainer:
         self._checkpoints(number).restore(self.student, trained, _stateless(trained))
 
     def _checkpoints(self, number: int) -> Checkpoints:
-        return Checkpoints(self.directory / f"{number:04d}", keep=1)
+        return layer_checkpoints(self.directory, number)
 
     def _trained(self, number: int) -> dict[str, nn.Parameter]:
         name, layer = self.layers[number]
         return {f"{name}.{n}": p for n, p in layer.named_parameters() if p.requires_grad}
+
+
+def layer_checkpoints(directory: Path, number: int) -> Checkpoints:
+    """Those of a layer, in the directory of a run."""
+    return Checkpoints(directory / "layers" / f"{number:04d}", keep=1)
+
+
+def _leave(modules: Iterable[nn.Module]) -> None:
+    """What is in host memory anyway is not moved."""
 
 
 def _stateless(trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

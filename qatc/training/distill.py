@@ -16,12 +16,10 @@ state, step), so that a resumed run is the uninterrupted one, bit for bit on a C
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qatc.data.corpus import Rows, derived_seed
-from qatc.errors import CheckpointError, ConfigError, TrainingError
+from qatc.errors import ConfigError, TrainingError
 from qatc.losses.chunks import find_chunks
 from qatc.losses.objective import distillation_losses, parse_loss, recorded_losses
 from qatc.machine.signals import StopRequest
@@ -37,11 +35,17 @@ from qatc.machine.world import current
 from qatc.models.preparation import prepare, restore
 from qatc.models.regions import is_transformers_model
 from qatc.recipe.recipe import Recipe
-from qatc.storage.files import sync, write_atomically, writing_to
 from qatc.training.checkpoint import Checkpoints
 from qatc.training.config import StepMetrics, TrainingConfig, default_learning_rate, schedule
 from qatc.training.optimizers import RoundingAdamW, StepInBackward, make_optimizer
-from qatc.training.sharding import check_batch, clip_gradients, own_share, require_sharded
+from qatc.training.records import Records
+from qatc.training.sharding import (
+    check_batch,
+    clip_gradients,
+    device_of,
+    own_share,
+    require_sharded,
+)
 
 _UNQUANTIZED = "16-16-16"
 """Bits of what only has its layers compiled."""
@@ -90,7 +94,7 @@ class Distiller:
         self.student, self.teacher, self.rows, self.config = student, teacher, rows, config
         self.terms = parse_loss(config.loss)
         self.autocast, self.compile = autocast, compile
-        self.device = next(student.parameters()).device
+        self.device = device_of(student)
         few = torch.from_numpy(rows[:2].tokens[:, :16]).to(self.device, torch.long)
         tokens = config.batch_size // self.world.size * rows.tokens.shape[1]
         of = None if config.teacher == "recorded" else teacher
@@ -102,15 +106,19 @@ class Distiller:
         require_sharded(self.world, self.trained)
         self.optimizer = make_optimizer(self.trained, config, self.rate, compile)
         if config.offload != "none" and self.device.type == "cpu":
-            note("states of the optimizer are in host memory anyway: --offload changes nothing")
+            note(f"all is in host memory anyway: --offload {config.offload} saves nothing")
         self.in_backward: StepInBackward | None = None
         if config.fused_step:
             assert isinstance(self.optimizer, RoundingAdamW)
             self.in_backward = StepInBackward(self.optimizer, self.trained, config.gradient_clip)
         aside = self.world.size > 1 or self.device.type != "cpu"
         self.checkpoints = Checkpoints(directory / "checkpoints", config.keep_checkpoints, aside)
-        self.metrics_file = directory / "metrics.jsonl"
-        self.history: list[StepMetrics] = []
+        self.records = Records(directory / "metrics.jsonl", StepMetrics)
+
+    @property
+    def history(self) -> list[StepMetrics]:
+        """Every step so far."""
+        return self.records.history
 
     def run(self, on_step: Callable[[StepMetrics], None] | None = None) -> list[StepMetrics]:
         """Train from the last checkpoint, if there is one, to the end.
@@ -135,8 +143,7 @@ class Distiller:
                 record = self.step(step)
                 self.checkpoints.settle()
                 self._check(record)
-                self.history.append(record)
-                self._log(record)
+                self.records.add(record)
                 if on_step is not None:
                     on_step(record)
                 stopped = stop.agree(self.world.greatest)
@@ -238,38 +245,13 @@ class Distiller:
         return f"the last good checkpoint, step {kept}, is kept" if kept else "no step is kept"
 
     def _save(self, step: int) -> None:
-        # A checkpoint must not outlive the record of its steps.
-        self.world.on_first(self._keep_record)
+        self.records.sync()
         self.checkpoints.save(step, self.student, self.trained, self.optimizer)
-
-    def _keep_record(self) -> None:
-        with writing_to(self.metrics_file):
-            sync(self.metrics_file)
 
     def _resume(self) -> int:
         step = self.checkpoints.restore(self.student, self.trained, self.optimizer)
-        lines: list[str] = []
-        if self.metrics_file.exists():
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()[:step]
-        if len(lines) < step:
-            raise CheckpointError(
-                f"{self.metrics_file} records {len(lines)} steps, but the last checkpoint is of"
-                f" step {step}; put the file back, or remove {self.metrics_file.parent} to start"
-                " over"
-            )
-        if self.metrics_file.exists():
-            whole = "".join(f"{line}\n" for line in lines).encode()
-            self.world.on_first(write_atomically, self.metrics_file, whole)
-            self.history = [StepMetrics(**json.loads(line)) for line in lines]
+        self.records.resume(step)
         return step
-
-    def _log(self, record: StepMetrics) -> None:
-        if not self.world.first:
-            return
-        with writing_to(self.metrics_file):
-            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
 
 
 def _width(model: nn.Module) -> int:

@@ -7,8 +7,11 @@
 ``scales``          the learned scales of weights, keys and values alone (as in LSQ, arXiv
                     1902.08153, with all else frozen)
 ``norms``           the weights and biases of norms alone
+``lora``            low-rank updates of the linears in decoder layers, see
+                    :mod:`qatc.training.low_rank`, and learned scales, if there are any
 ``blockwise``       decoder layers, one after the other, see :mod:`qatc.training.blockwise`
 ``blockwise+full``  those first, and then everything, end to end
+``blockwise+lora``  those first, and then low-rank updates, end to end
 ==================  ================================================================================
 """
 
@@ -25,6 +28,7 @@ from qatc.models import find_regions
 from qatc.models.scales import is_gain
 from qatc.passes.quantize_weights import SCALE_GAIN
 from qatc.recipe.recipe import Recipe
+from qatc.training.low_rank import UPDATES, Updates, add_updates
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Schedule:
 
     Attributes:
         by_layer: whether decoder layers are trained one after the other, first.
-        parts: what is trained end to end then: ``full``, ``scales`` or ``norms``; None for nothing.
+        parts: what is trained end to end then: ``full``, ``scales``, ``norms`` or ``lora``; None
+            for nothing.
     """
 
     by_layer: bool
@@ -44,8 +49,10 @@ SCHEDULES = {
     "full": Schedule(False, "full"),
     "scales": Schedule(False, "scales"),
     "norms": Schedule(False, "norms"),
+    "lora": Schedule(False, "lora"),
     "blockwise": Schedule(True, None),
     "blockwise+full": Schedule(True, "full"),
+    "blockwise+lora": Schedule(True, "lora"),
 }
 """By what ``train`` calls them."""
 
@@ -90,16 +97,26 @@ def check_parts(train: str, method: str, trains: bool, rotates: bool, recipe: Re
         )
 
 
-def choose_parts(model: nn.Module, parts: str) -> None:
+def choose_parts(model: nn.Module, parts: str, rank: int = 1, seed: int = 0) -> Updates | None:
     """Let nothing but these parts of a prepared model require a gradient.
 
     What does not require one before stays so.
+
+    Args:
+        model: the model.
+        parts: what is trained.
+        rank: of the updates of ``lora``.
+        seed: of how they start.
+
+    Returns:
+        The updates of ``lora``, which are on the model until they are merged or removed.
 
     Raises:
         ConfigError: the model has none of them.
     """
     if parts == "full":
-        return
+        return None
+    updates = add_updates(model, rank, seed) if parts == "lora" else None
     chosen = set(_FINDERS[parts](model))
     if not chosen:
         raise ConfigError(
@@ -107,14 +124,17 @@ def choose_parts(model: nn.Module, parts: str) -> None:
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in chosen)
+    return updates
 
 
 @contextmanager
-def trained_at_once(model: nn.Module, train: str) -> Iterator[None]:
+def trained_at_once(model: nn.Module, train: str, rank: int = 1) -> Iterator[None]:
     """Inside the block, what a step of the largest stage trains requires a gradient, and no more.
 
-    Of layers that are trained one after the other it is the last one.
+    Of layers that are trained one after the other it is the last one, and of ``lora`` updates of
+    this rank.
     """
+    updates = None
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     stages = parse_train(train)
     if stages.parts is None:
@@ -122,10 +142,12 @@ def trained_at_once(model: nn.Module, train: str) -> Iterator[None]:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in last)
     else:
-        choose_parts(model, stages.parts)
+        updates = choose_parts(model, stages.parts, rank)
     try:
         yield
     finally:
+        if updates is not None:
+            updates.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
 
@@ -143,4 +165,14 @@ def _norms(model: nn.Module) -> Iterator[str]:
             yield from (f"{path}.{name}" if path else name for name in module._parameters)
 
 
-_FINDERS: Mapping[str, Callable[[nn.Module], Iterator[str]]] = {"scales": _scales, "norms": _norms}
+def _updates(model: nn.Module) -> Iterator[str]:
+    """Names of what updates are made of, and of the gains of learned scales."""
+    yield from (n for n, _ in model.named_parameters() if n.startswith(f"{UPDATES}."))
+    yield from _scales(model)
+
+
+_FINDERS: Mapping[str, Callable[[nn.Module], Iterator[str]]] = {
+    "scales": _scales,
+    "norms": _norms,
+    "lora": _updates,
+}

@@ -1,4 +1,7 @@
-"""The steps of a training, a line of JSON each, as far as its checkpoints have come."""
+"""The steps of a training, a line of JSON each, as far as its checkpoints have come.
+
+Of several processes the first one writes them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from qatc.errors import CheckpointError
+from qatc.machine.world import current
 from qatc.storage.files import sync, write_atomically, writing_to
 
 Record = TypeVar("Record")
@@ -25,7 +29,7 @@ class Records(Generic[Record]):
     """
 
     def __init__(self, file: Path, kind: type[Record]) -> None:
-        self.file, self._kind = file, kind
+        self.file, self._kind, self._world = file, kind, current()
         self.history: list[Record] = []
 
     def resume(self, count: int) -> None:
@@ -43,13 +47,16 @@ class Records(Generic[Record]):
                 f" the file back, or remove {self.file.parent} to start over"
             )
         if self.file.exists():
-            write_atomically(self.file, "".join(f"{x}\n" for x in lines).encode())
+            whole = "".join(f"{line}\n" for line in lines).encode()
+            self._world.on_first(write_atomically, self.file, whole)
         self.history = [self._kind(**json.loads(line)) for line in lines]
 
     def add(self, record: Record) -> None:
         """Write one more."""
         self.history.append(record)
         plain: Any = record
+        if not self._world.first:
+            return
         with writing_to(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
@@ -57,5 +64,8 @@ class Records(Generic[Record]):
 
     def sync(self) -> None:
         """Bring it to the disk: a checkpoint must not outlive the record of its steps."""
+        self._world.on_first(self._sync)
+
+    def _sync(self) -> None:
         with writing_to(self.file):
             sync(self.file)

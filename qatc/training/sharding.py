@@ -3,7 +3,9 @@
 Student and teacher are sharded by FSDP2, layer by layer and then what is left at the root: rows of
 a parameter stand in the order of the processes. A layer is whole only while it runs. Gradients are
 summed over the processes, and losses are divided by what the whole batch counts, so that they are
-those of one process with that batch. Alone, a process does all that with models as they are.
+those of one process with that batch. Alone, a process does all that with models as they are, unless
+parameters are to be offloaded: then it shards them for itself, and they lie in host memory. A layer
+is copied to the device while it runs; gradients go back, and the optimizer's step is the CPU's.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from qatc.data.corpus import Rows
 from qatc.errors import ConfigError
 from qatc.losses.objective import parse_loss
 from qatc.machine.reduction import InOrder
-from qatc.machine.world import World
+from qatc.machine.world import World, group_of_one
 from qatc.models import find_regions
 from qatc.training.config import TrainingConfig
 from qatc.training.parts import parse_train
@@ -44,17 +46,24 @@ def check_training(world: World, config: TrainingConfig, learned: bool) -> None:
         learned: whether there are learned scales.
     """
     check_batch(world, config.batch_size)
-    if world.size > 1 and config.master_dtype == "bfloat16" and learned:
+    shards = world.size > 1 or config.offload == "parameters"
+    if shards and config.master_dtype == "bfloat16" and learned:
         raise ConfigError(
-            "learned scales are trained in fp32, and several processes train parameters of one"
-            " dtype together; leave --master-dtype at float32, or choose --preset paper"
+            "learned scales are trained in fp32, and several processes, or --offload parameters,"
+            " train parameters of one dtype together; leave --master-dtype at float32, or choose"
+            " --preset paper"
         )
-    if world.size > 1 and [term.name for term in parse_loss(config.loss)] == ["attention"]:
+    if world.size > 1 and parse_train(config.train).parts == "lora":
+        raise ConfigError(
+            f"--train {config.train} updates whole weights, of which each of {world.size} processes"
+            " has a part; start one, or train the weights themselves (--train full)"
+        )
+    if shards and [term.name for term in parse_loss(config.loss)] == ["attention"]:
         # FSDP gathers a layer's parameters as soon as a gradient reaches its output.
         raise ConfigError(
-            f"the loss {config.loss} asks nothing of what the last layer gives, and {world.size}"
-            " processes wait for that to train it; add a term, as in --loss attention+0.1*logits,"
-            " or start one process"
+            f"the loss {config.loss} asks nothing of what the last layer gives, and several"
+            " processes, or --offload parameters, wait for that to train it; add a term, as in"
+            " --loss attention+0.1*logits, or leave those out"
         )
     if world.size > 1 and parse_train(config.train).by_layer:
         raise ConfigError(
@@ -70,36 +79,48 @@ def own_share(world: World, batch: Rows) -> Rows:
 
 
 @contextmanager
-def sharded(world: World, *models: Any) -> Iterator[tuple[Any, ...]]:
+def sharded(world: World, *models: Any, offload: bool = False) -> Iterator[tuple[Any, ...]]:
     """Inside the block, models whose parameters are divided among the processes.
 
     Those that are given are empty meanwhile. Where the block ends well, those of the first process
     have the parameters that the sharded ones had; those of the others stay empty.
+
+    Args:
+        world: the processes.
+        models: of which each has all.
+        offload: keep what each process has of them in host memory.
     """
-    if world.size == 1:
+    if world.size == 1 and not offload:
         yield models
         return
+    with group_of_one(next(models[0].parameters()).device.type):
+        yield from _sharded(world, models, offload)
+
+
+def _sharded(world: World, models: Any, offload: bool) -> Iterator[tuple[Any, ...]]:
     places = [{id(p): p.data_ptr() for p in model.parameters()} for model in models]
-    divided = [_shard(model) for model in models]
+    divided = [_shard(model, offload) for model in models]
     yield tuple(divided)
     gathered: dict[int, Tensor] = {}
     for model, parts, place in zip(models, divided, places, strict=True):
         for parameter, part in zip(model.parameters(), parts.parameters(), strict=True):
-            whole = part.detach().full_tensor()
+            whole = part.detach().full_tensor().to(parameter.device)
             if not parameter.requires_grad:  # student and teacher may have shared its memory
                 whole = gathered.setdefault(place[id(parameter)], whole)
             if world.first:
                 parameter.data = whole
 
 
-def _shard(model: Any) -> Any:
+def _shard(model: Any, offload: bool) -> Any:
     """A sharded model of the tensors of ``model``, which is empty afterwards."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    pinned = CPUOffloadPolicy(pin_memory=device.type != "cpu")
+    policy = pinned if offload else OffloadPolicy()
     tensors = (*model.parameters(), *model.buffers())
     divided = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for buffer in divided.buffers():
@@ -108,7 +129,7 @@ def _shard(model: Any) -> Any:
     pairs = zip(_parts(divided), _parts(model), strict=True)
     for part, whole in pairs:
         # The root as well: else its parameters stay whole behind a pass that has no backward.
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         # A sum, and not the mean: each loss is divided by what all of them count.
         part.set_force_sum_reduction_for_comms(True)
         part.set_gradient_divide_factor(1.0)
@@ -122,6 +143,15 @@ def _shard(model: Any) -> Any:
 def _parts(model: Any) -> list[Any]:
     """What is sharded by itself: the layers, and then the rest."""
     return [*(module for name, module in find_regions(model) if name), model]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, of a sharded one wherever its parameters lie."""
+    parameter: Any = next(model.parameters())
+    mesh = getattr(parameter, "device_mesh", None)
+    kind = parameter.device if mesh is None else torch.device(mesh.device_type)
+    on_gpu = kind.type == "cuda" and kind.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else kind
 
 
 def require_sharded(world: World, trained: Mapping[str, nn.Parameter]) -> None:

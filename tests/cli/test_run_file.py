@@ -40,7 +40,7 @@ def run(*arguments: object) -> Any:
 TRAININGS: tuple[dict[str, Any], ...] = (
     {"teacher": "recorded", "optimizer": "adamw8bit", "master_dtype": "bfloat16", "accumulate": 2}
     | {"offload": "optimizer", "loss_chunk": 7, "checkpoint_activations": True, "train": "norms"},
-    {"fused_step": True, "loss_chunk": 0},
+    {"fused_step": True, "loss_chunk": 0, "train": "lora", "lora_rank": 3},
     {"train": "blockwise+full", "blockwise_steps": 5, "blockwise_rows": 64, "accumulate": 3},
 )
 """What does not go together; between them no value is a default."""

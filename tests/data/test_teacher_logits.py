@@ -19,6 +19,8 @@ from qatc.data.teacher_logits import Recorded, record_teacher
 from qatc.data.text import corpus_from_text, record_on_text
 from qatc.errors import ConfigError, DataError
 from qatc.models.load import LoadedModel
+from qatc.report.contents import corpus_contents
+from qatc.report.tables import corpus_rows
 from tests.conftest import contents, kill_at_call, run_until_killed
 from tests.data.conftest import CONFIG
 from tests.data.test_chat import CONFIG as CHAT_CONFIG
@@ -203,3 +205,14 @@ class TestRefusals:
             (copy / name).write_bytes(kept[name])
         with pytest.raises(DataError, match="of other sequences than the corpus has now; remove"):
             Recorded.open(other)
+
+
+def test_a_corpus_says_what_is_recorded_beside_it(copy: Path) -> None:
+    def told() -> str:
+        return dict(corpus_rows(corpus_contents(copy)))["teacher recorded"]
+
+    assert told().startswith("112+1 of ") and told().endswith(", complete")
+    (copy / "teacher-00001.safetensors").write_bytes(b"")
+    assert "missing or damaged: teacher-00001.safetensors; qatc generate-data --rec" in told()
+    (copy / teacher_logits.MANIFEST).unlink()
+    assert "teacher recorded" not in dict(corpus_rows(corpus_contents(copy)))

@@ -52,6 +52,9 @@ def test_the_disk_holds_one_checkpoint_more_than_are_kept() -> None:
     assert found["output"] == pytest.approx(SHAPE.linear / 2 + 2 * SHAPE.ends, rel=1e-3)
     assert disk(SHAPE, Setup(teacher="recorded"))["recorded teacher"] == 4096 * 256 * 170
     assert disk(SHAPE, Setup(weight_bits=8))["output"] > found["output"] + 3e9
+    assert disk(SHAPE, Setup(weight_bits=16))["output"] == 2 * SHAPE.parameters
+    updates = disk(SHAPE, Setup(train="lora", master_dtype="bfloat16"))["checkpoints"]
+    assert updates == 3 * 12 * 16 * SHAPE.edges
 
 
 @pytest.mark.parametrize(

@@ -72,11 +72,23 @@ def test_rows_are_halved_and_passes_doubled() -> None:
 
 
 def test_a_slow_link_makes_the_host_dear() -> None:
-    (offload,) = (option for option in OPTIONS if "offload" in option.changes)
+    (offload,) = (option for option in OPTIONS if option.name == "--offload optimizer")
     fast, slow = Speed(100, 1000, 64), Speed(100, 1000, 4)
     assert offload.added(SHAPE, Setup(), slow) == pytest.approx(
         16 * offload.added(SHAPE, Setup(), fast)
     )
+
+
+def test_parameters_of_the_host_are_for_what_the_optimizer_there_is_not_enough_for() -> None:
+    """In full precision of masters, with the teacher beside them."""
+    asked = Setup(closed=("master_dtype", "optimizer", "fused_step", "teacher"))
+    choice = fit(SHAPE, asked, 44e9)
+    assert choice is not None
+    assert [o.name for o in choice.options if "offload" in o.changes] == ["--offload parameters"]
+    assert fit(SHAPE, replace(asked, closed=(*asked.closed, "--offload parameters")), 44e9) is None
+    (streamed,) = (o for o in choice.options if "offload" in o.changes)
+    beside = next(o for o in OPTIONS if o.name == "--offload optimizer")
+    assert streamed.added(SHAPE, Setup(), ASSUMED) > beside.added(SHAPE, Setup(), ASSUMED) > 0
 
 
 def test_computing_again_is_a_forward_pass_of_four_or_five() -> None:

@@ -87,3 +87,11 @@ def test_parts_are_not_reckoned_with(config: QuantizeConfig) -> None:
     part = replace(config, training=replace(config.training, train="norms"))
     with pytest.raises(ConfigError, match="--fit reckons with a training of everything"):
         fitted(part, 80e9)
+
+
+def test_updates_are(config: QuantizeConfig) -> None:
+    """They fit where everything does not."""
+    updates = replace(config, training=replace(config.training, train="lora", lora_rank=8))
+    run, choice = fitted(updates, 80e9)
+    assert choice.setup.lora_rank == 8 and choice.added < fitted(config, 80e9)[1].added
+    assert run.training.train == "lora"

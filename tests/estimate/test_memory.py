@@ -47,6 +47,31 @@ def test_every_option_takes_what_it_says() -> None:
     assert frozen["optimizer"] == 8 * (P - 2 * 32000 * 4096)
 
 
+def test_updates_take_what_they_have_and_a_layer_of_gradients() -> None:
+    updates = 16 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    setup = Setup(train="lora", batch_size=1, max_length=16)
+    parts = phase("training", setup).parts
+    assert parts["optimizer"] == 8 * updates and parts["masters"] == 4 * P
+    assert parts["gradients"] == 4 * updates + 4 * SHAPE.linear / 32
+    assert updates / P == pytest.approx(0.006, rel=0.03)
+    twice = phase("training", replace(setup, lora_rank=32, master_dtype="bfloat16")).parts
+    assert twice["optimizer"] == 16 * updates
+    assert twice["gradients"] == 8 * updates + 2 * SHAPE.linear / 32
+
+
+def test_streamed_parameters_are_in_the_host_but_for_two_layers() -> None:
+    streamed = phase("training", Setup(offload="parameters"))
+    assert not {"masters", "teacher", "optimizer"} & streamed.parts.keys()
+    host = {name: streamed.host[name] for name in ("masters", "teacher", "gradients", "optimizer")}
+    assert host == {"masters": 4 * P, "teacher": 2 * P, "gradients": 4 * P, "optimizer": 8 * P}
+    layer, ends = SHAPE.linear / 32, 2 * 32000 * 4096
+    assert streamed.parts["gathered layers"] == pytest.approx((2 * layer + ends) * (4 + 2))
+    few = phase("training", Setup(offload="parameters", batch_size=1, max_length=16)).parts
+    assert few["gradients"] == 4 * ends, "of the largest part"
+    assert phase("training", Setup(offload="parameters", on_gpu=False)).parts["masters"] == 4 * P
+    assert phase("evaluating", Setup(offload="parameters")).parts["masters"] == 4 * P
+
+
 def test_activations_are_those_of_all_layers_or_their_inputs() -> None:
     big = Setup(
         batch_size=32, max_length=2048, fused_step=True, loss_chunk=0
@@ -140,6 +165,8 @@ def test_a_recorded_teacher_is_not_beside_a_student_that_is_trained() -> None:
         ({"gpus": 3}, "a batch of 8 rows cannot be shared by 3 GPUs"),
         ({"fused_step": True, "accumulate": 2}, "leave out --fused-step"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit"),
+        ({"train": "lora", "gpus": 2}, "there are 2 GPUs; ask for one, or leave out --train lora"),
+        ({"train": "lora", "offload": "parameters"}, "leave it out, or --train lora"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"slots": 0}, "slots must be at least 1"),
         ({"loss_chunk": -1}, "loss_chunk must not be negative"),

@@ -36,6 +36,8 @@ def test_parameters_are_those_that_are_known(settings: dict[str, object], parame
     shape = shape_of(LlamaConfig(**settings), "llama")  # type: ignore[arg-type]
     assert shape.parameters == parameters
     assert (shape.heads, shape.head_size, shape.ups, shape.stored) == (32, 128, 2, 2)
+    widths = 32 * (2 * 4096 + 2 * (4096 + shape.keys) + 3 * (4096 + shape.inner)) + 32 * 2 * 4096
+    assert shape.edges == widths
     assert shape.inner == settings["intermediate_size"]
     assert shape.kv_heads == settings.get("num_key_value_heads", 32)
 

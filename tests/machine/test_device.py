@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from qatc.errors import ConfigError
 from qatc.machine import cpu, device
@@ -33,6 +34,24 @@ def test_auto_on_a_cpu(
     monkeypatch.setattr(cpu, "multiplies_bf16", lambda: native)
     chosen = pick_dtype("auto", "cpu", SimpleNamespace(hidden_size=width))
     assert chosen is (torch.bfloat16 if native and wide else torch.float32)
+
+
+def test_what_shares_memory_shares_it_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_at", lambda tensor, device: tensor.clone())
+    student, teacher = nn.Linear(3, 3), nn.Linear(3, 3)
+    student.weight.data = teacher.weight.data
+    student.register_buffer("table", torch.arange(3.0))
+    tied = nn.Linear(3, 3)
+    tied.weight = student.weight
+    tensors = {**student.state_dict(keep_vars=True), "its": teacher.bias}
+    before = {name: (id(t), t.data_ptr(), t.clone()) for name, t in tensors.items()}
+    device.move((student, teacher, tied), torch.device("cpu"))
+    for name, tensor in {**student.state_dict(keep_vars=True), "its": teacher.bias}.items():
+        identity, place, value = before[name]
+        assert id(tensor) == identity and tensor.data_ptr() != place, name
+        assert torch.equal(tensor, value)
+    assert student.weight.data_ptr() == teacher.weight.data_ptr()
+    assert tied.weight is student.weight
 
 
 def test_auto_on_a_gpu_and_by_name() -> None:

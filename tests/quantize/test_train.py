@@ -16,8 +16,9 @@ from qatc.progress import Observer
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig, as_options
 from qatc.recipe.recipe import Recipe
+from qatc.report.first_steps import StepCost
 from qatc.training.config import TrainingConfig
-from tests.quantize.conftest import NothingTrained, Stopped, make, weights
+from tests.quantize.conftest import Notes, NothingTrained, Stopped, interrupted, make, weights
 
 TRAINING = TrainingConfig(
     steps=4, blockwise_steps=3, batch_size=4, checkpoint_every=2, train="blockwise+full"
@@ -52,6 +53,53 @@ def test_both_stages(both: Any) -> None:
     assert len((both.output / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+class Ahead(Notes):
+    """Stops a run once it has said what is ahead."""
+
+    def stage(self, title: str) -> None:
+        if title.startswith("Evaluating"):
+            raise Stopped
+
+
+@pytest.mark.parametrize(
+    ("train", "wanted"),
+    [
+        ("blockwise", ["training 2 layers for 3 steps of 4 x 16 each: 192 tokens, about 7 min"]),
+        (
+            "blockwise+full",
+            [
+                "training 2 layers for 3 steps of 4 x 16 each: 192 tokens, about 7 min",
+                "training 4 steps of 4 x 16: 256 tokens, about 2 min",
+            ],
+        ),
+    ],
+)
+def test_what_is_ahead_of_both_stages(
+    both: Any,
+    shared_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train: str,
+    wanted: list[str],
+) -> None:
+    """Six steps of 30 s, and what layers read: two models by six batches of 10 s, twice."""
+    took: list[bool] = []
+
+    def measured(*args: Any, backward: bool = True) -> StepCost:
+        took.append(backward)
+        return StepCost(10.0, 30.0)
+
+    monkeypatch.setattr("qatc.quantize.forecast.measure_step", measured)
+    training = replace(TRAINING, train=train)
+    config = make(shared_model_path, tmp_path / "out", training=training, data=both.data)
+    seen = Ahead()
+    with pytest.raises(Stopped):
+        quantize(config, seen)
+    ahead = [n.partition(";")[0] for n in seen.notes if n.startswith("training ")][1:]
+    assert ahead == wanted
+    assert took == [True, train == "blockwise+full"], "else it is only run end to end"
+
+
 def test_its_run_file_says_so() -> None:
     options = as_options(QuantizeConfig("m", Path("o"), training=TRAINING))
     assert options is not None
@@ -77,6 +125,20 @@ def test_layers_alone(both: Any, shared_model_path: Path, tmp_path: Path) -> Non
     name = "model.embed_tokens.weight"
     before = AutoModelForCausalLM.from_pretrained(shared_model_path).state_dict()
     assert torch.equal(open_output(output).state[name], before[name])
+
+
+def test_updates_of_weights(both: Any, shared_model_path: Path, tmp_path: Path) -> None:
+    training = TrainingConfig(steps=3, batch_size=4, train="lora", lora_rank=2, checkpoint_every=2)
+    config = make(shared_model_path, tmp_path / "out", training=training, data=both.data)
+    interrupted(config, step=3)
+    result = quantize(config)
+    assert "\n3 steps of updates of rank 2 alone, " in (result.output / "report.md").read_text()
+    (figures,) = result.figures.values()
+    assert figures["QAT"].kl != figures["RTN"].kl
+    whole = quantize(replace(config, output=tmp_path / "whole"))
+    assert weights(whole.output) == weights(result.output) and whole.figures == result.figures
+    options = as_options(QuantizeConfig("m", Path("o"), training=training))
+    assert options is not None and (options["train"], options["lora-rank"]) == ("lora", 2)
 
 
 @pytest.mark.parametrize("train", ["scales", "norms"])

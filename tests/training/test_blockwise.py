@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qatc.errors import CheckpointError, ConfigError, TrainingError
 from qatc.losses.distances import relative_error
+from qatc.machine.device import move
 from qatc.models.preparation import prepare, prepared_state
 from qatc.recipe.recipe import Recipe
 from qatc.training.blockwise import BlockwiseTrainer, LayerMetrics
@@ -102,6 +103,50 @@ def test_layers_that_skip_one_are_refused() -> None:
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
     with pytest.raises(ConfigError, match=r"layers.1 reads something else than what the layer"):
         Stream(model, make_rows()[:4], 4, torch.float32)
+
+
+def test_one_layer_of_both_is_on_the_device(
+    tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a device that is played: what is moved is copied, and noted."""
+    monkeypatch.setattr("qatc.machine.device._at", lambda tensor, device: tensor.clone())
+    run = trainer(tmp_path)
+    models = run.student, run.teacher
+    run.student.lm_head.weight.requires_grad_(False).data = run.teacher.lm_head.weight.data
+    there = {id(t) for model in models for t in tensors(model)}
+    counts: list[int] = []
+
+    def moving(stay: bool) -> Any:
+        def act(modules: Any) -> None:
+            move(modules, run.device)
+            change = {id(t) for module in modules for t in tensors(module)}
+            there.symmetric_difference_update(change - there if stay else change & there)
+
+        return act
+
+    def computes(layer: Any, args: Any) -> None:
+        assert {id(t) for t in tensors(layer)} <= there
+        counts.append(len(there))
+
+    run._bring, run._send = moving(True), moving(False)
+    for model in models:
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(computes)
+    assert plain(run.run()) == plain(whole.records.history)
+    assert_equal(weights(run.student), weights(whole.student))
+    layer = sum(len(tensors(model.model.layers[0])) for model in models)
+    # Both models are there while it is noted what layers read.
+    assert set(counts) == {len(there), layer} and counts[-1] == layer
+    assert run.student.lm_head.weight.data_ptr() == run.teacher.lm_head.weight.data_ptr()
+
+
+def tensors(module: Any) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def test_on_a_cpu_nothing_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qatc.training.blockwise.move", lambda *_, **__: pytest.fail("moved"))
+    trainer(tmp_path, replace(CONFIG, blockwise_steps=1)).run()
 
 
 def test_graphs_are_those_that_the_model_has() -> None:

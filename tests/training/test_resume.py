@@ -102,7 +102,7 @@ class TestResume:
         distiller(tmp_path).run()
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "metrics.jsonl").write_text("".join(lines[:9]))
-        with pytest.raises(CheckpointError, match="records 9 steps, .* is of step 12"):
+        with pytest.raises(CheckpointError, match="records 9 steps, but the checkpoints are of 12"):
             distiller(tmp_path).run()
 
     def test_the_record_is_on_the_disk_before_the_checkpoint(
@@ -110,7 +110,7 @@ class TestResume:
     ) -> None:
         order: list[str] = []
         save = Checkpoints.save
-        monkeypatch.setattr("qatc.training.distill.sync", lambda path: order.append(path.name))
+        monkeypatch.setattr("qatc.training.records.sync", lambda path: order.append(path.name))
 
         def saves(*args: Any) -> None:
             order.append("checkpoint")
@@ -131,6 +131,6 @@ class TestResume:
         self.finish(tmp_path, whole)
 
     def test_nothing_is_left_to_do(self, whole: Any) -> None:
-        run = distiller(whole.metrics_file.parent)
+        run = distiller(whole.records.file.parent)
         assert run.run(lambda record: pytest.fail("trained on")) == whole.history
         assert_equal(weights(run.student), weights(whole.student))
