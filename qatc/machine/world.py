@@ -117,7 +117,10 @@ class World:
         return [float(number) for number in numbers]
 
 
-_current = World()
+ALONE = World()
+"""A process by itself."""
+
+_current = ALONE
 
 
 def current() -> World:
@@ -170,7 +173,7 @@ def joined(device: str = "auto") -> Iterator[World]:
             ) from error
         raise
     finally:
-        _current = World()
+        _current = ALONE
 
 
 def _take_device(device: str, on_gpus: bool) -> None:

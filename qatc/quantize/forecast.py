@@ -40,12 +40,13 @@ def forecast(
 
     Returns:
         How many sequences are fast to write side by side; None where that was not measured: the
-        corpus is there, or nothing is left to train.
+        corpus is there, or nothing is left to train, or the teacher is divided.
     """
     config, training = setting.config, setting.config.training
     if not parse_method(config.method).trains:
         return None
-    done = Checkpoints(config.partial / "checkpoints", training.keep_checkpoints).latest() or 0
+    checkpoints = Checkpoints(config.partial / "checkpoints", training.keep_checkpoints)
+    done = setting.world.on_first(checkpoints.latest) or 0
     if done >= training.steps:
         return None
     setting.observer.stage("Measuring the first steps")
@@ -78,11 +79,11 @@ def forecast(
         return torch.stack(list(losses.values())).sum()
 
     # Several processes leave each a share of the gradients, which the whole ones are not.
-    few_gradients = training.fused_step or current().size > 1
+    few_gradients = training.fused_step or current().size > setting.world.size
     with _dropped_gradients(pair.student) if few_gradients else nullcontext():
-        cost = measure_step(loss, pair.student, share, length, vocabulary)
+        cost = measure_step(loss, pair.student, share, length, vocabulary, setting.world)
     speed = None
-    if corpus is None:
+    if corpus is None and not setting.divided:
         speed = measure_speed(
             pair.teacher, config.data_directory, config.generation, compile=setting.compile
         )

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from qatc.machine.device import total_memory
+from qatc.machine.world import ALONE, World
 from qatc.training.config import TrainingConfig
 from qatc.training.optimizers import moment_bytes
+from qatc.training.sharding import own_rows
 
 _USUAL = TrainingConfig()
 
@@ -66,6 +68,7 @@ def measure_step(
     rows: int,
     length: int,
     vocabulary: int,
+    world: World = ALONE,
 ) -> StepCost:
     """Time one step of training on random tokens; no parameter and no random state changes.
 
@@ -75,15 +78,20 @@ def measure_step(
         rows: B.
         length: T.
         vocabulary: ids are drawn below it.
+        world: the processes that a sharded student is trained by, which take as many steps each.
     """
     device = next(student.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
     real = torch.ones_like(ids, dtype=torch.bool)
     costs: list[StepCost] = []
-    with torch.random.fork_rng():
+
+    def unsettled() -> bool:
         # The first one compiles, the second may still find caches cold.
-        while len(costs) < 2 or (costs[-1].step < SETTLED * costs[-2].step and len(costs) < 5):
+        return len(costs) < 2 or (costs[-1].step < SETTLED * costs[-2].step and len(costs) < 5)
+
+    with torch.random.fork_rng():
+        while world.greatest(unsettled()):
             started = _now(device)
             value = loss(ids, real)
             forward = _now(device)
@@ -111,8 +119,8 @@ def training_floor(
     """
     models = [student] if teacher is None else [student, teacher]
     tensors = {id(p): p for m in models for p in m.parameters()}
-    held = sum(p.nbytes for p in tensors.values())
-    gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    held = sum(own_rows(p.detach()).nbytes for p in tensors.values())
+    gradients = sum(own_rows(p.detach()).nbytes for p in student.parameters() if p.requires_grad)
     held += optimizer_bytes(student, config) + (0 if config.fused_step else gradients)
     width = next(models[-1].parameters()).element_size()
     return held + 3 * width * tokens * vocabulary
@@ -125,7 +133,7 @@ def optimizer_bytes(student: nn.Module, config: TrainingConfig = _USUAL) -> int:
     """
     trained = [p for p in student.parameters() if p.requires_grad]
     near = config.offload == "none" or not any(p.is_cuda for p in trained)
-    return sum(moment_bytes(p.shape, config) for p in trained) if near else 0
+    return sum(moment_bytes(own_rows(p.detach()).shape, config) for p in trained) if near else 0
 
 
 def memory_text(needed: int, device: str, options: str) -> str:

@@ -13,12 +13,14 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qatc.data.corpus import Rows
 from qatc.errors import ConfigError
 from qatc.machine.world import World
 from qatc.models import find_regions
+from qatc.models.regions import sharded_parts
 from qatc.training.config import TrainingConfig
 from qatc.training.parts import parse_train
 
@@ -64,9 +66,10 @@ def sharded(world: World, *models: Any) -> Iterator[tuple[Any, ...]]:
     """Inside the block, models whose parameters are divided among the processes.
 
     Those that are given are empty meanwhile. Where the block ends well, those of the first process
-    have the parameters that the sharded ones had; those of the others stay empty.
+    have the parameters that the sharded ones had; those of the others stay empty. Models that are
+    divided already, see :mod:`qatc.training.divided`, are what is given, and stay so.
     """
-    if world.size == 1:
+    if world.size == 1 or all(sharded_parts(model) for model in models):
         yield models
         return
     places = [{id(p): p.data_ptr() for p in model.parameters()} for model in models]
@@ -84,27 +87,37 @@ def sharded(world: World, *models: Any) -> Iterator[tuple[Any, ...]]:
 
 def _shard(model: Any) -> Any:
     """A sharded model of the tensors of ``model``, which is empty afterwards."""
+    tensors = (*model.parameters(), *model.buffers())
+    divided = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    pairs = zip(shard_parts(divided, next(model.parameters()).device), _parts(model), strict=True)
+    for _, whole in pairs:
+        for parameter in whole.parameters():
+            parameter.data = parameter.data.new_empty(0)
+    return divided
+
+
+def shard_parts(model: Any, device: torch.device) -> Iterator[Any]:
+    """Shard a model in place, part after part: each one, once it is sharded.
+
+    Args:
+        model: of which no part is sharded yet; its parameters may be without storage.
+        device: where each process is to have its rows.
+    """
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    tensors = (*model.parameters(), *model.buffers())
-    divided = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for buffer in divided.buffers():
-        if buffer.is_contiguous():  # measured or computed, by machines that may differ
-            distributed.broadcast(buffer, src=0)
-    pairs = zip(_parts(divided), _parts(model), strict=True)
-    for part, whole in pairs:
+    for part in _parts(model):
         # The root as well: else its parameters stay whole behind a pass that has no backward.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
         # A sum, and not the mean: each loss is divided by what all of them count.
         part.set_force_sum_reduction_for_comms(True)
         part.set_gradient_divide_factor(1.0)
-        for parameter in whole.parameters():
-            parameter.data = parameter.data.new_empty(0)
-    return divided
+        yield part
+    for buffer in model.buffers():
+        if buffer.is_contiguous():  # measured or computed, by machines that may differ
+            distributed.broadcast(buffer, src=0)
 
 
 def _parts(model: Any) -> list[Any]:
