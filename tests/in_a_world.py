@@ -33,6 +33,7 @@ from qatc.training.distill import Distiller
 from qatc.training.sharding import sharded
 from tests.conftest import make_llama
 from tests.training.conftest import CONFIG, VOCABULARY, make_rows
+from tests.training.in_parts import lay_out_checkpoints, load_together, never_whole
 
 UNCLIPPED = replace(CONFIG, steps=6, checkpoint_every=3, gradient_clip=1e9)
 TOGETHER = UNCLIPPED
@@ -108,7 +109,9 @@ def refuses_rounded_masters(order: str) -> None:
         raise AssertionError(f"{order}: codes would be those of rounded weights")
 
 
-def run_of(model: Path, output: Path, **training: Any) -> QuantizeConfig:
+def run_of(
+    model: Path, output: Path, method: str = "qat", train_embeddings: bool = True, **training: Any
+) -> QuantizeConfig:
     """A run of few steps, whose gradients are never clipped."""
     settings: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "gradient_clip": 1e9}
     return QuantizeConfig(
@@ -116,8 +119,9 @@ def run_of(model: Path, output: Path, **training: Any) -> QuantizeConfig:
         output,
         generation=CorpusConfig(sequences=24, max_length=16, batch_size=8, shard_size=5),
         training=TrainingConfig(**(settings | training)),
-        method="gptq+qat",
-        eval_sequences=8,
+        method=method,
+        eval_sequences=7,
+        train_embeddings=train_embeddings,
         compile=False,
         verify=False,
     )
@@ -131,7 +135,18 @@ def begin(directory: Path, model: Path) -> None:
         for name in ("begun alone", "begun by five"):
             forget_last(directory / "alone", directory / name)
         divide(directory / "begun by five" / "checkpoints" / "step-000003", 5)
-        quantize(run_of(model, directory / "quantized alone", batch_size=2, accumulate=2))
+        for name, changes in RUNS.items():
+            run = run_of(model, directory / f"{name} alone", batch_size=2, accumulate=2, **changes)
+            quantize(run)
+    lay_out_checkpoints(directory, model)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "quantized": {"method": "gptq+qat"},
+    "divided": {},
+    "recorded": {"teacher": "recorded", "train_embeddings": False},
+}
+"""Runs by the names of their outputs: one that needs whole models, and two that do not."""
 
 
 def divide(checkpoint: Path, size: int) -> None:
@@ -207,7 +222,11 @@ def main(directory: Path, model: Path) -> None:
             world.on_first(forget_last, directory / "small", directory / "small again")
             finish("small again", replace(TOGETHER, **SMALL))
             finish("fused", replace(TOGETHER, **FUSED))
-            quantize(run_of(model, directory / "quantized", batch_size=4))
+            quantize(run_of(model, directory / "quantized", batch_size=4, **RUNS["quantized"]))
+            for name in ("divided", "recorded"):
+                with never_whole():
+                    quantize(run_of(model, directory / name, batch_size=4, **RUNS[name]))
+            load_together(world, directory, model)
         for order in ("prepare shard", "shard prepare"):
             gradients = user_step(order)
             if world.first:

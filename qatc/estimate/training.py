@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from qatc.estimate.parts import (
+    TRAINING,
     PhaseMemory,
     chunk_of,
+    gathered,
     head_copy,
     layer_copies,
     models,
@@ -13,16 +15,13 @@ from qatc.estimate.parts import (
 from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape
 
-_GATHERED = 2
-"""Layers whose parameters are gathered at a time: one runs, the next one is on its way."""
-
 
 def training(shape: Shape, setup: Setup) -> PhaseMemory:
     """The more of two moments: at the loss, and at the end of the backward pass.
 
     Between them gradients grow as activations go, so that neither is exceeded by much.
     """
-    parts = models(shape, setup, "training") | _gathered(shape, setup)
+    parts = models(shape, setup, TRAINING) | gathered(shape, setup, TRAINING)
     state = trained(shape, setup) * setup.moments / setup.gpus
     host = {}
     if setup.offload == "optimizer" and setup.on_gpu:
@@ -31,7 +30,7 @@ def training(shape: Shape, setup: Setup) -> PhaseMemory:
         parts["optimizer"] = state
     at_loss, at_end = _at_the_loss(shape, setup), _at_the_end(shape, setup)
     parts |= at_loss if sum(at_loss.values()) > sum(at_end.values()) else at_end
-    return PhaseMemory("training", parts, host)
+    return PhaseMemory(TRAINING, parts, host)
 
 
 def _at_the_loss(shape: Shape, setup: Setup) -> dict[str, float]:
@@ -111,12 +110,3 @@ def saved_activations(shape: Shape, setup: Setup) -> float:
         return saved if setup.compile else 1.9 * saved
     saved = attention + wide + (5 * shape.hidden + shape.inner) * setup.width
     return saved if setup.compile else 1.9 * saved
-
-
-def _gathered(shape: Shape, setup: Setup) -> dict[str, float]:
-    """Bytes of parameters that FSDP gathers at a time: some layers, embedding and head."""
-    if setup.gpus == 1:
-        return {}
-    width = setup.master + (setup.width if setup.teacher == "online" else 0)
-    each = _GATHERED * shape.linear / shape.layers + shape.ends
-    return {"gathered layers": each * width}

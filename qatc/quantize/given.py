@@ -25,6 +25,7 @@ from qatc.progress import Observer
 from qatc.ptq.method import parse_method
 from qatc.quantize.settings import QuantizeConfig
 from qatc.quantize.unfinished import recorded_inputs
+from qatc.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,21 @@ class Setting:
 
 def why_whole(config: QuantizeConfig) -> str | None:
     """Why several processes cannot do a run without whole models, or None if they can."""
-    recipe, method = config.recipe, parse_method(config.method)
-    if method.steps:
+    if parse_method(config.method).steps:
         return f"--method {config.method} changes whole weights"
     if config.budget is not None:
         return "--budget rounds one whole weight after the other"
-    if recipe.weights.learned or recipe.kv.learned or recipe.center_keys:
-        return "learned scales and centers of keys are measured on whole weights"
     if config.training.train != "full":
         return f"--train {config.training.train} trains a part of the model"
+    return why_recipe_wants_whole(config.recipe)
+
+
+def why_recipe_wants_whole(recipe: Recipe) -> str | None:
+    """What of a recipe several processes cannot do without whole models, or None."""
+    if recipe.rotate_inputs:
+        return "inputs are rotated, for which whole weights are turned"
+    if recipe.weights.learned or recipe.kv.learned or recipe.center_keys:
+        return "learned scales and centers of keys are measured on whole weights"
     if recipe.weights.scale_dtype == "float16":
         return f"scales for the target {recipe.target} are held against whole weights"
     return None

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qatc.data.config import RECORDING
+from qatc.data.config import RECORDING, CorpusConfig
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import generate_corpus
 from qatc.data.teacher_logits import Recorded, recorded_as
+from qatc.errors import DataError
 from qatc.evaluation.metrics import Metrics
 from qatc.machine.device import release_memory
 from qatc.machine.world import current
@@ -75,9 +76,9 @@ def write_corpus(setting: Setting, given: Given, pair: Pair, slots: int | None) 
         there = recorded_as(config.data_directory)
         generation = replace(generation, record_logits=there or RECORDING)
     observer.stage(f"The teacher writes {total} sequences to {config.data_directory}")
-    teacher = pair.teacher.model
-    divided = setting.divided
-    with whole_in_each(current(), teacher, setting.device) if divided else nullcontext():
+    writes = not setting.world.on_first(_is_written, config.data_directory, generation)
+    teacher, world = pair.teacher.model, setting.world
+    with whole_in_each(world, teacher, setting.device) if writes else nullcontext():
         return generate_corpus(
             pair.teacher,
             given.tokenizer,
@@ -88,6 +89,17 @@ def write_corpus(setting: Setting, given: Given, pair: Pair, slots: int | None) 
             on_progress=lambda sequences, tokens: observer.generated(sequences, total, tokens),
             on_recorded=observer.recorded,
         )
+
+
+def _is_written(directory: Path, config: CorpusConfig) -> bool:
+    """Whether nothing is left to be written, so that the teacher is not run."""
+    try:
+        corpus = Corpus.open(directory)
+        if config.record_logits is not None:
+            Recorded.open(corpus)
+    except DataError:
+        return False
+    return True
 
 
 def center(setting: Setting, pair: Pair, rows: Rows) -> None:

@@ -98,17 +98,21 @@ def _gather(
     weights: dict[str, QuantizedWeight] = {}
     floats: dict[str, Tensor] = {}
     masters: dict[str, Tensor] = {}
-    for name, own in state.items():
-        tensor, spec = gathered(own), pair.quantized.get(name)
+
+    def take(name: str, tensor: Tensor) -> None:
         if not current().first:
-            continue
+            return
+        spec = pair.quantized.get(name)
         if spec is None:
             dtype = pair.stored if tensor.is_floating_point() else tensor.dtype
             floats[name] = tensor.to("cpu", dtype)
-            continue
+            return
         weights[name] = QuantizedWeight.from_float(tensor, spec).cpu()
         if setting.config.verify:
             masters[name] = tensor.cpu()
+
+    for name, own in state.items():
+        take(name, gathered(own))
     return weights, floats, masters
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qatc.errors import ConfigError
-from qatc.machine.device import available_memory
+from qatc.machine.device import available_memory, release_memory
 from qatc.machine.world import World
 from qatc.models import LoadedModel, load_config, load_model
 from qatc.models.building import build_model
@@ -241,9 +241,15 @@ def gathered(tensor: Any) -> Tensor:
 def whole_in_each(world: World, model: Any, device: str) -> Iterator[None]:
     """Inside the block, each process has all rows of a divided model, and runs it by itself.
 
+    A model that is whole anyway is left as it is.
+
     Raises:
         ConfigError: a device has no room for them.
     """
+    if world.size == 1:
+        yield
+        return
+    release_memory(device)
     needed = sum(parameter.nbytes for parameter in model.parameters())
     free = available_memory(device)
     if world.greatest(free is not None and free < needed):
