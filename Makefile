@@ -23,7 +23,7 @@ demo: venv ## Quantize the example model to 4-8-4 and write build/demo/report.md
 	@echo 'What was done and what it cost: build/demo/report.md'
 
 test: lint types docs ## Run everything that must pass: lint, types, docs and tests.
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 lint: venv ## Check style and formatting.
 	$(BIN)/ruff check

@@ -75,7 +75,10 @@ def main() -> None:
         kind, name = options.child
         print(json.dumps({"loss": loss, "step": step}[kind](name, options.shape, options.device)))
         return
-    result: dict[str, Any] = {"shape": options.shape, "device": options.device}
+    name = f"memory-{options.shape}-{options.device}"
+    file = common.RESULTS / f"{name}.json"
+    result: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    result |= {"shape": options.shape, "device": options.device}
     for kind in options.parts:
         names = {"loss": LOSSES, "step": STEPS}[kind]
         found = {name: in_a_process(kind, name, options) for name in names}
@@ -83,7 +86,7 @@ def main() -> None:
         result[kind] = {
             n: {**f, "of_plain": round(f["bytes"] / plain, 3)} for n, f in found.items()
         }
-    common.save(f"memory-{options.shape}-{options.device}", result)
+    common.save(name, result)
 
 
 def in_a_process(kind: str, name: str, options: argparse.Namespace) -> dict[str, Any]:

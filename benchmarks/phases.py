@@ -121,6 +121,9 @@ def run_once(
     from qatc.recipe import Recipe
     from qatc.training import TrainingConfig
 
+    options = dict(options)
+    whole |= {"dtype": options.pop("dtype", "auto")}
+
     class Watch(Observer):
         def stage(self, title: str) -> None:
             on_stage(title)

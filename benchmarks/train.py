@@ -4,7 +4,7 @@
 
 Each way is a process of its own, which loads the model, prepares it and waits; the first process
 then lets them step in turn, so that what else the machine does meets all of them, and nothing runs
-beside a step. All use the same teacher, optimizer and clipping, and the same loss, compiled:
+beside a step. All but one use the same compiled teacher and loss; optimizer and clipping are alike:
 
 =====================  =============================================================================
 way                    what the student's layers are
@@ -12,6 +12,7 @@ way                    what the student's layers are
 ``unquantized``        plain, each compiled with ``torch.compile``
 ``modules``            4-8-4 module by module in eager PyTorch, the way of LLM-QAT: a linear rounds
                        its input and its weight, and those of K and V what they give
+``modules, eager``     the same, with teacher and loss eager as well, as nothing is compiled there
 ``torchao``            torchao's QAT, eager: weights of 4 bits in groups of 32, activations of 8
 ``torchao compiled``   the same, each layer compiled
 ``fake-quant``         ``qatc.prepare``, linears computed in float
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,16 @@ from torch import Tensor, nn
 from benchmarks import common, models
 
 WAYS = (
-    *("unquantized", "modules", "torchao", "torchao compiled", "fake-quant", "integers"),
-    "recorded",
+    *("unquantized", "modules, eager", "modules", "torchao", "torchao compiled"),
+    *("fake-quant", "integers", "recorded"),
 )
 BITS = "4-8-4"
 SHAPES = {
     "30M": {
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 8192,
+        "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192,
     }
-}
+}  # fmt: skip
 """Random-weight LLaMAs by what they are called."""
 
 
@@ -67,7 +64,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default="30M", help=f"{', '.join(SHAPES)}, a name or a directory"
     )
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--ways", default=list(WAYS), choices=WAYS, nargs="+")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -88,7 +85,7 @@ def main() -> None:
 
 def take_turns(arguments: argparse.Namespace) -> None:
     """Let every way step in turn, and write what the steps took."""
-    ways = arguments.ways.split(",")
+    ways = arguments.ways
     workers = {}
     found: dict[str, dict[str, Any]] = {}
     for way in ways:  # one after another: compilers beside each other would be timed together
@@ -158,10 +155,14 @@ class Worker:
 
 def work(arguments: argparse.Namespace) -> None:
     """Prepare one way when a line on standard input says so, then step at every further one."""
+    from qatc.training.teacher import compiled_layers
+
     sys.stdin.readline()
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="qatc-train-") as directory:
+    with ExitStack() as block:
+        directory = block.enter_context(tempfile.TemporaryDirectory(prefix="qatc-train-"))
         distiller = make(arguments, Path(directory))
+        block.enter_context(compiled_layers(distiller.teacher, distiller.compile))
         prepared = time.perf_counter() - started
         distiller.step(1)
         first = time.perf_counter() - started
@@ -228,7 +229,7 @@ def make(arguments: argparse.Namespace, directory: Path) -> Any:
         ),
         directory,
         autocast=autocast,
-        compile=True,
+        compile=way != "modules, eager",
     )
 
 
@@ -254,7 +255,7 @@ def change(student: Any, way: str, dtype: torch.dtype) -> None:
     import qatc
 
     layers = student.model.layers
-    if way == "modules":
+    if way.startswith("modules"):
         for layer in layers:
             as_modules(layer)
     if way.startswith("torchao"):

@@ -1,4 +1,4 @@
-"""``qatc export``."""
+"""``qatc export`` and ``qatc push``."""
 
 from __future__ import annotations
 
@@ -61,3 +61,65 @@ def export(
         terminal.print_json({"output": str(written), "format": format})
         return
     terminal.out.print(f"{written}: {format}", highlight=False)
+
+
+def push(
+    source: options.Output,
+    repo: Annotated[str, typer.Option(help="Where to: OWNER/NAME on the hub.", show_default=False)],
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub name of the model that it was made from, where that was a directory.",
+            show_default=False,
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to.", show_default=False)
+    ] = None,
+    new_card: Annotated[
+        bool,
+        typer.Option("--new-card", help="Upload the card that follows from the files, not mine."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be uploaded; needs no network.")
+    ] = False,
+    overwrite: options.Overwrite = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+) -> None:
+    """Publish a quantized model on the Hugging Face hub, in one commit.
+
+    [bold]Example[/]
+
+      qatc push Llama-2-7b-4-8-4 --repo me/Llama-2-7b-4-8-4 --dry-run
+      qatc push Llama-2-7b-4-8-4 --repo me/Llama-2-7b-4-8-4
+    """
+    from qatc.cli import terminal
+
+    with readable_errors("interrupted; nothing was published"):
+        terminal.quiet_libraries()
+        from qatc.export.hub import plan_push
+        from qatc.export.hub import push as upload
+
+        planned = plan_push(
+            source,
+            repo,
+            base_model=base_model,
+            new_card=new_card,
+            trust_remote_code=trust_remote_code,
+        )
+        for note in planned.notes:
+            terminal.note(note)
+        address = None
+        if not dry_run:
+            address = upload(planned, private=private, overwrite=overwrite, revision=revision)
+    sizes = planned.sizes
+    if json:
+        terminal.print_json({"repo": repo, "published": address, "files": sizes})
+        return
+    for name, size in sizes.items():
+        terminal.out.print(f"{size:>15,}  {name}", highlight=False)
+    total = f"{sum(sizes.values()):,} bytes in {len(sizes)} files"
+    done = f"would be published as {repo}" if address is None else f"published: {address}"
+    terminal.out.print(f"{total}, {done}", highlight=False)

@@ -8,7 +8,7 @@ import qatc
 from qatc.cli.compare import compare
 from qatc.cli.estimate import estimate
 from qatc.cli.evaluate import evaluate, verify
-from qatc.cli.export import export
+from qatc.cli.export import export, push
 from qatc.cli.generate import generate
 from qatc.cli.generate_data import generate_data
 from qatc.cli.inspect import inspect
@@ -32,6 +32,7 @@ app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("verify")(verify)
 app.command("export")(export)
+app.command("push")(push)
 
 
 @app.callback(invoke_without_command=True)

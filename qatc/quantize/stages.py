@@ -31,6 +31,7 @@ from qatc.training.distill import Distiller
 from qatc.training.divided import whole_in_each
 from qatc.training.parts import choose_parts, parse_train
 from qatc.training.sharding import sharded
+from qatc.training.teacher import compiled_layers
 
 CENTERING_ROWS = 16
 """Rows of the corpus on which the mean of the keys is measured; more moves it by little."""
@@ -166,11 +167,16 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
     choose_parts(pair.student, stages.parts)
     what = "" if stages.parts == "full" else f" its {stages.parts}"
     setting.observer.stage(f"Training{what} for {steps} steps")
-    models = [pair.student, pair.teacher.model]
+    models, teacher = [pair.student], pair.teacher.model
     if config.training.teacher == "recorded":
         drop_teacher(pair)
-        models.pop()
-    with sharded(current(), *models) as (student, *teachers):
+        teacher = None
+    else:
+        models.append(teacher)
+    with (
+        compiled_layers(teacher, setting.compile),
+        sharded(current(), *models) as (student, *teachers),
+    ):
         distiller = Distiller(
             student,
             teachers[0] if teachers else None,
@@ -184,7 +190,7 @@ def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Train
         )
         history = distiller.run(on_step=lambda step: setting.observer.trained(step, steps))
     rate = distiller.rate
-    del distiller, student, teachers, models
+    del distiller, student, teacher, teachers, models
     pair.student.zero_grad(set_to_none=True)
     release_memory(setting.device)  # of an optimizer, which hooks and models refer to in circles
     return Training(rate, history, layers)

@@ -104,11 +104,14 @@ def _changes(config: QuantizeConfig, inputs: Mapping[str, str]) -> tuple[list[st
         return [], []
     run = read_json(_run_file(config))
     known = run.pop("inputs", {})
-    found, wanted = dict(_flat(run)), dict(_flat(config.to_dict()))
+    # A setting that the version which began the run did not have yet is what it is by default.
+    usual = dict(_flat(QuantizeConfig(config.model, config.output).to_dict()))
+    begun, wanted = dict(_flat(run)), dict(_flat(config.to_dict()))
+    found = {key: begun.get(key, usual.get(key)) for key in {**wanted, **begun}}
     settings = [
-        f"{key} was {found.get(key)!r} and is {wanted.get(key)!r} now"
-        for key in {**wanted, **found}
-        if found.get(key) != wanted.get(key)
+        f"{key} was {value!r} and is {wanted.get(key)!r} now"
+        for key, value in found.items()
+        if value != wanted.get(key)
     ]
     changed = [
         _change(name, known[name], value)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
 
 from qatc.evaluation.checks import Check, ParityReport
@@ -263,3 +264,19 @@ def test_help_names_every_command() -> None:
         "verify",
     ):
         assert name in text and "qatc" in run(name, "--help").stdout
+
+
+def test_push(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["push", output, "--repo", "me/tiny"]
+    result = run(*command, "--dry-run", "--json")
+    assert result.exit_code == 0 and "--base-model" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["published"] is None and "model.safetensors" in found["files"]
+    assert "would be published as me/tiny" in run(*command, "--dry-run").stdout
+    refused(2, "OWNER/NAME", "push", output, "--repo", "tiny", "--dry-run")
+
+    def nobody(*args: Any, **kwargs: Any) -> None:
+        raise LocalTokenNotFoundError("no token")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", nobody)
+    refused(2, "hf auth login", *command)

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from qatc.models import load_model
 from qatc.numerics.minmax import quantize as to_codes
 from qatc.output import load_codes, open_output
 from qatc.progress import Observer
+from qatc.quantize import stages
 from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
 from qatc.recipe.recipe import Recipe
@@ -30,6 +33,7 @@ from qatc.storage import markers
 from qatc.storage.locks import locked
 from qatc.storage.markers import Mark
 from qatc.training.checkpoint import Checkpoints
+from qatc.training.config import TrainingConfig
 from tests.conftest import contents, make_tokenizer, save
 from tests.quantize.conftest import AfterStep, NothingBegun, make, weights
 
@@ -232,3 +236,25 @@ def test_nan_stops_with_advice(shared_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not a number at step 2.*--lr"):
         quantize(dataclasses.replace(config, training=training))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_teacher_is_compiled_while_it_is_learned_from(
+    done: Any, shared_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during: list[tuple[Any, bool]] = []
+
+    @contextmanager
+    def spy(teacher: Any, compile: bool) -> Iterator[None]:
+        during.append((teacher.config.model_type, compile))
+        yield
+        during.append(("over", compile))
+
+    class Steps(Observer):
+        def trained(self, metrics: Any, steps: int) -> None:
+            during.append((metrics.step, False))
+
+    monkeypatch.setattr(stages, "compiled_layers", spy)
+    training = TrainingConfig(steps=1, batch_size=4)
+    config = make(shared_model_path, tmp_path / "out", training=training, data=done.data)
+    quantize(config, Steps())
+    assert during == [("llama", False), (1, False), ("over", False)]

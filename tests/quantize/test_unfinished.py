@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -51,6 +52,18 @@ def test_the_same_run_goes_on(config: QuantizeConfig, change: dict[str, Any]) ->
     check_run(again)
     begin_run(again)
     assert (config.partial / "work").exists()
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on(config: QuantizeConfig) -> None:
+    begin_run(config)
+    file = config.partial / "run.json"
+    begun = json.loads(file.read_text())
+    del begun["training"]["optimizer"]
+    file.write_text(json.dumps(begun))
+    check_run(config)
+    other = replace(config, training=replace(config.training, optimizer="adamw8bit"))
+    with pytest.raises(ConfigError, match="optimizer was 'adamw' and is 'adamw8bit' now"):
+        check_run(other)
 
 
 def test_the_order_of_weight_bits_counts(config: QuantizeConfig) -> None:
