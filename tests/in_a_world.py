@@ -32,8 +32,8 @@ from qatc.training.config import StepMetrics, TrainingConfig
 from qatc.training.distill import Distiller
 from qatc.training.sharding import sharded
 from tests.conftest import make_llama
+from tests.divided.in_parts import lay_out_checkpoints, load_together, never_whole
 from tests.training.conftest import CONFIG, VOCABULARY, make_rows
-from tests.training.in_parts import lay_out_checkpoints, load_together, never_whole
 
 UNCLIPPED = replace(CONFIG, steps=6, checkpoint_every=3, gradient_clip=1e9)
 TOGETHER = UNCLIPPED

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qatc.data.corpus import Rows
+from qatc.divided.hold import is_released, release
+from qatc.divided.load import load_divided
 from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.graph import compilation
@@ -24,7 +26,6 @@ from qatc.models.vocabulary import tying_note
 from qatc.quantize.given import Setting
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
-from qatc.training.divided import is_released, load_divided, release
 from qatc.training.sharding import own_rows
 
 

@@ -5,7 +5,7 @@ figures measured so far and the checkpoints. The corpus is in ``OUTPUT.data`` (o
 ``data`` says) and stays. ``OUTPUT`` itself appears in one piece, at the end.
 
 Where several processes do a run together (:mod:`qatc.machine.world`), models are divided among them
-from loading to packing (:mod:`qatc.training.divided`), and all take part wherever one is run. Where
+from loading to packing (:mod:`qatc.divided`), and all take part wherever one is run. Where
 that cannot be (:func:`qatc.quantize.given.why_whole`), each has whole ones; they write the corpus
 and train together, and all else the first one does and keeps with the run, where others find it.
 

@@ -13,6 +13,7 @@ from qatc.data.config import RECORDING, CorpusConfig
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import generate_corpus
 from qatc.data.teacher_logits import Recorded, recorded_as
+from qatc.divided.hold import whole_in_each
 from qatc.errors import DataError
 from qatc.evaluation.metrics import Metrics
 from qatc.machine.device import release_memory
@@ -28,7 +29,6 @@ from qatc.storage.files import read_json, write_json
 from qatc.training.blockwise import BlockwiseTrainer, LayerMetrics
 from qatc.training.config import StepMetrics
 from qatc.training.distill import Distiller
-from qatc.training.divided import whole_in_each
 from qatc.training.parts import choose_parts, parse_train
 from qatc.training.sharding import sharded
 from qatc.training.teacher import compiled_layers

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from qatc.divided.hold import gathered
 from qatc.errors import PassError
 from qatc.evaluation.parity import verify
 from qatc.machine.device import release_memory
@@ -29,7 +30,6 @@ from qatc.runtime.model import load
 from qatc.storage.directories import complete_directory
 from qatc.storage.files import read_json, write_json
 from qatc.training.blockwise import RECORDS
-from qatc.training.divided import gathered
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,7 +67,7 @@ def sharded(world: World, *models: Any) -> Iterator[tuple[Any, ...]]:
 
     Those that are given are empty meanwhile. Where the block ends well, those of the first process
     have the parameters that the sharded ones had; those of the others stay empty. Models that are
-    divided already, see :mod:`qatc.training.divided`, are what is given, and stay so.
+    divided already, see :mod:`qatc.divided.load`, are what is given, and stay so.
     """
     if world.size == 1 or all(sharded_parts(model) for model in models):
         yield models

@@ -1,4 +1,4 @@
-"""A model that is divided among processes from the start: none of them ever holds all of it.
+"""Load a model that is divided among processes from the start.
 
 It is built without storage and sharded (:mod:`qatc.training.sharding`), and then each process reads
 its rows of every parameter from the files of the checkpoint. A checkpoint whose tensors are not the
@@ -9,18 +9,15 @@ there.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from qatc.errors import ConfigError
-from qatc.machine.device import available_memory, release_memory
 from qatc.machine.world import World
 from qatc.models import LoadedModel, load_config, load_model
 from qatc.models.building import build_model
@@ -33,7 +30,6 @@ from qatc.models.load import (
     stored_tensors,
     tensor_digest,
 )
-from qatc.models.regions import sharded_parts
 from qatc.storage.files import read_json
 from qatc.training.sharding import first_row, own_rows, shard_parts
 
@@ -214,57 +210,3 @@ def _fill(model: Any, places: Places) -> None:
                 rows.copy_(files[path].get_tensor(stored))
             elif rows.numel():
                 rows.copy_(files[path].get_slice(stored)[first : first + len(rows)])
-
-
-def release(model: Any) -> None:
-    """Let go of the memory of a model that is not run any more."""
-    if not sharded_parts(model):
-        model.to("meta")
-        return
-    for parameter in model.parameters():  # which FSDP holds by other names too
-        own_rows(parameter.detach()).untyped_storage().resize_(0)
-
-
-def is_released(model: Any) -> bool:
-    """Whether a model's memory was let go of by :func:`release`."""
-    parameter = own_rows(next(model.parameters()).detach())
-    return parameter.is_meta or not parameter.untyped_storage().size()
-
-
-def gathered(tensor: Any) -> Tensor:
-    """All rows of a tensor, which all processes ask for together."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
-
-
-@contextmanager
-def whole_in_each(world: World, model: Any, device: str) -> Iterator[None]:
-    """Inside the block, each process has all rows of a divided model, and runs it by itself.
-
-    A model that is whole anyway is left as it is.
-
-    Raises:
-        ConfigError: a device has no room for them.
-    """
-    if world.size == 1:
-        yield
-        return
-    release_memory(device)
-    needed = sum(parameter.nbytes for parameter in model.parameters())
-    free = available_memory(device)
-    if world.greatest(free is not None and free < needed):
-        raise ConfigError(
-            f"the teacher writes its corpus whole, and takes {needed / 1e9:.1f} GB so, beside what"
-            " is on each device already, which is more than is free; let qatc generate-data write"
-            " the corpus before, where nothing else is on the device, and pass it with --data"
-        )
-    parts = sharded_parts(model)
-    try:
-        for part in parts:
-            part.set_reshard_after_forward(False, recurse=False)
-            part.unshard()
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qatc.divided import hold, load
+from qatc.divided.hold import is_released, release, whole_in_each
+from qatc.divided.load import load_divided
 from qatc.errors import CheckpointError, ConfigError
 from qatc.machine.world import World, current
 from qatc.models import load_model
 from qatc.models.load import model_fingerprint
 from qatc.quantize import pair, stages, writing
-from qatc.training import divided
-from qatc.training.divided import is_released, load_divided, release, whole_in_each
 from qatc.training.sharding import first_row, own_rows
 
 NAN = "model.layers.1.mlp.up_proj.weight"
@@ -59,7 +60,7 @@ def load_together(world: World, directory: Path, model: Path) -> None:
         assert f"the tensor {NAN}" in str(error) and "[63, 3]" in str(error), error
     else:
         raise AssertionError("NaN was loaded")
-    with patch.object(divided, "available_memory", lambda _: None if world.first else 0):
+    with patch.object(hold, "available_memory", lambda _: None if world.first else 0):
         try:
             with whole_in_each(world, frozen, "cpu"):
                 raise AssertionError("there is no room in the second process")
@@ -108,7 +109,7 @@ def assert_sharded(model: Any) -> None:
 @contextmanager
 def never_whole() -> Iterator[None]:
     """Inside the block, a run fails that holds a whole model, or whole weights for long."""
-    evaluate, gather = pair.evaluate_one, divided.gathered
+    evaluate, gather = pair.evaluate_one, hold.gathered
     whole: list[weakref.ref[Tensor]] = []
 
     def refused(*_: Any, **__: Any) -> None:
@@ -127,7 +128,7 @@ def never_whole() -> Iterator[None]:
         return found
 
     with ExitStack() as patched:
-        for module in (pair, divided):
+        for module in (pair, load):
             patched.enter_context(patch.object(module, "load_model", refused))
         patched.enter_context(patch.object(stages, "evaluate_one", evaluated))
         patched.enter_context(patch.object(writing, "gathered", gathered))
