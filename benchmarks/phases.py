@@ -2,11 +2,12 @@
 
     python -m benchmarks.phases DIRECTORY --options '{"batch_size": 2}'
 
-A tiny model goes through the same run first, so that libraries and compiler are
-loaded before anything is counted. What is counted is the growth of resident memory (VmRSS), looked
-at every few milliseconds: a model that is loaded in the dtype of its checkpoint lies in pages of
-that file. The allocator gives back what is freed at once (a fixed ``MALLOC_MMAP_THRESHOLD_``), else
-a phase would be charged with what an earlier one had.
+A tiny model goes through the same run first, so that libraries and compiler are loaded before
+anything is counted; a teacher that is recorded is recorded by a process of its own. What is counted
+is the growth of resident memory (VmRSS), looked at every few milliseconds: a model that is loaded
+in the dtype of its checkpoint lies in pages of that file. The allocator gives back what is freed at
+once (a fixed ``MALLOC_MMAP_THRESHOLD_``), else a phase would be charged with what an earlier one
+had.
 """
 
 from __future__ import annotations
@@ -140,6 +141,14 @@ def run_once(
     quantize(config, Watch())
 
 
+def record(directory: Path, dtype: str) -> None:
+    """Let ``qatc generate-data`` write the corpus, with what it records of the teacher."""
+    command = [sys.executable, "-m", "qatc.cli", "generate-data", "--record-logits", "32+32"]
+    command += ["--model", str(directory / "model"), "--output", str(directory / "out.data")]
+    command += ["--samples", str(SAMPLES), "--batch-size", str(SAMPLES), "--dtype", dtype]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
 def main() -> None:
     """Run the tiny model, then the model, and print the peaks as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -160,6 +169,8 @@ def main() -> None:
         print(title, file=sys.stderr, flush=True)
         sampler.phase = own = next((p for t, p in PHASES.items() if title.startswith(t)), own)
 
+    if options.get("teacher") == "recorded":
+        record(arguments.directory, options.get("dtype", "auto"))
     run_once(arguments.directory / "model", arguments.directory / "out", options, on_stage)
     sampler.ended = True
     sampler.join()

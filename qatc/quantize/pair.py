@@ -16,6 +16,7 @@ from qatc.divided.load import load_divided
 from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.graph import compilation
+from qatc.machine.device import release_memory
 from qatc.machine.world import current
 from qatc.models import LoadedModel, load_model
 from qatc.models.pipelines import why_no_integer_forward
@@ -85,7 +86,7 @@ def load_models(setting: Setting, compute: torch.dtype, in_host: bool = False) -
         setting: the run.
         compute: dtype of the teacher.
         in_host: keep the teacher in the host's memory, where it answers too: it writes and records
-            nothing any more.
+            nothing any more. Divided, it has room on the devices.
 
     Raises:
         QatcError: it cannot be loaded.
@@ -99,7 +100,7 @@ def load_models(setting: Setting, compute: torch.dtype, in_host: bool = False) -
             f" {str(compute).removeprefix('torch.')}: pass --dtype bfloat16, or leave"
             " --master-dtype at float32"
         )
-    place = "cpu" if in_host else setting.device
+    place = "cpu" if in_host and not setting.divided else setting.device
     student, teacher = _load(setting, masters, setting.device), _load(setting, compute, place)
     inputs = {f"the model {config.model}": student.fingerprint}
     if not setting.compile:
@@ -116,7 +117,7 @@ def _load(setting: Setting, dtype: torch.dtype, device: str) -> LoadedModel:
     return load_divided(
         *(current(), name),
         dtype=dtype,
-        device=setting.device,  # where a part of it has room, and NCCL finds it
+        device=device,
         trust_remote_code=trust,
         train_ends=setting.config.train_embeddings,
         note=setting.observer.note,
@@ -213,6 +214,7 @@ def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:
 def drop_teacher(pair: Pair) -> None:
     """Let go of the memory of a teacher that is not run for a while, but for what is shared."""
     release(pair.teacher.model)
+    release_memory(pair.place)  # the graphs that wrote the corpus refer to its weights in circles
 
 
 def load_dropped_teacher(setting: Setting, pair: Pair) -> Pair:

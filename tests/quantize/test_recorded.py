@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,23 @@ def recorded(model: Path, output: Path, **changes: Any) -> QuantizeConfig:
 
 @pytest.fixture(scope="module")
 def finished(shared_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that has its teacher write and record, and then go."""
     output = tmp_path_factory.mktemp("recorded") / "out"
-    return quantize(recorded(shared_model_path, output, train_embeddings=False))
+    left: list[str] = []
+
+    def dropped(pair: Any) -> None:
+        layers = pair.teacher.model.model.layers
+        weights = [(n, weakref.ref(p)) for n, p in layers.named_parameters()]
+        gc.disable()  # the collector may be run by the next line of anybody, or much later
+        drop_teacher(pair)
+        gc.enable()
+        left.extend(name for name, weight in weights if weight() is not None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "drop_teacher", dropped)
+        result = quantize(recorded(shared_model_path, output, train_embeddings=False))
+    assert not left
+    return result
 
 
 def test_one_command_writes_records_and_trains(
