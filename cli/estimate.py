@@ -121,6 +121,7 @@ def estimate(
         from qatc.estimate import estimate as reckon
         from qatc.machine.device import pick_device, total_memory
         from qatc.models.pipelines import recipe_allows_integers, why_no_integer_forward
+        from qatc.quantize.given import why_recipe_wants_whole
 
         shape = read_shape(model, trust_remote_code=trust_remote_code)
         elsewhere = (memory is not None or gpus > 1) and device == "auto"
@@ -137,6 +138,7 @@ def estimate(
             compile=compile,
             on_gpu=place.startswith("cuda"),
             gpus=gpus,
+            divided=why_recipe_wants_whole(chosen) is None,
             batch_size=batch_size,
             accumulate=accumulate,
             max_length=max_length,

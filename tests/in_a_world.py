@@ -32,6 +32,7 @@ from qatc.training.config import StepMetrics, TrainingConfig
 from qatc.training.distill import Distiller
 from qatc.training.sharding import sharded
 from tests.conftest import make_llama
+from tests.divided.in_parts import lay_out_checkpoints, load_together, never_whole
 from tests.training.conftest import CONFIG, VOCABULARY, make_rows
 
 UNCLIPPED = replace(CONFIG, steps=6, checkpoint_every=3, gradient_clip=1e9)
@@ -111,7 +112,9 @@ def refuses_rounded_masters(order: str) -> None:
         raise AssertionError(f"{order}: codes would be those of rounded weights")
 
 
-def run_of(model: Path, output: Path, **training: Any) -> QuantizeConfig:
+def run_of(
+    model: Path, output: Path, method: str = "qat", train_embeddings: bool = True, **training: Any
+) -> QuantizeConfig:
     """A run of few steps, whose gradients are never clipped."""
     settings: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "gradient_clip": 1e9}
     return QuantizeConfig(
@@ -119,8 +122,9 @@ def run_of(model: Path, output: Path, **training: Any) -> QuantizeConfig:
         output,
         generation=CorpusConfig(sequences=24, max_length=16, batch_size=8, shard_size=5),
         training=TrainingConfig(**(settings | training)),
-        method="gptq+qat",
-        eval_sequences=8,
+        method=method,
+        eval_sequences=7,
+        train_embeddings=train_embeddings,
         compile=False,
         verify=False,
     )
@@ -132,7 +136,18 @@ def begin(directory: Path, model: Path) -> None:
         student, _ = train(directory / "alone", APART, World())
         save_file(parameters_of(student), directory / "alone.safetensors")
         forget_last(directory / "alone", directory / "begun alone")
-        quantize(run_of(model, directory / "quantized alone", batch_size=2, accumulate=2))
+        for name, changes in RUNS.items():
+            run = run_of(model, directory / f"{name} alone", batch_size=2, accumulate=2, **changes)
+            quantize(run)
+    lay_out_checkpoints(directory, model)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "quantized": {"method": "gptq+qat"},
+    "divided": {},
+    "recorded": {"teacher": "recorded", "train_embeddings": False},
+}
+"""Runs by the names of their outputs: one that needs whole models, and two that do not."""
 
 
 def parameters_of(model: Any) -> dict[str, Tensor]:
@@ -193,7 +208,11 @@ def main(directory: Path, model: Path) -> None:
             world.on_first(forget_last, directory / "small", directory / "small again")
             finish("small again", replace(TOGETHER, **SMALL))
             finish("fused", replace(TOGETHER, **FUSED))
-            quantize(run_of(model, directory / "quantized", batch_size=4))
+            quantize(run_of(model, directory / "quantized", batch_size=4, **RUNS["quantized"]))
+            for name in ("divided", "recorded"):
+                with never_whole():
+                    quantize(run_of(model, directory / name, batch_size=4, **RUNS[name]))
+            load_together(world, directory, model)
         for order in ("prepare shard", "shard prepare"):
             gradients = user_step(order)
             if world.first:

@@ -49,7 +49,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Exit status, stdout and stderr of each, once all have ended."""
     found = []
     for process in processes:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         found.append((process.returncode, out, err))
     return found
 

@@ -31,6 +31,7 @@ PIPELINE = (
         "ptq",
         "losses",
         "training",
+        "divided",
     ),
     *("output", "export", "runtime", "evaluation", "sensitivity", "report", "quantize"),
     *("estimate", "compare", "cli"),

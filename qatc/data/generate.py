@@ -46,7 +46,7 @@ from qatc.data.slots import (
 from qatc.data.teacher_logits import record_teacher
 from qatc.errors import ConfigError, DataError
 from qatc.machine.world import current
-from qatc.models.load import LoadedModel, check_length, model_fingerprint
+from qatc.models.load import LoadedModel, check_length
 from qatc.storage.directories import refuse_overlap
 from qatc.storage.files import write_json, writing_to
 from qatc.storage.locks import locked
@@ -217,7 +217,7 @@ def describe(
         "format_version": FORMAT_VERSION,
         "strategy": config.strategy,
         "model": teacher.name,
-        "model_fingerprint": model_fingerprint(teacher.model),
+        "model_fingerprint": teacher.fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         **of_chat,
         "prompt_tokens": prompt,

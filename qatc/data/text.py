@@ -32,7 +32,7 @@ from qatc.data.generate import begin_corpus, corpus_place
 from qatc.data.shards import Tokens, write_shard
 from qatc.data.teacher_logits import Recorded, record_teacher
 from qatc.errors import ConfigError, DataError
-from qatc.models.load import LoadedModel, model_fingerprint
+from qatc.models.load import LoadedModel
 from qatc.storage.directories import refuse_overlap
 from qatc.storage.files import write_json
 
@@ -119,7 +119,7 @@ def record_on_text(
     tokens, what = np.concatenate(corpus.sequences()), f"the corpus {corpus.path}"
     require_known(tokens, tokenizer, teacher.model, what=what, name=teacher.name)
     with corpus_place(corpus.path, teacher.name):
-        fingerprint = model_fingerprint(teacher.model)
+        fingerprint = teacher.fingerprint
         return record_teacher(
             teacher, corpus, recording, fingerprint=fingerprint, on_progress=on_progress
         )

@@ -72,6 +72,10 @@ def _moved(what: str) -> Callable[[Shape, Setup, Speed], float]:
 
 OPTIONS = (
     Option(
+        "--data CORPUS", {"written_before": True}, (), _share(0.005),
+        "the corpus is written before, by generate-data, which has the device to itself",
+    ),
+    Option(
         "--no-verify", {"verify": False}, (), _share(0.005),
         "the output is to be verified later, in the host's memory: qatc verify --device cpu",
     ),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from qatc.data.config import RECORDING
+from qatc.data.corpus import is_complete
 from qatc.data.teacher_logits import recorded_as
 from qatc.errors import ConfigError
 from qatc.estimate.fit import Choice, require_fit, training_changes
@@ -19,6 +20,7 @@ from qatc.machine.world import current
 from qatc.models.pipelines import why_no_integer_forward
 from qatc.ptq.method import parse_method
 from qatc.quantize import QuantizeConfig
+from qatc.quantize.given import why_whole
 
 
 def fitted(config: QuantizeConfig, memory: float) -> tuple[QuantizeConfig, Choice]:
@@ -42,11 +44,23 @@ def fitted(config: QuantizeConfig, memory: float) -> tuple[QuantizeConfig, Choic
     if training.teacher == "recorded" and recorded_as(config.data_directory) is None:
         raise ConfigError(
             f"to fit, {shape.name} needs a recorded teacher, which has the device to itself while"
-            f" it writes: run qatc generate-data --model {config.model} --output"
-            f" {config.data_directory} --record-logits {RECORDING} --samples"
-            f" {config.generation.sequences} --max-length {config.generation.max_length} first"
+            f" it writes: run {_generate_data(config, f' --record-logits {RECORDING}')} first"
+        )
+    if choice.setup.written_before and not is_complete(config.data_directory):
+        raise ConfigError(
+            f"to fit, {shape.name} needs a corpus that is there, as its teacher wants the device to"
+            f" itself while it writes: run {_generate_data(config)} first"
         )
     return replace(config, training=training, verify=choice.setup.verify), choice
+
+
+def _generate_data(config: QuantizeConfig, options: str = "") -> str:
+    """The command that makes the corpus of a run before it."""
+    generation = config.generation
+    return (
+        f"qatc generate-data --model {config.model} --output {config.data_directory}{options}"
+        f" --samples {generation.sequences} --max-length {generation.max_length}"
+    )
 
 
 def _closed(config: QuantizeConfig) -> tuple[str, ...]:
@@ -77,6 +91,7 @@ def setup_of(config: QuantizeConfig, shape: Shape) -> Setup:
         compile=config.compile is not False,
         on_gpu=torch.device(device).type != "cpu",
         gpus=current().size,
+        divided=why_whole(config) is None,
         batch_size=training.batch_size,
         accumulate=training.accumulate,
         max_length=generation.max_length,

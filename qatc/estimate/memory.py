@@ -5,10 +5,10 @@ process on a CPU; what a run on GPUs keeps in the host's memory stands beside th
 is exact, of activations it counts the tensors that compiled graphs were seen to save, and of what
 lives for a moment within a layer it counts the largest.
 
-With several GPUs both models, gradients and optimizer are shared out while the student is trained
-(FSDP2): a layer's parameters are gathered while it runs, and those of the next one beside them. In
-the phases around it every GPU has whole models, see
-:data:`qatc.estimate.parts.DIVIDED`.
+With several GPUs both models, gradients and optimizer are shared out (FSDP2): a layer's parameters
+are gathered while it runs, and those of the next one beside them. The teacher is whole on each GPU
+while it writes, the largest weight while the student is packed, and the first GPU verifies alone.
+Runs that need whole models (``divided`` of a setup) have them but in training.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from qatc.data.config import CorpusConfig
 from qatc.estimate.parts import (
     PACKING,
     PhaseMemory,
+    gathered,
     head_copy,
     in_host,
     layer_copies,
@@ -55,7 +56,7 @@ def phases(shape: Shape, setup: Setup, memory: float | None = None) -> list[Phas
         *([_record(shape, setup)] if setup.teacher == "recorded" else []),
         _evaluation(shape, setup),
         training(shape, setup),
-        _by_layer(shape, setup),
+        *([] if setup.shares_out else [_by_layer(shape, setup)]),
         _writing(shape, setup),
         *([_verifying(shape, setup)] if setup.verify else []),
     ]
@@ -87,6 +88,8 @@ def slot_bytes(shape: Shape, setup: Setup) -> float:
 
 def _load(shape: Shape, setup: Setup) -> PhaseMemory:
     moved = shape.parameters * max(setup.master, setup.width)
+    if setup.shares_out:  # one tensor after the other is read as a whole, for its fingerprint
+        moved = shape.largest * (shape.stored + setup.master)
     host = {"models on their way": float(moved * setup.gpus), **in_host(shape, setup, "loading")}
     return PhaseMemory("loading", models(shape, setup, "loading"), host)
 
@@ -118,7 +121,7 @@ def _record(shape: Shape, setup: Setup) -> PhaseMemory:
 def _evaluation(shape: Shape, setup: Setup) -> PhaseMemory:
     """Two models' logits, beside those of the batch before, until they are replaced."""
     title = "evaluating, before and after"
-    parts = models(shape, setup, title)
+    parts = models(shape, setup, title) | gathered(shape, setup, title)
     parts |= {
         "logits and loss": 3.0 * setup.tokens * shape.vocabulary * setup.width,
         "compute copies": layer_copies(shape, setup) + head_copy(shape, setup),
@@ -154,7 +157,10 @@ def _writing(shape: Shape, setup: Setup) -> PhaseMemory:
         0 if setup.master == shape.stored else shape.stored
     )
     packed = {"codes": _codes(shape) + floats}
-    parts["workspace"] = shape.largest * 4 * 2.0
+    whole = setup.master if setup.shares_out else 0
+    parts["workspace"] = shape.largest * (4 * 2.0 + whole)
+    if setup.shares_out and setup.verify:
+        packed["masters"] = float(shape.linear * setup.master)
     if setup.on_gpu:
         return PhaseMemory(PACKING, parts, packed)
     return PhaseMemory(PACKING, parts | packed)
@@ -174,6 +180,8 @@ def _verifying(shape: Shape, setup: Setup) -> PhaseMemory:
         "integer model": packed + rest,
         "workspace": shape.largest * 4 * 2.0,
     }
+    if setup.shares_out and setup.on_gpu:
+        return PhaseMemory("verifying", parts, {"masters": parts.pop("masters")})
     return PhaseMemory("verifying", parts)
 
 

@@ -9,8 +9,11 @@ from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape
 from qatc.losses.chunks import chunk_size
 
-DIVIDED = frozenset({"training"})
-"""Phases in which GPUs share models out; in all others each has whole ones."""
+TRAINING = "training"
+"""Phase in which GPUs always share models out."""
+
+_GATHERED = 2
+"""Layers whose parameters are gathered at a time: one runs, the next one is on its way."""
 
 IN_HOST = frozenset({"loading", "evaluating, before and after", "measuring KL by layer"})
 """Phases in which a teacher that is recorded lies in the host's memory, beside a GPU."""
@@ -19,7 +22,7 @@ PACKING = "packing and writing"
 """Phase in which no teacher is there any more."""
 
 WITHOUT_STUDENT = frozenset({"writing the corpus", "recording the teacher"})
-"""Phases that generate-data has to itself, where the teacher is recorded."""
+"""Phases that generate-data has to itself, where the teacher is recorded or the corpus given."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,41 @@ def chunk_of(shape: Shape, setup: Setup) -> int:
 def models(shape: Shape, setup: Setup, phase: str) -> dict[str, float]:
     """Bytes of student and teacher as they lie in a phase, on each GPU.
 
-    An embedding and a head that are not trained are the teacher's own, where dtypes agree.
+    An embedding and a head that are not trained are the teacher's own, where dtypes agree, but for
+    models that are shared out. Of those the teacher is whole, beside its shares, while it writes.
     """
     recorded, found = setup.teacher == "recorded", {}
-    share = setup.gpus if phase in DIVIDED else 1
-    if not (recorded and phase in WITHOUT_STUDENT):
+    alone = (recorded or setup.written_before) and phase in WITHOUT_STUDENT
+    divided = (setup.shares_out and not alone) or phase == TRAINING
+    share = setup.gpus if divided else 1
+    if not alone:
         found["masters"] = shape.parameters * setup.master / share
-    dropped = phase == "training" or (phase in IN_HOST and setup.on_gpu)
+    dropped = phase == TRAINING or bool(in_host(shape, setup, phase))
     if phase != PACKING and not (recorded and dropped):
         shared = "masters" in found and not setup.train_embeddings and setup.master == setup.width
-        own = shape.parameters - (shape.ends if shared else 0)
+        own = shape.parameters - (shape.ends if shared and not setup.shares_out else 0)
         found["teacher"] = own * setup.width / share
+    if setup.shares_out and phase in WITHOUT_STUDENT and not alone:
+        found["whole teacher"] = float(shape.parameters * setup.width)
     return found
+
+
+def gathered(shape: Shape, setup: Setup, phase: str) -> dict[str, float]:
+    """Bytes of parameters that FSDP gathers at a time: some layers, embedding and head."""
+    streams = setup.streams and phase == TRAINING
+    if not streams and (setup.gpus == 1 or not (setup.shares_out or phase == TRAINING)):
+        return {}
+    both = setup.teacher == "online" or phase != TRAINING
+    width = setup.master + (setup.width if both else 0)
+    each = _GATHERED * shape.linear / shape.layers + shape.ends
+    return {"gathered layers": each * width}
 
 
 def in_host(shape: Shape, setup: Setup, phase: str) -> dict[str, float]:
     """Bytes of a teacher that lies in the host's memory in a phase, of every process."""
-    if setup.teacher != "recorded" or phase not in IN_HOST or not setup.on_gpu:
+    if setup.teacher != "recorded" or phase not in IN_HOST:
+        return {}
+    if setup.shares_out or not setup.on_gpu:
         return {}
     return {"teacher": float(shape.parameters * setup.width * setup.gpus)}
 

@@ -28,6 +28,8 @@ class Setup:
         compile: whether graphs are compiled.
         on_gpu: whether the models are on a GPU, beside which the host has memory of its own.
         gpus: how many share the work and the student.
+        divided: whether they share both models out wherever one is run, and not only while the
+            student is trained, see :func:`qatc.quantize.given.why_whole`.
         batch_size: rows of a forward pass, on all GPUs together.
         accumulate: forward passes of a step.
         max_length: tokens of a row.
@@ -36,6 +38,7 @@ class Setup:
         eval_samples: those of them that are held out.
         slots: sequences that are written side by side on a GPU; ``None`` for as many as
             :func:`qatc.data.slots.choose_slots` would take at most.
+        written_before: whether generate-data writes the corpus, with the device to itself.
         train_embeddings: whether embedding and head are trained as well.
         keep_checkpoints: on the disk.
         verify: whether the output is held against what was trained, on the same device.
@@ -62,6 +65,7 @@ class Setup:
     compile: bool = True
     on_gpu: bool = True
     gpus: int = 1
+    divided: bool = True
     batch_size: int = 8
     accumulate: int = 1
     max_length: int = 256
@@ -69,6 +73,7 @@ class Setup:
     samples: int = 4096
     eval_samples: int = 256
     slots: int | None = None
+    written_before: bool = False
     train_embeddings: bool = True
     keep_checkpoints: int = 2
     verify: bool = True
@@ -122,6 +127,11 @@ class Setup:
     def streams(self) -> bool:
         """Whether parameters come from the host's memory, layer by layer."""
         return self.offload == "parameters" and self.on_gpu
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether GPUs share models out wherever one is run."""
+        return self.divided and self.gpus > 1 and self.offload != "parameters"
 
     @property
     def width(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from qatc.estimate.parts import (
+    TRAINING,
     PhaseMemory,
     chunk_of,
+    gathered,
     head_copy,
     layer_copies,
     models,
@@ -13,16 +15,13 @@ from qatc.estimate.parts import (
 from qatc.estimate.setup import Setup
 from qatc.estimate.shapes import Shape
 
-_GATHERED = 2
-"""Layers whose parameters are gathered at a time: one runs, the next one is on its way."""
-
 
 def training(shape: Shape, setup: Setup) -> PhaseMemory:
     """The more of two moments: at the loss, and at the end of the backward pass.
 
     Between them gradients grow as activations go, so that neither is exceeded by much.
     """
-    parts = models(shape, setup, "training") | _gathered(shape, setup)
+    parts = models(shape, setup, TRAINING) | gathered(shape, setup, TRAINING)
     state = trained(shape, setup) * setup.moments / setup.gpus
     host = {}
     if setup.on_gpu:  # on a CPU a checkpoint is written as it lies
@@ -38,7 +37,7 @@ def training(shape: Shape, setup: Setup) -> PhaseMemory:
         models_there = parts.keys() & {"masters", "teacher"}
         host |= {name: parts.pop(name) * setup.gpus for name in sorted(models_there)}
         host["gradients"] = trained(shape, setup) * setup.master
-    return PhaseMemory("training", parts, host)
+    return PhaseMemory(TRAINING, parts, host)
 
 
 def _at_the_loss(shape: Shape, setup: Setup) -> dict[str, float]:
@@ -132,12 +131,3 @@ def saved_activations(shape: Shape, setup: Setup) -> float:
         return saved if setup.compile else 1.9 * saved
     saved = attention + wide + (5 * shape.hidden + shape.inner) * setup.width
     return saved if setup.compile else 1.9 * saved
-
-
-def _gathered(shape: Shape, setup: Setup) -> dict[str, float]:
-    """Bytes of parameters that FSDP gathers at a time: some layers, embedding and head."""
-    if setup.gpus == 1 and not setup.streams:
-        return {}
-    width = setup.master + (setup.width if setup.teacher == "online" else 0)
-    each = _GATHERED * shape.linear / shape.layers + shape.ends
-    return {"gathered layers": each * width}

@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from qatc.data.corpus import Rows
 from qatc.errors import DataError, EvaluationError
 from qatc.losses.distances import agreements, compiled, negative_log_likelihood, soft_cross_entropy
+from qatc.machine.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def evaluate(
     batch_size: int = 8,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     compile: bool = False,
+    world: World = ALONE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Metrics:
     """Evaluate ``model`` on packed rows.
@@ -55,9 +58,10 @@ def evaluate(
         model: a causal LM, prepared or not.
         rows: text.
         teacher: the full-precision model, for KL and agreement.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass, of all processes together.
         autocast: context of the model's forward pass.
         compile: compile what reads the logits with Inductor.
+        world: the processes that models are divided among; each runs some rows of every batch.
         on_progress: called with the rows done and all rows.
 
     Raises:
@@ -76,7 +80,7 @@ def evaluate(
     nll = kl = 0.0
     agreeing = scored = compared = 0
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+        batch = _own_share(world, rows[start : start + batch_size], batch_size)
         ids = torch.from_numpy(batch.tokens).to(device, torch.long)
         with autocast():
             logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
@@ -103,10 +107,26 @@ def evaluate(
             compared += int(counted.sum())
         if on_progress is not None:
             on_progress(min(start + batch_size, len(rows)), len(rows))
-    perplexity = math.exp(min(nll / scored, 700.0))
+    nll, kl, agreed, tokens, places = world.sum([nll, kl, agreeing, scored, compared])
+    perplexity = math.exp(min(nll / tokens, 700.0))
     if teacher is None:
-        return Metrics(perplexity, None, None, scored)
-    return Metrics(perplexity, kl / compared, agreeing / compared, scored)
+        return Metrics(perplexity, None, None, int(tokens))
+    return Metrics(perplexity, kl / places, agreed / places, int(tokens))
+
+
+def _own_share(world: World, batch: Rows, batch_size: int) -> Rows:
+    """The rows of a batch that this process runs: as many for each, of which some count nothing."""
+    if world.size == 1:
+        return batch
+    share = -(-batch_size // world.size)
+    own = batch[world.rank * share : (world.rank + 1) * share]
+    missing = share - len(own)
+
+    def padded(part: Any) -> Any:
+        return np.pad(part, ((0, missing), (0, 0)))
+
+    parts = padded(own.tokens), padded(own.sequence), padded(own.labelled)
+    return Rows(*parts, own.answers_only) if missing else own
 
 
 def _not_a_number(who: str, start: int, rows: int) -> EvaluationError:

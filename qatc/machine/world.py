@@ -132,7 +132,10 @@ class World:
         return [float(number) for number in numbers]
 
 
-_current = World()
+ALONE = World()
+"""A process by itself."""
+
+_current = ALONE
 
 
 def current() -> World:
@@ -189,7 +192,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     finally:
         if words is not None:
             distributed.destroy_process_group(words)  # or its threads break off the process's end
-        _current = World()
+        _current = ALONE
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,18 @@ class LoadedModel:
         model: the transformers model, with attention through SDPA.
         name: what the user called it.
         dtype: the dtype of the checkpoint, which may differ from the one it was loaded in.
+        known_fingerprint: of a model that no process holds as a whole.
     """
 
     model: Any
     name: str
     dtype: torch.dtype
+    known_fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """See :func:`model_fingerprint`."""
+        return self.known_fingerprint or model_fingerprint(self.model)
 
 
 def load_model(
@@ -67,7 +74,7 @@ def load_model(
     settings = read_generation_config(Path(name))
     # Else transformers refuses models over settings that are only used by who generates.
     aside = {} if settings is None else {"generation_config": GenerationConfig()}
-    with _readable_errors(name, config):
+    with readable_errors(name, config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -88,10 +95,15 @@ def load_model(
             f" {missing[0]}; copy or download it again"
         )
     require_finite(dict(model.named_parameters()), name)
-    own = getattr(config, "dtype", None)
-    own = own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
+    own = stored_dtype(config, model)
     model.to(torch.device(device))
     return LoadedModel(model.eval(), name, own)
+
+
+def stored_dtype(config: Any, model: Any) -> torch.dtype:
+    """The dtype that a checkpoint's config names; if it names none, that of the model."""
+    own = getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
 
 
 def read_generation_config(directory: Path) -> GenerationConfig | None:
@@ -152,7 +164,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     refuse_adapter(name)
-    with _readable_errors(name):
+    with readable_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(
@@ -182,7 +194,7 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
     config = load_config(name, trust_remote_code=trust_remote_code)
     own = getattr(config, "dtype", None)
     dtype = own if isinstance(own, torch.dtype) else torch.get_default_dtype()
-    with _readable_errors(name, config):
+    with readable_errors(name, config):
         model = build_model(config, dtype, device="meta", trust_remote_code=trust_remote_code)
         model.to_empty(device="cpu")
         model.tie_weights()
@@ -197,7 +209,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _readable_errors(name):
+    with readable_errors(name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
@@ -208,23 +220,31 @@ def model_fingerprint(model: Any) -> str:
     was loaded. Every byte counts: a sample would miss a change in place. That takes a second per
     4 GB on each core (with SHA instructions), beside which loading the model takes longer.
     """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
+        return joined_fingerprint(model, pool.map(tensor_digest, stored_tensors(model).values()))
+
+
+def joined_fingerprint(model: Any, digests: Iterable[bytes]) -> str:
+    """The fingerprint of a model by its config and the digests of its :func:`stored_tensors`."""
     config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    stored = model.state_dict()
-    tensors = dict(model.named_parameters()) | {
-        name: buffer for name, buffer in model.named_buffers() if name in stored
-    }
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
-        for name, found in zip(tensors, pool.map(_tensor_digest, tensors.values()), strict=True):
-            digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + found)
+    for (name, tensor), found in zip(stored_tensors(model).items(), digests, strict=True):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + found)
     return digest.hexdigest()
+
+
+def stored_tensors(model: Any) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that a checkpoint holds."""
+    stored = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return dict(model.named_parameters()) | buffers
 
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Entries of a config that say how it was loaded, and not what the model computes."""
 
 
-def _tensor_digest(tensor: Tensor) -> bytes:
+def tensor_digest(tensor: Tensor) -> bytes:
     """Hash of a tensor's values, some at a time, so that no second copy of it is made."""
     digest = hashlib.sha256()
     for part in tensor.detach().reshape(-1).split(1 << 22):
@@ -232,7 +252,7 @@ def _tensor_digest(tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-class _readable_errors:
+class readable_errors:
     """Turn what transformers raises about a bad path, name or checkpoint into one line."""
 
     def __init__(self, name: str, config: Any = None) -> None:

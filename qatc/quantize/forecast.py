@@ -46,13 +46,14 @@ def forecast(
 
     Returns:
         How many sequences are fast to write side by side; None where that was not measured: the
-        corpus is there, or nothing is left to train.
+        corpus is there, or nothing is left to train, or the teacher is divided.
     """
     config, training = setting.config, setting.config.training
     if not parse_method(config.method).trains:
         return None
     stages, layers = parse_train(training.train), len(find_regions(pair.student))
-    done = Checkpoints(config.partial / "checkpoints", training.keep_checkpoints).latest() or 0
+    checkpoints = Checkpoints(config.partial / "checkpoints", training.keep_checkpoints)
+    done = setting.world.on_first(checkpoints.latest) or 0
     steps = 0 if stages.parts is None else training.steps - done
     layer_steps = _layer_steps_left(setting, layers) if stages.by_layer and not done else 0
     if steps + layer_steps <= 0:
@@ -77,7 +78,7 @@ def forecast(
         own = optimizer_bytes(pair.student, training)
         needed = max(needed, floor, peak_memory(setting.device) + own)
     speed = None
-    if corpus is None:
+    if corpus is None and not setting.divided:
         speed = measure_speed(
             pair.teacher, config.data_directory, config.generation, compile=setting.compile
         )
@@ -161,9 +162,10 @@ def _measure_end_to_end(setting: Setting, pair: Pair, trains: bool) -> tuple[Ste
 
     # Several processes leave each a share of the gradients, which the whole ones are not.
     streams = training.offload == "parameters"
-    few_gradients = training.fused_step or current().size > 1 or streams
+    few_gradients = training.fused_step or current().size > setting.world.size or streams
     with _dropped_gradients(pair.student) if few_gradients else nullcontext():
-        cost = measure_step(loss, pair.student, share, length, vocabulary, backward=trains)
+        of_step = (share, length, vocabulary, setting.world)
+        cost = measure_step(loss, pair.student, *of_step, backward=trains)
     if streams and trains:
         setting.observer.note(
             "--offload parameters makes a step longer than it is measured: weights and gradients"

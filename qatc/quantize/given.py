@@ -17,12 +17,15 @@ from qatc.data.documents import read_text
 from qatc.data.teacher_logits import Recorded
 from qatc.errors import ConfigError
 from qatc.machine.device import pick_device, pick_dtype
+from qatc.machine.world import ALONE, World, current
 from qatc.models import LoadedModel, load_config, load_tokenizer
-from qatc.models.load import check_length, model_fingerprint
+from qatc.models.load import check_length
 from qatc.models.preparation import can_compile
 from qatc.progress import Observer
+from qatc.ptq.method import parse_method
 from qatc.quantize.settings import QuantizeConfig
 from qatc.quantize.unfinished import recorded_inputs
+from qatc.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,54 @@ class Setting:
         observer: is told what happens.
         device: torch device.
         compile: whether graphs are compiled.
+        divided: whether models are divided among several processes from loading to packing, so that
+            all of them take part wherever one is run.
     """
 
     config: QuantizeConfig
     observer: Observer
     device: str
     compile: bool
+    divided: bool = False
 
     @classmethod
     def of(cls, config: QuantizeConfig, observer: Observer) -> Setting:
         """The run on this machine."""
         compile = can_compile() if config.compile is None else config.compile
-        return cls(config, observer, pick_device(config.device), compile)
+        reason = why_whole(config) if current().size > 1 else None
+        if reason is not None:
+            observer.note(f"each process holds whole models but while they train, as {reason}")
+        divided = current().size > 1 and reason is None
+        return cls(config, observer, pick_device(config.device), compile, divided)
+
+    @property
+    def world(self) -> World:
+        """The processes that run a model together: all, or this one, which has it as a whole."""
+        return current() if self.divided else ALONE
+
+
+def why_whole(config: QuantizeConfig) -> str | None:
+    """Why several processes cannot do a run without whole models, or None if they can."""
+    if parse_method(config.method).steps:
+        return f"--method {config.method} changes whole weights"
+    if config.budget is not None:
+        return "--budget rounds one whole weight after the other"
+    if config.training.offload == "parameters":
+        return "--offload parameters moves whole models into the host's memory"
+    if config.training.train != "full":
+        return f"--train {config.training.train} trains a part of the model"
+    return why_recipe_wants_whole(config.recipe)
+
+
+def why_recipe_wants_whole(recipe: Recipe) -> str | None:
+    """What of a recipe several processes cannot do without whole models, or None."""
+    if recipe.rotate_inputs:
+        return "inputs are rotated, for which whole weights are turned"
+    if recipe.weights.learned or recipe.kv.learned or recipe.center_keys:
+        return "learned scales and centers of keys are measured on whole weights"
+    if recipe.weights.scale_dtype == "float16":
+        return f"scales for the target {recipe.target} are held against whole weights"
+    return None
 
 
 @dataclass(frozen=True)
@@ -156,8 +195,7 @@ def recorded_teacher(recorded: Recorded | None) -> dict[str, str]:
 
 def require_recorded(recorded: Recorded, teacher: LoadedModel) -> None:
     """Raise ``DataError`` unless it is this teacher that was recorded."""
-    model = teacher.model
-    recorded.require_teacher(model_fingerprint(model), model.dtype, teacher.name)
+    recorded.require_teacher(teacher.fingerprint, teacher.model.dtype, teacher.name)
 
 
 def require_known_tokens(given: Given, model: Any, name: str) -> None:

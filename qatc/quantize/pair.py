@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qatc.data.corpus import Rows
+from qatc.divided.hold import is_released, release
+from qatc.divided.load import load_divided
 from qatc.errors import ConfigError
 from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.graph import compilation
 from qatc.machine.device import release_memory
+from qatc.machine.world import current
 from qatc.models import LoadedModel, load_model
-from qatc.models.load import model_fingerprint
 from qatc.models.pipelines import why_no_integer_forward
 from qatc.models.preparation import prepare, prepared_state, quantized_specs, restore
 from qatc.models.scales import of_attention, of_weight
@@ -25,6 +27,7 @@ from qatc.models.vocabulary import tying_note
 from qatc.quantize.given import Setting
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
+from qatc.training.sharding import own_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,7 @@ def load_models(setting: Setting, compute: torch.dtype, in_host: bool = False) -
         setting: the run.
         compute: dtype of the teacher.
         in_host: keep the teacher in the host's memory, where it answers too: it writes and records
-            nothing any more.
+            nothing any more. Divided, it has room on the devices.
 
     Raises:
         QatcError: it cannot be loaded.
@@ -97,9 +100,9 @@ def load_models(setting: Setting, compute: torch.dtype, in_host: bool = False) -
             f" {str(compute).removeprefix('torch.')}: pass --dtype bfloat16, or leave"
             " --master-dtype at float32"
         )
-    place = "cpu" if in_host else setting.device
+    place = "cpu" if in_host and not setting.divided else setting.device
     student, teacher = _load(setting, masters, setting.device), _load(setting, compute, place)
-    inputs = {f"the model {config.model}": model_fingerprint(student.model)}
+    inputs = {f"the model {config.model}": student.fingerprint}
     if not setting.compile:
         asked = config.compile is False
         reason = "as --no-compile asks" if asked else f"as {compilation.obstacle()}: slower"
@@ -108,8 +111,17 @@ def load_models(setting: Setting, compute: torch.dtype, in_host: bool = False) -
 
 
 def _load(setting: Setting, dtype: torch.dtype, device: str) -> LoadedModel:
-    trust = setting.config.trust_remote_code
-    return load_model(setting.config.model, dtype=dtype, device=device, trust_remote_code=trust)
+    name, trust = setting.config.model, setting.config.trust_remote_code
+    if not setting.divided:
+        return load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
+    return load_divided(
+        *(current(), name),
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust,
+        train_ends=setting.config.train_embeddings,
+        note=setting.observer.note,
+    )
 
 
 def make_pair(setting: Setting, loaded: Loaded, compute: torch.dtype) -> Pair:
@@ -128,7 +140,7 @@ def make_pair(setting: Setting, loaded: Loaded, compute: torch.dtype) -> Pair:
         setting.observer.note(f"linears computed in float: {obstacle or 'as asked'}")
     if (note := tying_note(student, config.recipe)) is not None:
         setting.observer.note(note)
-    if not config.train_embeddings:
+    if not (config.train_embeddings or setting.divided):
         _share_embeddings(student, loaded.teacher.model)
     quantized = quantized_specs(student)
     stored, place = loaded.stored, loaded.place
@@ -201,16 +213,16 @@ def _share_embeddings(student: nn.Module, teacher: nn.Module) -> None:
 
 def drop_teacher(pair: Pair) -> None:
     """Let go of the memory of a teacher that is not run for a while, but for what is shared."""
-    pair.teacher.model.to("meta")
+    release(pair.teacher.model)
     release_memory(pair.place)  # the graphs that wrote the corpus refer to its weights in circles
 
 
 def load_dropped_teacher(setting: Setting, pair: Pair) -> Pair:
     """The pair with its teacher loaded again, if it was dropped."""
-    if not next(pair.teacher.model.parameters()).is_meta:
+    if not is_released(pair.teacher.model):
         return pair
     teacher = _load(setting, pair.compute, pair.place)
-    if not setting.config.train_embeddings:
+    if not (setting.config.train_embeddings or setting.divided):
         _share_embeddings(pair.student, teacher.model)
     return replace(pair, teacher=teacher)
 
@@ -224,6 +236,7 @@ def evaluate_one(setting: Setting, pair: Pair, model: nn.Module, rows: Rows) -> 
         batch_size=setting.config.training.batch_size,
         autocast=pair.autocast if model is pair.student else nullcontext,
         compile=setting.compile,
+        world=setting.world,
         on_progress=setting.observer.evaluated,
     )
 
@@ -234,4 +247,5 @@ def round_unquantized(pair: Pair) -> None:
     # Of a tied weight that only one of its users quantizes, the other one stores the float.
     for name, parameter in pair.student.named_parameters(remove_duplicate=False):
         if name not in pair.quantized and not (of_weight(name) or of_attention(name)):
-            parameter.copy_(parameter.to(pair.stored).to(parameter.dtype))
+            own = own_rows(parameter)
+            own.copy_(own.to(pair.stored).to(own.dtype))

@@ -4,8 +4,10 @@ Everything a run needs to go on after an interruption is in ``OUTPUT.partial``: 
 figures measured so far and the checkpoints. The corpus is in ``OUTPUT.data`` (or wherever
 ``data`` says) and stays. ``OUTPUT`` itself appears in one piece, at the end.
 
-Where several processes do a run together (:mod:`qatc.machine.world`), they write the corpus and
-train together; everything else the first one does and keeps with the run, where others find it.
+Where several processes do a run together (:mod:`qatc.machine.world`), models are divided among them
+from loading to packing (:mod:`qatc.divided`), and all take part wherever one is run. Where
+that cannot be (:func:`qatc.quantize.given.why_whole`), each has whole ones; they write the corpus
+and train together, and all else the first one does and keeps with the run, where others find it.
 
 Each stage is a function whose result the next ones take:
 
@@ -21,10 +23,11 @@ Each stage is a function whose result the next ones take:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from qatc.data.corpus import Corpus, Rows, is_complete
 from qatc.data.generate import check_corpus, corpus_place, describe
@@ -75,6 +78,9 @@ from qatc.storage.directories import refuse_existing
 from qatc.storage.files import read_json, write_json
 from qatc.storage.locks import locked
 from qatc.training.sharding import check_training
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,8 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
     pair = make_pair(setting, loaded, given.compute)
     world.on_first(_begin, setting, given, pair, inputs, given.corpus)
     world.on_first(write_json, place, {"in_host": in_host})
-    slots = world.on_first(forecast, setting, pair, given.corpus, given.texts)
+    ahead = (setting, pair, given.corpus, given.texts)
+    slots = forecast(*ahead) if setting.divided else world.on_first(forecast, *ahead)
     corpus = given.corpus or write_corpus(setting, given, pair, slots)
     corpus_lock.close()
     recorded = given.recorded or open_recorded(config, corpus)
@@ -158,7 +165,7 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
     setting, pair = world.first_before_others(choose_weight_bits, setting, pair, rows)
     config = setting.config
     center(setting, pair, rows)
-    baselines = world.first_before_others(measure_baselines, setting, pair, texts)
+    baselines = _together(setting, measure_baselines, setting, pair, texts)
     method = parse_method(config.method)
     if method.steps:
         pair = world.first_before_others(apply_method, setting, pair, rows)
@@ -172,21 +179,34 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
         *_, rounded = baselines[corpus.held_out_name].values()
         training = train(setting, pair, rows, rounded.kl or 0.0)
     with _kept(setting):
-        if world.first:  # others read what it measures
+        if world.first or setting.divided:  # others read what it measures
             pair = load_dropped_teacher(setting, pair)
         round_unquantized(pair)
         name, file = "QAT" if method.trains else method.name or "RTN", trained_file(config)
-        by_layer = world.first_before_others(measure_depth, setting, pair, held_out)
+        by_layer = _together(setting, measure_depth, setting, pair, held_out)
         measured = (pair, texts, baselines, name, file)
-        figures = world.first_before_others(measure_student, setting, *measured)
-        if not world.first:
+        figures = _together(setting, measure_student, setting, *measured)
+        if not (world.first or setting.divided):
             return setting, figures, []
         metadata = _metadata(setting, pair, corpus, rows, training, figures)
         metadata["divergence_by_layer"] = by_layer
         drop_teacher(pair)
         output, masters = take_output(setting, pair, metadata)
+        if not world.first:
+            return setting, figures, []
     trained = Trained(output, masters, given.tokenizer, figures, training)
     return setting, figures, [trained]
+
+
+def _together(setting: Setting, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a stage gives that runs models and keeps what it finds.
+
+    Those that are divided all processes run at once; of whole ones, the first runs its own, and
+    others find what it has kept.
+    """
+    if setting.divided:
+        return act(*args, **kwargs)
+    return current().first_before_others(act, *args, **kwargs)
 
 
 def _begin(

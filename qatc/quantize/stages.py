@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from qatc.data.config import RECORDING
+from qatc.data.config import RECORDING, CorpusConfig
 from qatc.data.corpus import Corpus, Rows
 from qatc.data.generate import generate_corpus
 from qatc.data.teacher_logits import Recorded, recorded_as
+from qatc.divided.hold import whole_in_each
+from qatc.errors import DataError
 from qatc.evaluation.metrics import Metrics
 from qatc.machine.device import release_memory
 from qatc.machine.world import current
@@ -74,16 +78,30 @@ def write_corpus(setting: Setting, given: Given, pair: Pair, slots: int | None) 
         there = recorded_as(config.data_directory)
         generation = replace(generation, record_logits=there or RECORDING)
     observer.stage(f"The teacher writes {total} sequences to {config.data_directory}")
-    return generate_corpus(
-        pair.teacher,
-        given.tokenizer,
-        config.data_directory,
-        generation,
-        compile=setting.compile,
-        slots=slots,
-        on_progress=lambda sequences, tokens: observer.generated(sequences, total, tokens),
-        on_recorded=observer.recorded,
-    )
+    writes = not setting.world.on_first(_is_written, config.data_directory, generation)
+    teacher, world = pair.teacher.model, setting.world
+    with whole_in_each(world, teacher, setting.device) if writes else nullcontext():
+        return generate_corpus(
+            pair.teacher,
+            given.tokenizer,
+            config.data_directory,
+            generation,
+            compile=setting.compile,
+            slots=slots,
+            on_progress=lambda sequences, tokens: observer.generated(sequences, total, tokens),
+            on_recorded=observer.recorded,
+        )
+
+
+def _is_written(directory: Path, config: CorpusConfig) -> bool:
+    """Whether nothing is left to be written, so that the teacher is not run."""
+    try:
+        corpus = Corpus.open(directory)
+        if config.record_logits is not None:
+            Recorded.open(corpus)
+    except DataError:
+        return False
+    return True
 
 
 def center(setting: Setting, pair: Pair, rows: Rows) -> None:
@@ -113,8 +131,8 @@ def measure_baselines(setting: Setting, pair: Pair, texts: Mapping[str, Rows]) -
     """Full precision and round-to-nearest."""
 
     file = setting.config.partial / "baselines.json"
-    if file.exists():
-        return {t: {m: Metrics(**v) for m, v in r.items()} for t, r in read_json(file).items()}
+    if (kept := _kept(setting, file)) is not None:
+        return {t: {m: Metrics(**v) for m, v in r.items()} for t, r in kept.items()}
     setting.observer.stage("Evaluating full precision and round-to-nearest (RTN)")
     figures = {
         name: {
@@ -123,8 +141,13 @@ def measure_baselines(setting: Setting, pair: Pair, texts: Mapping[str, Rows]) -
         }
         for name, rows in texts.items()
     }
-    write_json(file, plain_figures(figures))
+    setting.world.on_first(write_json, file, plain_figures(figures))
     return figures
+
+
+def _kept(setting: Setting, file: Path) -> Any:
+    """What a stage kept with the run in a file, or None; for all the same that measure together."""
+    return setting.world.on_first(lambda: read_json(file) if file.exists() else None)
 
 
 def train(setting: Setting, pair: Pair, rows: Rows, rounding_kl: float) -> Training:
@@ -208,12 +231,13 @@ def measure_student(
 
     They are kept in ``file``.
     """
-    if file.exists():
-        found = {text: Metrics(**plain) for text, plain in read_json(file).items()}
+    if (kept := _kept(setting, file)) is not None:
+        found = {text: Metrics(**plain) for text, plain in kept.items()}
     else:
         setting.observer.stage(f"Evaluating the model after {name}")
         found = {n: evaluate_one(setting, pair, pair.student, r) for n, r in texts.items()}
-        write_json(file, {name: metrics.to_dict() for name, metrics in found.items()})
+        plain = {name: metrics.to_dict() for name, metrics in found.items()}
+        setting.world.on_first(write_json, file, plain)
     return {text: {**models, name: found[text]} for text, models in before.items()}
 
 
@@ -222,9 +246,13 @@ def measure_depth(setting: Setting, pair: Pair, rows: Rows) -> list[float]:
 
     It is kept with the run. Between the layers of a rotated student is what no other model reads:
     then there is none. Nor is there where it fails, which is told, and is no reason to end a run
-    that has trained for hours.
+    that has trained for hours; nor of divided models, of which a process that fails alone would
+    leave the others waiting.
     """
     if "rotate" in parse_method(setting.config.method).steps:
+        return []
+    if setting.divided:
+        setting.observer.note("KL layer by layer was not measured: the models are divided")
         return []
     file = setting.config.partial / "depth.json"
     if file.exists():

@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from qatc.divided.hold import gathered
 from qatc.errors import PassError
 from qatc.evaluation.parity import verify
 from qatc.machine.device import release_memory
+from qatc.machine.world import current
 from qatc.models.preparation import restore
 from qatc.models.scales import of_attention, of_weight
 from qatc.output import Output, QuantizedWeight, loads_elsewhere, open_output, write_output
@@ -54,10 +56,15 @@ def take_output(
 ) -> tuple[Output, dict[str, Tensor]]:
     """The output of a trained student, which is a plain model afterwards, and its masters.
 
-    What is written lies in the host's memory, and weight after weight goes there.
+    What is written lies in the host's memory, and weight after weight goes there. Of a divided
+    student, the first process has all of it, and others nothing: there is one whole weight at a
+    time, and none is kept that is not to be verified.
     """
     state = pair.student.state_dict()
     model = restore(pair.student)
+    if setting.divided:
+        weights, floats, masters = _gather(setting, pair, state)
+        return _output(setting, model, weights, floats, metadata), masters
     masters = {name: state.pop(name) for name in [*pair.quantized, *filter(of_weight, state)]}
     floats = {
         name: value.to("cpu", pair.stored)
@@ -69,16 +76,44 @@ def take_output(
         name: QuantizedWeight.from_state(masters, name, spec).cpu()
         for name, spec in pair.quantized.items()
     }
-    output = Output(
-        model.config,  # type: ignore[arg-type]
-        setting.config.recipe,
-        weights,
-        floats,
-        metadata,
-        model.generation_config,  # type: ignore[arg-type]
-        setting.config.trust_remote_code,
-    )
-    return output, masters
+    return _output(setting, model, weights, floats, metadata), masters
+
+
+def _output(
+    setting: Setting,
+    model: Any,
+    weights: Mapping[str, QuantizedWeight],
+    floats: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+) -> Output:
+    config, generation = model.config, model.generation_config
+    recipe, trust = setting.config.recipe, setting.config.trust_remote_code
+    return Output(config, recipe, weights, floats, metadata, generation, trust)
+
+
+def _gather(
+    setting: Setting, pair: Pair, state: Mapping[str, Tensor]
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], dict[str, Tensor]]:
+    """Codes, floats and masters of a divided student, one whole tensor after the other."""
+    weights: dict[str, QuantizedWeight] = {}
+    floats: dict[str, Tensor] = {}
+    masters: dict[str, Tensor] = {}
+
+    def take(name: str, tensor: Tensor) -> None:
+        if not current().first:
+            return
+        spec = pair.quantized.get(name)
+        if spec is None:
+            dtype = pair.stored if tensor.is_floating_point() else tensor.dtype
+            floats[name] = tensor.to("cpu", dtype)
+            return
+        weights[name] = QuantizedWeight.from_float(tensor, spec).cpu()
+        if setting.config.verify:
+            masters[name] = tensor.cpu()
+
+    for name, own in state.items():
+        take(name, gathered(own))
+    return weights, floats, masters
 
 
 def write(setting: Setting, trained: Trained) -> None:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from qatc.machine.device import total_memory
+from qatc.machine.world import ALONE, World
 from qatc.training.config import TrainingConfig
 from qatc.training.optimizers import moment_bytes
+from qatc.training.sharding import own_rows
 
 _USUAL = TrainingConfig()
 
@@ -66,6 +68,7 @@ def measure_step(
     rows: int,
     length: int,
     vocabulary: int,
+    world: World = ALONE,
     backward: bool = True,
 ) -> StepCost:
     """Time one step of training on random tokens; no parameter and no random state changes.
@@ -76,6 +79,7 @@ def measure_step(
         rows: B.
         length: T.
         vocabulary: ids are drawn below it.
+        world: the processes that a sharded student is trained by, which take as many steps each.
         backward: whether gradients are computed; without, it is a forward pass alone.
     """
     device = next(student.parameters()).device
@@ -83,9 +87,13 @@ def measure_step(
     ids = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
     real = torch.ones_like(ids, dtype=torch.bool)
     costs: list[StepCost] = []
-    with torch.random.fork_rng(), torch.set_grad_enabled(backward):
+
+    def unsettled() -> bool:
         # The first one compiles, the second may still find caches cold.
-        while len(costs) < 2 or (costs[-1].step < SETTLED * costs[-2].step and len(costs) < 5):
+        return len(costs) < 2 or (costs[-1].step < SETTLED * costs[-2].step and len(costs) < 5)
+
+    with torch.random.fork_rng(), torch.set_grad_enabled(backward):
+        while world.greatest(unsettled()):
             started = _now(device)
             value = loss(ids, real)
             forward = _now(device)
@@ -114,8 +122,8 @@ def training_floor(
     """
     models = [student] if teacher is None else [student, teacher]
     tensors = {id(p): p for m in models for p in m.parameters()}
-    held = sum(p.nbytes for p in tensors.values())
-    gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    held = sum(own_rows(p.detach()).nbytes for p in tensors.values())
+    gradients = sum(own_rows(p.detach()).nbytes for p in student.parameters() if p.requires_grad)
     left = _near(student, config, "none", "optimizer") and not config.fused_step
     held += optimizer_bytes(student, config) + (gradients if left else 0)
     width = next(models[-1].parameters()).element_size()
@@ -129,7 +137,7 @@ def optimizer_bytes(student: nn.Module, config: TrainingConfig = _USUAL) -> int:
     """
     trained = [p for p in student.parameters() if p.requires_grad]
     near = _near(student, config, "none")
-    return sum(moment_bytes(p.shape, config) for p in trained) if near else 0
+    return sum(moment_bytes(own_rows(p.detach()).shape, config) for p in trained) if near else 0
 
 
 def _near(student: nn.Module, config: TrainingConfig, *kept: str) -> bool:

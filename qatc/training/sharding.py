@@ -24,6 +24,7 @@ from qatc.losses.objective import parse_loss
 from qatc.machine.reduction import InOrder
 from qatc.machine.world import World, group_of_one
 from qatc.models import find_regions
+from qatc.models.regions import sharded_parts
 from qatc.training.config import TrainingConfig
 from qatc.training.parts import parse_train
 
@@ -83,14 +84,16 @@ def sharded(world: World, *models: Any, offload: bool = False) -> Iterator[tuple
     """Inside the block, models whose parameters are divided among the processes.
 
     Those that are given are empty meanwhile. Where the block ends well, those of the first process
-    have the parameters that the sharded ones had; those of the others stay empty.
+    have the parameters that the sharded ones had; those of the others stay empty. Models that are
+    divided already, see :mod:`qatc.divided.load`, are what is given, and stay so.
 
     Args:
         world: the processes.
         models: of which each has all.
         offload: keep what each process has of them in host memory.
     """
-    if world.size == 1 and not offload:
+    alone = world.size == 1 and not offload
+    if alone or all(sharded_parts(model) for model in models):
         yield models
         return
     with group_of_one(next(models[0].parameters()).device.type):
@@ -113,21 +116,32 @@ def _sharded(world: World, models: Any, offload: bool) -> Iterator[tuple[Any, ..
 
 def _shard(model: Any, offload: bool) -> Any:
     """A sharded model of the tensors of ``model``, which is empty afterwards."""
+    tensors = (*model.parameters(), *model.buffers())
+    divided = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    device = next(model.parameters()).device
+    pairs = zip(shard_parts(divided, device, offload), _parts(model), strict=True)
+    for _, whole in pairs:
+        for parameter in whole.parameters():
+            parameter.data = parameter.data.new_empty(0)
+    return divided
+
+
+def shard_parts(model: Any, device: torch.device, offload: bool = False) -> Iterator[Any]:
+    """Shard a model in place, part after part: each one, once it is sharded.
+
+    Args:
+        model: of which no part is sharded yet; its parameters may be without storage.
+        device: where each process computes.
+        offload: keep the rows of each in host memory, and not there.
+    """
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     pinned = CPUOffloadPolicy(pin_memory=device.type != "cpu")
     policy = pinned if offload else OffloadPolicy()
-    tensors = (*model.parameters(), *model.buffers())
-    divided = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for buffer in divided.buffers():
-        if buffer.is_contiguous():  # measured or computed, by machines that may differ
-            distributed.broadcast(buffer, src=0)
-    pairs = zip(_parts(divided), _parts(model), strict=True)
-    for part, whole in pairs:
+    for part in _parts(model):
         # The root as well: else its parameters stay whole behind a pass that has no backward.
         fully_shard(part, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         # A sum, and not the mean: each loss is divided by what all of them count.
@@ -135,9 +149,10 @@ def _shard(model: Any, offload: bool) -> Any:
         part.set_gradient_divide_factor(1.0)
         if device.type == "cpu":
             part.set_custom_reduce_scatter(InOrder())
-        for parameter in whole.parameters():
-            parameter.data = parameter.data.new_empty(0)
-    return divided
+        yield part
+    for buffer in model.buffers():
+        if buffer.is_contiguous():  # measured or computed, by machines that may differ
+            distributed.broadcast(buffer, src=0)
 
 
 def _parts(model: Any) -> list[Any]:

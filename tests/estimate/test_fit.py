@@ -71,6 +71,20 @@ def test_rows_are_halved_and_passes_doubled() -> None:
     assert chosen is not None and not any("fused_step" in o.changes for o in chosen.options)
 
 
+def test_thirty_billion_fit_eight_gpus_of_80_gb_with_a_corpus_that_is_there() -> None:
+    layer = 4 * 6656**2 + 3 * 6656 * 17920
+    large = replace(
+        SHAPE, layers=60, hidden=6656, inner=17920, heads=52, kv_heads=52, linear=60 * layer,
+        active=60 * layer, small=121 * 6656, embedding=32000 * 6656, head=32000 * 6656,
+        largest=6656 * 17920,
+    )  # fmt: skip
+    choice = fit(large, Setup(gpus=8), 80e9)
+    assert choice is not None and choice.setup.written_before
+    assert choice.setup.teacher == "online" and choice.setup.master_dtype == "float32"
+    assert fit(large, Setup(gpus=8, divided=False), 80e9) != choice
+    assert fit(SHAPE, Setup(gpus=8), 80e9) == fit(SHAPE, Setup(gpus=8, written_before=False), 80e9)
+
+
 def test_a_slow_link_makes_the_host_dear() -> None:
     (offload,) = (option for option in OPTIONS if option.name == "--offload optimizer")
     fast, slow = Speed(100, 1000, 64), Speed(100, 1000, 4)

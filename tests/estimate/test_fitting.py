@@ -45,6 +45,20 @@ def test_the_choice_becomes_the_run(config: QuantizeConfig) -> None:
     assert fitted(run, 80e9)[0] == run
 
 
+def test_a_corpus_that_is_needed_has_to_be_there(
+    config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = read_shape(config.model)
+    before = replace(Setup(verify=False), written_before=True)
+    choice = fit(shape, before, 200e9)
+    monkeypatch.setattr("qatc.estimate.fitting.require_fit", lambda *_: choice)
+    with pytest.raises(ConfigError, match="run qatc generate-data --model .* --samples") as raised:
+        fitted(config, 200e9)
+    assert str(config.data_directory) in str(raised.value)
+    monkeypatch.setattr("qatc.estimate.fitting.is_complete", lambda path: True)
+    assert fitted(config, 200e9)[1] == choice
+
+
 def test_what_cannot_fit_is_refused(config: QuantizeConfig) -> None:
     with pytest.raises(ConfigError, match="does not fit into 4.0 GB"):
         fitted(config, 4e9)

@@ -121,7 +121,38 @@ def test_gpus_share_all_but_what_is_gathered() -> None:
     layer, ends = SHAPE.linear / 32, 2 * 32000 * 4096
     assert parts["gathered layers"] == pytest.approx((2 * layer + ends) * (4 + 2))
     loading = phase("loading", Setup(gpus=8))
+    assert loading.parts["masters"] == 4 * P / 8 and loading.host_total < 4 * P
+    evaluating = phase("evaluating", Setup(gpus=8)).parts
+    assert evaluating["teacher"] == 2 * P / 8
+    assert evaluating["gathered layers"] == parts["gathered layers"]
+    packing = phase("packing", Setup(gpus=8))
+    assert packing.parts["masters"] == 4 * P / 8
+    assert packing.parts["workspace"] == 4096 * 11008 * 12  # a whole weight, turned into codes
+    assert packing.host["masters"] == 4 * SHAPE.linear
+    assert "masters" not in phase("packing", Setup(gpus=8, verify=False)).host
+    assert not any("by layer" in p.title for p in phases(SHAPE, Setup(gpus=8)))
+
+
+def test_a_teacher_that_writes_is_whole() -> None:
+    online, before = Setup(gpus=8), Setup(gpus=8, written_before=True)
+    parts = phase("writing the corpus", online).parts
+    assert parts["whole teacher"] == 2 * P and parts["masters"] + parts["teacher"] == 6 * P / 8
+    alone = phase("writing the corpus", before).parts
+    assert alone["teacher"] == 2 * P and not {"masters", "whole teacher"} & alone.keys()
+    assert phase("training", before) == phase("training", online)
+    recorded = Setup(gpus=8, teacher="recorded")
+    assert phase("recording", recorded).parts["teacher"] == 2 * P
+    assert phase("evaluating", recorded).parts["teacher"] == 2 * P / 8
+    assert "teacher" not in phase("evaluating", recorded).host
+
+
+def test_runs_that_want_whole_models_share_them_out_in_training_alone() -> None:
+    whole = Setup(gpus=8, divided=False)
+    assert phase("training", whole) == phase("training", Setup(gpus=8))
+    loading = phase("loading", whole)
     assert loading.parts["masters"] == 4 * P and loading.host_total > 8 * 4 * P
+    assert phase("evaluating", whole).parts == phase("evaluating", Setup(batch_size=1)).parts
+    assert any("by layer" in p.title for p in phases(SHAPE, whole))
 
 
 def test_slots_are_limited_by_half_of_what_is_left() -> None:

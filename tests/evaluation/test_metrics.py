@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from qatc.data.corpus import Rows, pack_rows
 from qatc.errors import DataError, EvaluationError
 from qatc.evaluation.metrics import evaluate, recovery
+from qatc.machine.world import World
 from tests.conftest import make_llama
 
 VOCABULARY = 50
@@ -203,3 +205,36 @@ def test_recovery() -> None:
     assert recovery(3.0, 13.0, 15.0) == pytest.approx(-20.0)
     assert recovery(3.0, 3.0, 3.0) is None
     assert recovery(3.0, 2.9, 2.9) is None, "rounding lost nothing"
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(2, 2), (3, 6), (4, 4)])
+def test_processes_count_every_row_once(
+    models: tuple[Any, Any], rows: Rows, size: int, batch_size: int
+) -> None:
+    """Each runs as many passes of as many rows as any other, also where there are fewer rows."""
+
+    class Counted(World):
+        def sum(self, values: Any) -> list[float]:
+            totals.append(values)
+            return list(values)
+
+    (model, teacher), rows = models, rows[:3]
+    passes: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    found, shapes = [], []
+    for world in (Counted(), *(Counted(rank, size) for rank in range(size))):
+        totals: list[Any] = []
+        passes.clear()
+        with contextlib.suppress(ZeroDivisionError):  # of one that has no row that counts
+            evaluate(model, rows, teacher=teacher, batch_size=batch_size, world=world)
+        found.append(totals[0])
+        shapes.append(list(passes))
+    hook.remove()
+    whole, *parts = found
+    assert len(rows) % batch_size and whole[3] == rows.labelled.sum()
+    assert np.sum(parts, axis=0) == pytest.approx(whole, rel=1e-6)
+    assert all(shape == shapes[1] for shape in shapes[1:])
+    assert set(shapes[1]) == {(batch_size // size, 16)}
