@@ -197,12 +197,7 @@ def notes_of(plan: Plan) -> list[str]:
             f"the context ends at {config.sliding_window} tokens: llama.cpp has no sliding window"
             " for this architecture"
         )
-    if plan.vocabulary.normalizes:
-        found.append(
-            "llama.cpp does not normalize text (NFC) before it makes tokens of it, as transformers"
-            " does: text with combining characters may give others"
-        )
-    return found
+    return [*found, *plan.vocabulary.notes]
 
 
 def commands(output: Output, directory: Path) -> list[str]:

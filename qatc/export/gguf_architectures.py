@@ -95,6 +95,13 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
             f"llama.cpp lets each token of a {found.name} see all before it, and this model has a"
             " sliding window; export it as compressed-tensors"
         )
+    heads: Any = plain["num_attention_heads"]
+    if found.name == "qwen2" and heads * head_size(config) != plain["hidden_size"]:
+        raise ConfigError(
+            f"llama.cpp has as many values in all heads of a {found.name} as in its residual"
+            f" stream, and this model has {heads} of {head_size(config)} beside"
+            f" {plain['hidden_size']}; export it as compressed-tensors"
+        )
     if rope_tensor(config) is not None and found.name != "llama":
         raise ConfigError(
             f"llama.cpp has no scaled rotary embedding of type llama3 in a {found.name}, and this"

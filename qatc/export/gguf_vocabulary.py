@@ -50,7 +50,7 @@ class Vocabulary:
         flags: whether the token bos or eos, or a space, is added to a text.
         ids: of the tokens bos, eos, unk and pad.
         chat_template: the default one, or several by name.
-        normalizes: whether transformers normalizes a text (NFC), which llama.cpp does not.
+        notes: for which texts llama.cpp makes other tokens.
     """
 
     model: str
@@ -62,7 +62,7 @@ class Vocabulary:
     flags: Mapping[str, bool]
     ids: Mapping[str, int]
     chat_template: str | Mapping[str, str] | None
-    normalizes: bool = False
+    notes: Sequence[str] = ()
 
     def put(self, writer: Any) -> None:
         """Put it into a ``gguf.GGUFWriter``."""
@@ -124,14 +124,14 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     scores: list[float] = []
     if of_bytes:
-        kind, pre, normalizes = "llama", "default", False
+        kind, pre, notes = "llama", "default", _notes(pipeline)
         flags |= {"space_prefix": _adds_space(pipeline)}
         plain = {id: token for id, token in by_id.items() if id not in added}
         ranks = _ranks(merges, {token for token in plain.values() if token not in of_bytes})
         scores = [-float(ranks.get(plain.get(id, ""), 0)) for id in range(size)]
         merges = []
     else:
-        kind, pre, normalizes = "gpt2", *_split(pipeline)
+        kind, pre, notes = "gpt2", _split(pipeline), _notes(pipeline)
     return Vocabulary(
         model=kind,
         pre=pre,
@@ -147,7 +147,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
             if (id := getattr(tokenizer, f"{name}_token_id")) is not None
         },
         chat_template=getattr(tokenizer, "chat_template", None),
-        normalizes=normalizes,
+        notes=notes,
     )
 
 
@@ -173,8 +173,24 @@ def _added_around(tokenizer: Any) -> dict[str, bool]:
     raise _refused(f"it makes {whole} of {text!r}, which is {bare} with other tokens around it")
 
 
-def _split(pipeline: Mapping[str, Any]) -> tuple[str, bool]:
-    """Llama.cpp's name of how byte pairs are split, and whether a text is normalized before."""
+def _notes(pipeline: Mapping[str, Any]) -> list[str]:
+    """What transformers does with a text and llama.cpp does not."""
+    found = []
+    if pipeline["normalizer"] == {"type": "NFC"}:
+        found.append(
+            "llama.cpp does not normalize text (NFC) before it makes tokens of it, as transformers"
+            " does: text with combining characters may give others"
+        )
+    if (pipeline["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        found.append(
+            "llama.cpp puts a space before every text and behind special tokens, and transformers"
+            " only before a text that begins with neither"
+        )
+    return found
+
+
+def _split(pipeline: Mapping[str, Any]) -> str:
+    """Llama.cpp's name of how a text is split before its bytes are merged."""
     normalizer = pipeline["normalizer"]
     if normalizer not in (None, {"type": "NFC"}):
         raise _refused(f"its normalizer is {json.dumps(normalizer)}")
@@ -184,7 +200,7 @@ def _split(pipeline: Mapping[str, Any]) -> tuple[str, bool]:
     if name is None:
         given = json.dumps(pipeline["pre_tokenizer"])
         raise _refused(f"its pre_tokenizer is {given}{' with ignore_merges' * bool(whole_words)}")
-    return name, normalizer is not None
+    return name
 
 
 def _parts(given: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:

@@ -97,7 +97,7 @@ def rows_by_hand(value: Tensor, heads: int) -> Tensor:
     [
         ("llama", {"attention_bias": True, "mlp_bias": True, "intermediate_size": 80}),
         ("mistral", {"sliding_window": 32}),
-        ("qwen2", {"intermediate_size": 80}),
+        ("qwen2", {"intermediate_size": 80, "hidden_size": 128}),
         ("qwen3", {"tie_word_embeddings": True}),
     ],
 )
@@ -196,7 +196,8 @@ def changed(source: Path, **changes: Any) -> Output:
         ("do not divide the 48 inputs of model.layers.0.self", "llama", {}, {"hidden_size": 48}),
         ("models of type llama, mistral, qwen2, qwen3, and this is gemma", "gemma", {}, {}),
         ("of type default, linear and llama3", "llama", {}, {"rope": "yarn"}),
-        ("sliding window", "qwen2", {}, {"use_sliding_window": True}),
+        ("sliding window", "qwen2", {}, {"use_sliding_window": True, "hidden_size": 128}),
+        ("has 4 of 32 beside 64", "qwen2", {}, {}),
         ("with silu, and this model has gelu", "llama", {}, {"hidden_act": "gelu"}),
         ("no place for the tensor model.layers.0.self_attn.o_proj.bias", "mistral", {}, {}),
         ("rotates inputs", "llama", {"rotate_inputs": ("*.down_proj.weight",)}, {}),

@@ -28,7 +28,7 @@ from tests.export.gguf_files import LLAMA3, TRAINED_ON, of_bytes, of_pieces
 def test_pairs_of_bytes(kind: str) -> None:
     tokenizer = of_bytes(kind)
     found = read_vocabulary(tokenizer, 340)
-    assert (found.model, found.pre, found.normalizes) == ("gpt2", kind, kind == "qwen2")
+    assert (found.model, found.pre, len(found.notes)) == ("gpt2", kind, kind == "qwen2")
     size = len(tokenizer)
     assert list(found.tokens[:size]) == tokenizer.convert_ids_to_tokens(range(size))
     assert list(found.tokens[size:]) == [f"[PAD{id}]" for id in range(size, 340)]
@@ -50,6 +50,7 @@ def test_pieces(form: str) -> None:
     found = read_vocabulary(tokenizer, len(tokenizer))
     assert (found.model, found.pre) == ("llama", "default")
     assert found.flags["space_prefix"] == (form != "replace")
+    assert len(found.notes) == (form == "metaspace")
     assert list(found.types[:4]) == [UNKNOWN, CONTROL, CONTROL, BYTE]
     assert set(found.types[3:259]) == {BYTE} and set(found.types[259:]) == {NORMAL}
     assert found.ids == {"bos": 1, "eos": 2, "unk": 0} and not found.merges
