@@ -25,7 +25,7 @@ demo: venv ## Quantize the example model to 4-8-4 and write build/demo/report.md
 test: lint types docs ## Run everything that must pass: lint, types, docs and tests.
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
-test-runtimes: venv ## Build llama.cpp (9 minutes of a core), and let it run what is exported.
+test-runtimes: venv ## Install llama.cpp, and let it run what is exported to its format.
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[llama-cpp]'
 	$(BIN)/python -m pytest tests/export/test_llama_cpp.py
 

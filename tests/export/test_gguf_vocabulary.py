@@ -23,6 +23,12 @@ from qatc.export.gguf_vocabulary import (
 )
 from tests.export.gguf_files import LLAMA3, TRAINED_ON, of_bytes, of_pieces
 
+WORDS = pre_tokenizers.Whitespace()
+PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
+PREFIXED = pre_tokenizers.ByteLevel(add_prefix_space=True)
+LOWER = normalizers.Lowercase()
+ODD = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "smaug-bpe"])
 def test_pairs_of_bytes(kind: str) -> None:
@@ -158,13 +164,6 @@ def test_what_is_not_known_is_refused(reason: str, make: Any) -> None:
     with pytest.raises(ConfigError, match=reason) as caught:
         read_vocabulary(make(), 400)
     assert "export it as compressed-tensors, or" in str(caught.value)
-
-
-WORDS = pre_tokenizers.Whitespace()
-PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
-PREFIXED = pre_tokenizers.ByteLevel(add_prefix_space=True)
-LOWER = normalizers.Lowercase()
-ODD = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
 
 
 def _spaces(split: bool) -> Any:
