@@ -99,7 +99,7 @@ def make_card(
         table(rows),
         "## How to run it",
         "```\n" + "\n".join(commands(output, file)) + "\n```",
-        *(f"- {note[:1].upper()}{note[1:]}." for note in notes),
+        "\n".join(f"- {note}" for note in notes) or "With what it was trained for.",
         "## What is quantized",
         "As the model was trained; what llama.cpp does otherwise is said above.",
         table([["", ""], *recipe_rows(recipe.to_dict())]),
