@@ -6,7 +6,8 @@
 Every file gets the same tokens, in windows that begin anew. KL is that to the full-precision model
 (nats per token), which llama.cpp computes as well, in fp32. K and V are fp16 everywhere. Speeds
 are those of the text in batches, and of single tokens behind 64 others. The result is
-``results/gguf-NAME.json``. It takes the packages gguf and llama-cpp-python.
+``results/gguf-NAME.json``. It takes the package gguf and a binding of llama.cpp, see
+:mod:`benchmarks.llama_files`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import common, models
+from benchmarks import common, llama_files, models
+from qatc.quantize.provenance import package_version
 
-KINDS = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}
-"""What llama.cpp is asked for, by its numbers of file types (``LLAMA_FTYPE_MOSTLY_...``)."""
-
-FULL = 0
-"""The number of fp32."""
+KINDS = ("Q4_0", "Q4_K_M", "Q8_0")
+"""What llama.cpp is asked for."""
 
 DECODED = 64
 
@@ -44,18 +43,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-speeds", action="store_true", help="on a machine that does more")
     given = parser.parse_args()
     model = models.find(given.model)
     with tempfile.TemporaryDirectory(prefix="qatc-gguf-") as scratch:
         files = write_all(model, [Path(own) for own in given.output], Path(scratch), given.threads)
         ids = tokens_of(files["full precision"], Path(given.text), given.tokens)
-        found = compare(files, windows(ids, given.window), given.threads)
+        texts = windows(ids, given.window)
+        found = compare(files, texts, given.threads, speeds=not given.no_speeds)
     name = Path(model).resolve().name
     common.save(
         f"gguf-{name}",
         {
             "model": common.display_path(model),
             "text": Path(given.text).name,
+            "binding": llama_files.binding(),
+            "versions": {name: package_version(name) for name in ("cyllama", "llama-cpp-python")},
             **{key: getattr(given, key) for key in ("tokens", "window", "threads")},
             "files": found,
         },
@@ -69,53 +72,38 @@ def write_all(model: str, outputs: list[Path], scratch: Path, threads: int) -> d
     source = scratch / "full"
     source.mkdir()
     plain = _write_full(model, source)
-    files = {"full precision": _quantized(plain, scratch / "f32.gguf", FULL, threads)}
+    files = {"full precision": llama_files.quantize(plain, scratch / "f32.gguf", "F32", threads)}
     for output in outputs:
         (file,) = export(output, scratch / f"of {output.name}", format="gguf").glob("*.gguf")
         files[f"qatc {output.name}"] = file
-    for name, kind in KINDS.items():
-        files[f"llama.cpp {name}"] = _quantized(plain, scratch / f"{name}.gguf", kind, threads)
+    for kind in KINDS:
+        path = scratch / f"{kind}.gguf"
+        files[f"llama.cpp {kind}"] = llama_files.quantize(plain, path, kind, threads)
     return files
 
 
 def _write_full(model: str, directory: Path) -> Path:
-    """The model as it is, as GGUF."""
+    """The model as it is, as GGUF; MLPs with zeros to whole blocks, which llama.cpp asks for."""
     from transformers import AutoModelForCausalLM
 
     from qatc.export import gguf
+    from qatc.export.gguf_blocks import BLOCK
+    from qatc.export.gguf_plan import make_plan
     from qatc.output import Output
     from qatc.recipe.recipe import Recipe
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     output = Output(loaded.config, Recipe.from_bits("16-16-16"), {}, loaded.state_dict())
-    gguf.write(dataclasses.replace(output, directory=Path(model)), directory)
+    plan = make_plan(dataclasses.replace(output, directory=Path(model)))
+    gguf.write_plan(dataclasses.replace(plan, width=plan.width + -plan.width % BLOCK), directory)
     (file,) = directory.glob("*.gguf")
     return file
 
 
-def _quantized(source: Path, path: Path, kind: int, threads: int) -> Path:
-    import llama_cpp
-
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.nthread = kind, threads
-    failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), options)
-    assert failed == 0, f"llama.cpp could not write {path.name}"
-    return path
-
-
-def _opened(path: Path, slots: int, threads: int = 1, **options: Any) -> Any:
-    import llama_cpp
-
-    return llama_cpp.Llama(
-        str(path), n_ctx=slots, n_threads=threads, n_threads_batch=threads, verbose=False, **options
-    )
-
-
 def tokens_of(path: Path, text: Path, count: int) -> list[int]:
     """The first tokens of a text, by the tokenizer in a file."""
-    content = text.read_bytes()[: 16 * count]
-    ids = _opened(path, 512, vocab_only=True).tokenize(content, add_bos=False)
-    return [int(token) for token in ids[:count]]
+    content = text.read_bytes()[: 16 * count].decode(errors="ignore")
+    return llama_files.LlamaFile(path, 0).tokenize(content)[:count]
 
 
 def windows(ids: list[int], size: int) -> list[list[int]]:
@@ -124,7 +112,7 @@ def windows(ids: list[int], size: int) -> list[list[int]]:
 
 
 def compare(
-    files: dict[str, Path], texts: list[list[int]], threads: int
+    files: dict[str, Path], texts: list[list[int]], threads: int, *, speeds: bool
 ) -> dict[str, dict[str, Any]]:
     """Size, quality and speed of every file; the first is the one that others are compared to."""
     found: dict[str, dict[str, Any]] = {}
@@ -147,31 +135,31 @@ def compare(
             "perplexity": float(np.exp(np.concatenate(losses).mean())),
             "kl": float(np.concatenate(divergences).mean()),
             "top1_agreement": float(np.concatenate(agreed).mean()),
-            "text_tokens_per_second": round(sum(map(len, texts)) / spent, 1),
-            "decoded_tokens_per_second": round(_decoding(path, texts[0], threads), 1),
         }
+        if speeds:
+            found[name] |= {
+                "text_tokens_per_second": round(sum(map(len, texts)) / spent, 1),
+                "decoded_tokens_per_second": round(_decoding(path, texts[0], threads), 1),
+            }
         print(name, {key: value for key, value in found[name].items() if key != "types"})
     return found
 
 
 def _read(path: Path, texts: list[list[int]], threads: int) -> Iterator[tuple[list[int], Rows]]:
     """Each window, and the log probabilities after each of its tokens."""
-    model = _opened(path, len(texts[0]), threads, logits_all=True)
+    model = llama_files.LlamaFile(path, len(texts[0]), threads)
     for ids in texts:
         model.reset()
-        model.eval(ids)
-        rows = np.array(model.scores[: len(ids)], dtype=np.float64)
-        rows -= rows.max(-1, keepdims=True)
-        yield ids, rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+        yield ids, model.log_probabilities(ids)
 
 
 def _decoding(path: Path, ids: list[int], threads: int) -> float:
     """Tokens per second, one after the other."""
-    model = _opened(path, 2 * DECODED, threads)
-    model.eval(ids[:DECODED])
+    model = llama_files.LlamaFile(path, 2 * DECODED, threads)
+    model.logits(ids[:DECODED])
     started = time.perf_counter()
     for token in ids[:DECODED]:
-        model.eval([token])
+        model.logits([token])
     return DECODED / (time.perf_counter() - started)
 
 

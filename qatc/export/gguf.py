@@ -46,9 +46,14 @@ from qatc.storage.files import write_atomically, write_json
 
 def write(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory: a GGUF file, and its card."""
-    plan = make_plan(output)
+    write_plan(make_plan(output), directory)
+
+
+def write_plan(plan: Plan, directory: Path) -> None:
+    """:func:`write` of a plan."""
     import gguf
 
+    output = plan.output
     path = directory / f"{gguf_card.stem(output.metadata)}-{plan.file_type}.gguf"
     with contextlib.closing(gguf.GGUFWriter(path, plan.architecture.name)) as writer:
         _describe(plan, writer)
