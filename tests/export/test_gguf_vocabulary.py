@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -68,7 +69,8 @@ def test_scores_make_the_tokens_that_merges_make(form: str) -> None:
     tokenizer = of_pieces(form)
     found = read_vocabulary(tokenizer, len(tokenizer))
     ids = {token: id for id, token in enumerate(found.tokens)}
-    for text in (*TRAINED_ON[0].split("."), "the quiet foxes", "lanterns by bridges"):
+    mixed = "".join(random.Random(0).choices("abdehhiknnooorsttwwyy.  ", k=600))
+    for text in (*TRAINED_ON[0].split("."), "the quiet foxes", mixed):
         pieces = list("▁" * found.flags["space_prefix"] + text.replace(" ", "▁"))
         while True:
             pairs = [
