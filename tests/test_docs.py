@@ -17,7 +17,7 @@ READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
     "--cache-type-k", "--cache-type-v", "--cases", "--ctx-size",
-    "--extra-index-url", "--held-out", "--help", "--nnodes", "--no-python",
+    "--extra-index-url", "--held-out", "--help", "--nnodes", "--no-python", "--no-speeds",
     "--nproc-per-node", "--parts", "--rdzv-endpoint", "--sample", "--shapes", "--threads",
     "--vocab-only",
 }  # fmt: skip
