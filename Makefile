@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs format clean
+.PHONY: help venv demo test test-runtimes lint types docs format clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Install qatc and its development tools into .venv, in the tested versions.
 
@@ -24,6 +24,10 @@ demo: venv ## Quantize the example model to 4-8-4 and write build/demo/report.md
 
 test: lint types docs ## Run everything that must pass: lint, types, docs and tests.
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
+test-runtimes: venv ## Install llama.cpp, and let it run what is exported to its format.
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[llama-cpp]'
+	$(BIN)/python -m pytest tests/export/test_llama_cpp.py
 
 lint: venv ## Check style and formatting.
 	$(BIN)/ruff check

@@ -15,7 +15,7 @@ def export(
     source: options.Output,
     output: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
     format: Annotated[
-        str, typer.Option(help="compressed-tensors or torchao.")
+        str, typer.Option(help="compressed-tensors, torchao or gguf.")
     ] = "compressed-tensors",
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -27,6 +27,7 @@ def export(
 
       qatc export Llama-2-7b-4-8-4 --format compressed-tensors --output for-transformers
       qatc export Llama-2-7b-4-8-4 --format torchao --output for-torchao
+      qatc export Llama-2-7b-4-8-4 --format gguf --output for-llama-cpp
     """
     from qatc.cli import terminal
 
@@ -39,8 +40,10 @@ def export(
         from qatc.output import Output
 
         notes: list[str] = []
+        opened: list[Output] = []
 
         def check(output: Output) -> None:
+            opened.append(output)
             notes.extend(FORMATS[format].notes(output))  # refuses before what takes time
             try:
                 verify(output).require(str(source))
@@ -57,10 +60,13 @@ def export(
         )
         for note in notes:
             terminal.note(note)
+        commands = list(FORMATS[format].commands(opened[0], written))
     if json:
-        terminal.print_json({"output": str(written), "format": format})
+        terminal.print_json({"output": str(written), "format": format, "commands": commands})
         return
     terminal.out.print(f"{written}: {format}", highlight=False)
+    for command in commands:
+        terminal.out.print(command, highlight=False, markup=False, soft_wrap=True)
 
 
 def push(

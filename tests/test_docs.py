@@ -16,10 +16,12 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
-    "--cases", "--extra-index-url", "--held-out", "--help", "--nnodes", "--no-python",
+    "--cache-type-k", "--cache-type-v", "--cases", "--ctx-size",
+    "--extra-index-url", "--held-out", "--help", "--nnodes", "--no-python", "--no-speeds",
     "--nproc-per-node", "--parts", "--rdzv-endpoint", "--sample", "--shapes", "--threads",
+    "--vocab-only",
 }  # fmt: skip
-"""Options of pip, torchrun and the benchmarks."""
+"""Options of pip, torchrun, llama.cpp and the benchmarks."""
 
 
 def strings() -> list[str]:

@@ -23,6 +23,7 @@ class Format:
         read: the inverse: the quantized weights of such a directory by name.
         notes: what a user should know of an opened output in this format, a line each; raises as
             ``write`` does, without writing anything.
+        commands: how its runtime is started with what was written into a directory, a line each.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Format:
     write: Callable[[Output, Path], None]
     read: Callable[[Path], Mapping[str, QuantizedWeight]]
     notes: Callable[[Output], Sequence[str]]
+    commands: Callable[[Output, Path], Sequence[str]] = lambda output, directory: ()
 
 
 def write_with_companions(

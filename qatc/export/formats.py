@@ -11,12 +11,13 @@ from pathlib import Path
 from qatc.errors import ConfigError
 from qatc.export.base import Format
 from qatc.export.compressed_tensors import COMPRESSED_TENSORS
+from qatc.export.gguf import GGUF
 from qatc.export.torchao import TORCHAO
 from qatc.output import Output, open_output
 from qatc.storage.directories import complete_directory, refuse_existing, refuse_overlap
 from qatc.storage.locks import locked
 
-FORMATS: dict[str, Format] = {format.name: format for format in (COMPRESSED_TENSORS, TORCHAO)}
+FORMATS: dict[str, Format] = {format.name: format for format in (COMPRESSED_TENSORS, TORCHAO, GGUF)}
 """By name."""
 
 

@@ -44,22 +44,22 @@ def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: St
     bits = Recipe.from_dict(recipe).bits
     sections = [
         _front_matter(metadata, config, bits),
-        f"# {_base_name(metadata)} at {bits}",
+        f"# {base_name(metadata)} at {bits}",
         *_what(metadata, stored),
         "## What is quantized",
-        _table([["", ""], *_recipe_rows(recipe)]),
-        _table(stored_rows(stored)),
+        table([["", ""], *recipe_rows(recipe)]),
+        table(stored_rows(stored)),
         *_figures(metadata),
         "## How to run it",
         *_runtimes(metadata, config),
         "## How to measure it",
         *_measuring(metadata, config),
-        *_provenance(metadata),
+        *provenance(metadata),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _base_name(metadata: Mapping[str, Any]) -> str:
+def base_name(metadata: Mapping[str, Any]) -> str:
     """The model that it was made from: its hub name, or the last part of its path."""
     model = str(metadata.get("model", "A model"))
     return model if _is_hub_name(metadata) else Path(model).name or "A model"
@@ -89,7 +89,7 @@ def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: 
     library = "transformers" if loads_as_it_is(config) else "qatc"
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if "model" in metadata:
-        front |= {"base_model": _base_name(metadata), "base_model_relation": "quantized"}
+        front |= {"base_model": base_name(metadata), "base_model_relation": "quantized"}
     front |= metadata.get("license", {})
     return f"---\n{yaml.safe_dump(front | {'tags': tags}, sort_keys=False)}---"
 
@@ -113,7 +113,7 @@ def _what(metadata: Mapping[str, Any], stored: Stored) -> list[str]:
     )
     local = "model" in metadata and not _is_hub_name(metadata)
     note = (
-        f"It was made from a directory called `{_base_name(metadata)}`: before you publish it, put"
+        f"It was made from a directory called `{base_name(metadata)}`: before you publish it, put"
         " the hub name of that model into `base_model` above."
     )
     return [text, note] if local else [text]
@@ -123,7 +123,8 @@ _ENDS = (("head", "output head"), ("embedding", "token embedding"))
 _ROWS = {"weights": "output channel", "activations": "token", "kv": "token and head"}
 
 
-def _recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
+def recipe_rows(recipe: Mapping[str, Any]) -> list[list[str]]:
+    """How each kind of tensor is quantized, without a header."""
     rows = []
     for key, title in (
         *(("weights", "weights of linear layers"), ("activations", "inputs of linear layers")),
@@ -194,7 +195,7 @@ def _figures(metadata: Mapping[str, Any]) -> list[str]:
         f" rounded to the same bits without training, `{[*models][-1]}` is this one; the text"
         " `generated` was written by the full-precision model itself, `held out` is the end of the"
         " corpus, which was not trained on.",
-        _table(rows),
+        table(rows),
         checked,
     ]
 
@@ -284,7 +285,7 @@ def _differences(recipe: Mapping[str, Any], reader: str | None) -> list[str]:
 def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     recipe, trust = metadata["recipe"], "auto_map" in config
     flag, argument = (" --trust-remote-code", ", trust_remote_code=True") if trust else ("", "")
-    teacher = _base_name(metadata) if _is_hub_name(metadata) else "FULL_PRECISION_MODEL"
+    teacher = base_name(metadata) if _is_hub_name(metadata) else "FULL_PRECISION_MODEL"
     sections = [
         f"```\nqatc evaluate THIS_DIRECTORY --text FILE --teacher {teacher}{flag}\n```",
     ]
@@ -318,7 +319,8 @@ def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     return sections
 
 
-def _provenance(metadata: Mapping[str, Any]) -> list[str]:
+def provenance(metadata: Mapping[str, Any]) -> list[str]:
+    """How it was made: a title and a table, or nothing."""
     rows = []
     if data := metadata.get("data"):
         text = f"{data['sequences']} sequences of at most {data['max_length']} tokens, "
@@ -335,10 +337,11 @@ def _provenance(metadata: Mapping[str, Any]) -> list[str]:
             rows[-1][1] += f", peak learning rate {metadata['learning_rate']:.3g}"
         rows[-1][1] += f", loss {training.get('loss', 'logits')}"
     rows += [[name, str(version)] for name, version in metadata.get("versions", {}).items()]
-    return ["## Made with", _table([["", ""], *rows])] if rows else []
+    return ["## Made with", table([["", ""], *rows])] if rows else []
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in Markdown, header first."""
     header, *body = rows
     lines = [header, ["---"] * len(header), *body]
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)

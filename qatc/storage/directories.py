@@ -18,11 +18,15 @@ from qatc.storage.files import sync, sync_tree, writing_to
 from qatc.storage.locks import locked
 from qatc.storage.markers import Mark
 
+EXPORT_FILE = "qatc-export.json"
+"""What an export that is no output of qatc any more is known by."""
+
 
 def is_replaceable(path: Path) -> bool:
     """Whether ``--overwrite`` may have it: an output or a corpus of qatc, or an empty directory."""
     return (
         _holds(path / "qatc.json", "format_version", "recipe")
+        or _holds(path / EXPORT_FILE, "format", "recipe")
         or _holds(path / "manifest.json", "format_version", "tokenizer_fingerprint")
         or markers.is_empty(path)
     )

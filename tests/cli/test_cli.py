@@ -160,6 +160,18 @@ def test_export_to_torchao(output: Path, tmp_path: Path) -> None:
     assert config["quantization_config"]["quant_method"] == "torchao"
 
 
+def test_export_to_gguf(output: Path, tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    result = run("export", output, "--format", "gguf", "--output", target)
+    (file,) = target.glob("*.gguf")
+    assert result.exit_code == 0
+    told, *commands = result.stdout.splitlines()
+    assert told.endswith("exported: gguf")
+    assert [line.split()[0] for line in commands] == ["llama-server", "llama-cli"]
+    assert all(f"-m {file} --ctx-size 128" in line for line in commands)
+    assert "one scale per token; --target llama.cpp" in result.stderr
+
+
 def test_json_has_no_nan(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Check("global", "something", float("nan"), 1.0)
     monkeypatch.setattr("qatc.evaluation.parity.verify", lambda *_, **__: ParityReport((found,)))
