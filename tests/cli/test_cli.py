@@ -163,8 +163,8 @@ def test_export_to_torchao(output: Path, tmp_path: Path) -> None:
 def test_export_to_gguf(output: Path, tmp_path: Path) -> None:
     target = tmp_path / "exported"
     result = run("export", output, "--format", "gguf", "--output", target)
+    assert result.exit_code == 0, result.stderr
     (file,) = target.glob("*.gguf")
-    assert result.exit_code == 0
     told, *commands = result.stdout.splitlines()
     assert told.endswith("exported: gguf")
     assert [line.split()[0] for line in commands] == ["llama-server", "llama-cli"]
