@@ -17,9 +17,9 @@ READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
     "--cache-type-k", "--cache-type-v", "--cases", "--ctx-size",
-    "--extra-index-url", "--held-out", "--help", "--nnodes", "--no-python", "--no-speeds",
+    "--extra-index-url", "--held-out", "--help", "--local-dir", "--nnodes",
+    "--no-python", "--no-speeds",
     "--nproc-per-node", "--parts", "--rdzv-endpoint", "--sample", "--shapes", "--threads",
-    "--vocab-only",
 }  # fmt: skip
 """Options of pip, torchrun, llama.cpp and the benchmarks."""
 

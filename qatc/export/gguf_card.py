@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qatc.export.gguf_architectures import context_length, head_size
 from qatc.export.gguf_blocks import BLOCK
 from qatc.output import Output
-from qatc.output.model_card import base_name, provenance, recipe_rows, table
+from qatc.output.model_card import base_name, is_hub_name, provenance, recipe_rows, table
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 
@@ -47,6 +48,11 @@ def differences(recipe: Recipe, values_of_head: int) -> list[str]:
             f"this model was trained with K and V of {recipe.kv_bits} bits, which llama.cpp is told"
             f" to have by{cache_options(recipe, values_of_head)}{other}"
         )
+    if recipe.kv.learned:
+        found.append(
+            "the ranges of K and V that were learned are left out: llama.cpp takes those of each"
+            " block"
+        )
     return found
 
 
@@ -66,8 +72,9 @@ def commands(output: Output, file: str) -> list[str]:
     """How llama.cpp is started with a file."""
     config: Any = output.config
     cache = cache_options(output.recipe, head_size(config))
-    told = f"-m {file} --ctx-size {min(context_length(config), 4096)}{cache}"
-    return [f"llama-server {told}", f'llama-cli {told} -p "Once upon a time" -n 64']
+    told = f"-m {shlex.quote(file)} --ctx-size {min(context_length(config), 4096)}{cache}"
+    text = '-no-cnv -p "Once upon a time" -n 64'  # without a chat, at whose prompt it would wait
+    return [f"llama-server {told}", f"llama-completion {told} {text}"]
 
 
 def make_card(
@@ -85,7 +92,7 @@ def make_card(
 
     metadata, recipe = output.metadata, output.recipe
     front: dict[str, Any] = {"library_name": "gguf", "pipeline_tag": "text-generation"}
-    if "model" in metadata:
+    if is_hub_name(metadata):
         front |= {"base_model": base_name(metadata), "base_model_relation": "quantized"}
     front |= metadata.get("license", {}) | {"tags": ["gguf", "llama.cpp", "qatc"]}
     rows = [["type", "tensors", "numbers", "bytes"]]

@@ -147,7 +147,7 @@ def require_gguf() -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"the format gguf needs the package gguf ({error}); pip install 'qatc[gguf]'"
+            f"the format gguf needs the package gguf ({error}); pip install gguf"
         ) from error
 
 

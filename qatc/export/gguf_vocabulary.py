@@ -154,8 +154,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
 def _refused(reason: str) -> ConfigError:
     return ConfigError(
         f"the tokenizer of this model is none that qatc knows llama.cpp's name of: {reason}; export"
-        " it as compressed-tensors, or convert the tokenizer with llama.cpp's"
-        " convert_hf_to_gguf.py --vocab-only and set its keys with gguf_new_metadata.py"
+        " it as compressed-tensors, for another runtime"
     )
 
 
@@ -181,7 +180,7 @@ def _notes(pipeline: Mapping[str, Any]) -> list[str]:
             "llama.cpp does not normalize text (NFC) before it makes tokens of it, as transformers"
             " does: text with combining characters may give others"
         )
-    if (pipeline["pre_tokenizer"] or {}).get("type") == "Metaspace":
+    if (pipeline["pre_tokenizer"] or {}).get("prepend_scheme") == "first":
         found.append(
             "llama.cpp puts a space before every text and behind special tokens, and transformers"
             " only before a text that begins with neither"

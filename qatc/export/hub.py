@@ -17,9 +17,11 @@ from typing import Any
 
 from qatc.errors import CheckpointError, ConfigError
 from qatc.models.cards import CARD, HUB_NAME
-from qatc.output import open_output
+from qatc.output import Output, open_output
+from qatc.output.directory import digest_of
 from qatc.output.model_card import make_card
 from qatc.output.stored import measure
+from qatc.storage.directories import EXPORT_FILE
 from qatc.storage.files import read_json
 
 _METADATA = "qatc.json"
@@ -28,6 +30,8 @@ _RUN_FILE = "run.yaml"
 
 _REPORT = "report.md"
 _PLACE = "THIS_DIRECTORY"
+_READ_THE_HUB = ("from_pretrained", "vllm serve")
+_BEHIND_WORDS = re.compile(r"(?<=\s)(/|~/|[A-Za-z]:\\)\S.*$")
 _ABSOLUTE = re.compile(r"(/|~/|[A-Za-z]:\\)\S")
 _OF_THE_HUB = (".gitattributes",)
 
@@ -78,7 +82,12 @@ def plan_push(
     """
     for name in (repo, *([base_model] if base_model else [])):
         _require_name(name)
-    open_output(source, trust_remote_code=trust_remote_code)
+    if (source / EXPORT_FILE).exists() and not (source / _METADATA).exists():
+        raise ConfigError(
+            f"{source} is an export that holds no {_METADATA}, which a card is held against; upload"
+            f" it by `hf upload {repo} {source}`"
+        )
+    _require_digests(open_output(source, trust_remote_code=trust_remote_code))
     metadata, notes = read_json(source / _METADATA), []
     if base_model is not None:
         metadata |= {"model": base_model, "model_is_directory": False}
@@ -107,7 +116,8 @@ def plan_push(
     if _REPORT in files:
         text = (source / _REPORT).read_text(encoding="utf-8", errors="backslashreplace")
         files[_REPORT] = str(_public(text, paths)).encode()
-    files[CARD] = card.replace(_PLACE, repo).encode("utf-8", errors="backslashreplace")
+    published = _with_base_model(_of_the_repository(card, repo), base_model, metadata)
+    files[CARD] = published.encode("utf-8", errors="backslashreplace")
     return Push(repo, dict(sorted(files.items())), notes)
 
 
@@ -141,6 +151,13 @@ def push(
     api = HfApi()
     with _readable_errors(planned.repo):
         api.create_repo(planned.repo, private=private, exist_ok=True)
+        if private and not api.repo_info(planned.repo).private:
+            raise ConfigError(
+                f"{planned.repo} is there and public; make it private on the hub, or leave out"
+                " --private"
+            )
+        if revision is not None:
+            api.create_branch(planned.repo, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(planned.repo, revision=revision)) - set(_OF_THE_HUB)
         if there - {CARD} and not overwrite:
             raise ConfigError(
@@ -194,10 +211,54 @@ def _files(source: Path) -> dict[str, Path | bytes]:
     }
 
 
+def _require_digests(output: Output) -> None:
+    """Raise ``CheckpointError`` if a tensor is not the one that was written."""
+    digests, floats = (output.metadata[name] for name in ("digests", "float_digests"))
+    found = {name: digest_of(w.codes, w.scale) for name, w in output.weights.items()}
+    found |= {name: digest_of(value) for name, value in output.state.items() if name in floats}
+    wanted = {**digests, **floats}
+    for name, digest in found.items():
+        if wanted.get(name, digest) != digest:
+            raise CheckpointError(
+                f"the tensor {name} of {output.place} is not the one that was written: its digest"
+                " differs; quantize or export the model again"
+            )
+
+
+def _of_the_repository(card: str, repo: str) -> str:
+    """A card whose commands are of the repository: qatc reads what was downloaded before."""
+    name = repo.partition("/")[2]
+    lines = [
+        line.replace(_PLACE, repo if any(c in line for c in _READ_THE_HUB) else name)
+        for line in card.splitlines()
+    ]
+    text, run = "\n".join(lines) + "\n", "## How to run it\n"
+    return text.replace(run, f"{run}\n```\nhf download {repo} --local-dir {name}\n```\n", 1)
+
+
+def _with_base_model(card: str, base_model: str | None, metadata: Mapping[str, Any]) -> str:
+    """A card that names the base model by its name on the hub, or none."""
+    card = re.sub(r"\nIt was made from a directory called [^\n]*\n", "", card)
+    front, end, rest = card.partition("\n---\n")
+    name = base_model or str(metadata.get("model", ""))
+    if not HUB_NAME.fullmatch(name) or (base_model is None and metadata["model_is_directory"]):
+        front = re.sub(r"\nbase_model(_relation)?: [^\n]*", "", front)
+    elif re.search(r"^base_model: ", front, re.MULTILINE):
+        front = re.sub(r"\nbase_model: [^\n]*", f"\nbase_model: {name}", front)
+    else:
+        front += f"\nbase_model: {name}\nbase_model_relation: quantized"
+    return front + end + rest
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _paths(value: Any) -> set[str]:
-    """The absolute paths in plain data."""
+    """The absolute paths in plain data, also behind the words of what a key names."""
     if isinstance(value, Mapping):
-        return _paths([*value.values()])
+        keys = {found[0] for key in value if (found := _BEHIND_WORDS.search(key))}
+        return keys | _paths([*value.values()])
     if isinstance(value, list):
         return {path for item in value for path in _paths(item)}
     return {value} if isinstance(value, str) and _ABSOLUTE.match(value) else set()
@@ -230,16 +291,20 @@ def _readable_errors(repo: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
             raise ConfigError(_LOG_IN.format(repo=repo)) from error
-        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"the hub refused to publish {repo} ({reason}); nothing was published, run the same"
-            " command again"
+            f"the hub refused to publish {repo} ({_line(error)}); nothing was published"
         ) from error
-    except (OfflineModeIsEnabled, client_error, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except ConfigError:
+        raise
+    except ValueError as error:  # of names and of the card's front matter
+        raise ConfigError(
+            f"the hub does not take {repo} as it is ({_line(error)}); correct --repo or the front"
+            f" matter of {CARD}"
+        ) from error
+    except (OfflineModeIsEnabled, client_error, ConnectionError, TimeoutError) as error:
         raise CheckpointError(
-            f"the hub cannot be reached to publish {repo} ({reason}); nothing was published: check"
-            " the network and HF_HUB_OFFLINE, and run the same command again"
+            f"the hub cannot be reached to publish {repo} ({_line(error)}); nothing was published:"
+            " check the network and HF_HUB_OFFLINE, and run the same command again"
         ) from error
 
 

@@ -62,10 +62,10 @@ def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: St
 def base_name(metadata: Mapping[str, Any]) -> str:
     """The model that it was made from: its hub name, or the last part of its path."""
     model = str(metadata.get("model", "A model"))
-    return model if _is_hub_name(metadata) else Path(model).name or "A model"
+    return model if is_hub_name(metadata) else Path(model).name or "A model"
 
 
-def _is_hub_name(metadata: Mapping[str, Any]) -> bool:
+def is_hub_name(metadata: Mapping[str, Any]) -> bool:
     model = str(metadata.get("model", ""))
     return bool(HUB_NAME.fullmatch(model)) and not metadata.get("model_is_directory", False)
 
@@ -111,7 +111,7 @@ def _what(metadata: Mapping[str, Any], stored: Stored) -> list[str]:
         f" ({8 * size / numbers:.2f} bits a parameter), quantized by {how} with qatc. Its"
         " name ends with the bits of weights, activations and KV cache; 16 means not quantized."
     )
-    local = "model" in metadata and not _is_hub_name(metadata)
+    local = "model" in metadata and not is_hub_name(metadata)
     note = (
         f"It was made from a directory called `{base_name(metadata)}`: before you publish it, put"
         " the hub name of that model into `base_model` above."
@@ -285,7 +285,7 @@ def _differences(recipe: Mapping[str, Any], reader: str | None) -> list[str]:
 def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     recipe, trust = metadata["recipe"], "auto_map" in config
     flag, argument = (" --trust-remote-code", ", trust_remote_code=True") if trust else ("", "")
-    teacher = base_name(metadata) if _is_hub_name(metadata) else "FULL_PRECISION_MODEL"
+    teacher = base_name(metadata) if is_hub_name(metadata) else "FULL_PRECISION_MODEL"
     sections = [
         f"```\nqatc evaluate THIS_DIRECTORY --text FILE --teacher {teacher}{flag}\n```",
     ]

@@ -167,7 +167,7 @@ def test_export_to_gguf(output: Path, tmp_path: Path) -> None:
     (file,) = target.glob("*.gguf")
     told, *commands = result.stdout.splitlines()
     assert told.endswith("exported: gguf")
-    assert [line.split()[0] for line in commands] == ["llama-server", "llama-cli"]
+    assert [line.split()[0] for line in commands] == ["llama-server", "llama-completion"]
     assert all(f"-m {file} --ctx-size 128" in line for line in commands)
     assert "one scale per token; --target llama.cpp" in result.stderr
 

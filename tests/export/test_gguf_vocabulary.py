@@ -165,7 +165,7 @@ def _of_words() -> Any:
 def test_what_is_not_known_is_refused(reason: str, make: Any) -> None:
     with pytest.raises(ConfigError, match=reason) as caught:
         read_vocabulary(make(), 400)
-    assert "export it as compressed-tensors, or" in str(caught.value)
+    assert "export it as compressed-tensors, for another runtime" in str(caught.value)
 
 
 def _spaces(split: bool) -> Any:

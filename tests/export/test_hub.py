@@ -16,6 +16,7 @@ from qatc.errors import CheckpointError, ConfigError
 from qatc.export.hub import plan_push, push
 from qatc.output.model_card import write_card
 from qatc.recipe.recipe import Recipe
+from qatc.storage.directories import EXPORT_FILE
 from qatc.storage.files import read_json, write_json
 from tests.conftest import make_output
 
@@ -28,8 +29,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metadata |= {
         "model": "/home/me/models/tiny",
         "model_is_directory": True,
-        "run": {"data": "/home/me/tiny.data", "method": "qat"},
-        "inputs": {"the model /home/me/models/tiny": "00ff"},
+        "run": {"data": None, "method": "qat"},
+        "inputs": {
+            "the model /home/me/models/tiny": "00ff",
+            "the corpus /home/me/my texts/tiny.data": "11ff",
+        },
     }
     write_json(path / "qatc.json", metadata)
     (path / "report.md").write_text("# /home/me/models/tiny at 4-8-4\n")
@@ -49,10 +53,18 @@ class Hub:
     def __init__(self, files: list[str]) -> None:
         self.files, self.commits = files, []  # type: ignore[var-annotated]
         self.created: list[tuple[str, bool]] = []
+        self.branches: list[str] = []
+        self.private = True
 
     def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
         assert exist_ok
         self.created.append((repo, private))
+
+    def repo_info(self, repo: str) -> Any:
+        return SimpleNamespace(private=self.private)
+
+    def create_branch(self, repo: str, *, branch: str, exist_ok: bool) -> None:
+        self.branches.append(branch)
 
     def list_repo_files(self, repo: str, *, revision: Any) -> list[str]:
         return self.files
@@ -87,7 +99,8 @@ def test_no_path_of_this_machine_leaves_it(output: Path) -> None:
     metadata = planned.files["qatc.json"]
     assert isinstance(metadata, bytes)
     plain = json.loads(metadata)
-    assert plain["model"] == "tiny" and plain["inputs"] == {"the model tiny": "00ff"}
+    assert plain["model"] == "tiny"
+    assert plain["inputs"] == {"the model tiny": "00ff", "the corpus tiny.data": "11ff"}
     assert plain["digests"] == read_json(output / "qatc.json")["digests"]
     assert any("--base-model" in note for note in planned.notes)
 
@@ -98,7 +111,9 @@ def test_the_card_is_of_the_files(output: Path) -> None:
     assert isinstance(card, bytes)
     text = card.decode()
     assert "base_model: them/tiny" in text and "THIS_DIRECTORY" not in text
-    assert 'qatc.load("me/tiny-4-8-4")' in text and "vllm serve me/tiny-4-8-4" in text
+    assert "hf download me/tiny-4-8-4 --local-dir tiny-4-8-4\n" in text
+    assert 'qatc.load("tiny-4-8-4")' in text and "vllm serve me/tiny-4-8-4" in text
+    assert 'AutoModelForCausalLM.from_pretrained("me/tiny-4-8-4")' in text
     numbers = re.search(r"codes of (\d+) weights \| ([\d,]+)", text)
     assert numbers is not None and int(numbers[1]) == 14
 
@@ -113,8 +128,11 @@ def test_a_card_that_is_not_so_is_refused(output: Path, fact: str) -> None:
         plan_push(output, "me/tiny")
     assert fact.encode() in plan_push(output, "me/tiny", new_card=True).files["README.md"]  # type: ignore[operator]
     card.write_text(f"{whole}\nMade on a rainy day.\n")
-    planned = plan_push(output, "me/tiny")
+    planned = plan_push(output, "me/tiny", base_model="them/tiny")
     assert b"rainy" in planned.files["README.md"]  # type: ignore[operator]
+    assert b"base_model: them/tiny\n" in planned.files["README.md"]  # type: ignore[operator]
+    own = plan_push(output, "me/tiny").files["README.md"]
+    assert isinstance(own, bytes) and b"base_model" not in own and b"before you publish" not in own
     assert any("written by hand" in note for note in planned.notes)
 
 
@@ -136,10 +154,39 @@ def test_names(output: Path, repo: str) -> None:
         plan_push(output, repo)
 
 
-def test_a_damaged_output_is_not_published(output: Path) -> None:
+@pytest.mark.parametrize("how", ["shorter", "a bit"])
+def test_a_damaged_output_is_not_published(output: Path, how: str) -> None:
     file = output / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError):
+    held = bytearray(file.read_bytes())
+    held[-100] ^= 1
+    file.write_bytes(held if how == "a bit" else held[:-100])
+    with pytest.raises(CheckpointError, match="digest" if how == "a bit" else "damaged"):
+        plan_push(output, "me/tiny")
+
+
+def test_a_public_repository_is_none_for_private_models(output: Path, hub: Hub) -> None:
+    hub.private = False
+    with pytest.raises(ConfigError, match="there and public"):
+        push(plan_push(output, "me/tiny"), private=True)
+    assert not hub.commits
+
+
+def test_what_the_hub_does_not_take(
+    output: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def invalid(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("Invalid metadata in README.md")
+
+    monkeypatch.setattr(hub, "create_commit", invalid)
+    with pytest.raises(ConfigError, match="front matter"):
+        push(plan_push(output, "me/tiny"), revision="new")
+    assert hub.branches == ["new"]
+
+
+def test_an_export_without_metadata(output: Path) -> None:
+    (output / "qatc.json").unlink()
+    (output / EXPORT_FILE).write_text("{}")
+    with pytest.raises(ConfigError, match="hf upload me/tiny"):
         plan_push(output, "me/tiny")
 
 
