@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qatc.errors import ConfigError
@@ -50,6 +51,8 @@ def whole_in_each(world: World, model: Any, device: str) -> Iterator[None]:
         return
     release_memory(device)
     needed = sum(parameter.nbytes for parameter in model.parameters())
+    if torch.device(device).type == "cpu":  # whose memory processes share
+        needed *= world.size
     free = available_memory(device)
     if world.greatest(free is not None and free < needed):
         raise ConfigError(

@@ -69,14 +69,14 @@ def load_divided(
             config, dtype, device="parameters on meta", trust_remote_code=trust_remote_code
         )
         found = world.first_before_others(_find_tensors, name, model, dtype)
-    if isinstance(found, str):
-        note(
-            f"each process loads {name} whole into the host's memory and keeps its part, as {found}"
-        )
+    reasons = world.on_each(lambda: found if isinstance(found, str) else None)
+    if why := next(filter(None, reasons), None):  # caches of nodes may differ: all do alike
+        note(f"each process loads {name} whole into the host's memory and keeps its part, as {why}")
         whole = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
         fingerprint = whole.fingerprint
         _shard(whole.model, device, train_ends)
         return replace(whole, known_fingerprint=fingerprint)
+    assert not isinstance(found, str)
     _shard(model, device, train_ends)
     with readable_errors(name, config):
         fingerprint = _fingerprint(world, model, found, name)

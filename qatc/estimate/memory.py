@@ -160,7 +160,7 @@ def _writing(shape: Shape, setup: Setup) -> PhaseMemory:
     whole = setup.master if setup.shares_out else 0
     parts["workspace"] = shape.largest * (4 * 2.0 + whole)
     if setup.shares_out and setup.verify:
-        packed["masters"] = float(shape.linear * setup.master)
+        packed["whole masters"] = float(shape.linear * setup.master)
     if setup.on_gpu:
         return PhaseMemory(PACKING, parts, packed)
     return PhaseMemory(PACKING, parts | packed)

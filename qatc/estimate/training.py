@@ -24,7 +24,7 @@ def training(shape: Shape, setup: Setup) -> PhaseMemory:
     parts = models(shape, setup, TRAINING) | gathered(shape, setup, TRAINING)
     state = trained(shape, setup) * setup.moments / setup.gpus
     host = {}
-    if setup.on_gpu:  # on a CPU a checkpoint is written as it lies
+    if setup.on_gpu:  # one process on a CPU writes a checkpoint as it lies
         kept = trained(shape, setup) * (setup.moments + setup.master)
         host["checkpoint on its way"] = kept
     if setup.offload != "none" and setup.on_gpu:

@@ -33,6 +33,7 @@ from qatc.report.first_steps import (
 )
 from qatc.training.blockwise import layer_checkpoints
 from qatc.training.checkpoint import Checkpoints
+from qatc.training.distill import compiled_layers
 from qatc.training.parts import parse_train, trained_at_once
 from qatc.training.streams import Stream
 
@@ -90,7 +91,7 @@ def forecast(
             "--steps",
         ))  # fmt: skip
     held_out = config.eval_sequences + sum(len(rows) for rows in texts.values())
-    share = batch // current().size
+    share = batch // current().size * setting.world.size  # of a batch, all that run it at a time
     phases.append(Phase(
         "evaluating it three times", 3 * held_out * length, 3 * rows_cost(cost, held_out, share),
         "--eval-samples",
@@ -143,10 +144,7 @@ def _measure_end_to_end(setting: Setting, pair: Pair, trains: bool) -> tuple[Ste
     _warn_of_memory(setting, floor)
     few = torch.zeros((2, 8), dtype=torch.long, device=pair.student.device)
     chunks = find_chunks(
-        pair.student,
-        beside,
-        *(few, training.loss_chunk, share * length),
-        autocast=pair.autocast,
+        *(pair.student, beside, few, training.loss_chunk, share * length), autocast=pair.autocast
     )
     terms = [term.name for term in parse_loss(training.loss)] if trains else ["logits"]
 
@@ -163,7 +161,10 @@ def _measure_end_to_end(setting: Setting, pair: Pair, trains: bool) -> tuple[Ste
     # Several processes leave each a share of the gradients, which the whole ones are not.
     streams = training.offload == "parameters"
     few_gradients = training.fused_step or current().size > setting.world.size or streams
-    with _dropped_gradients(pair.student) if few_gradients else nullcontext():
+    with (
+        _dropped_gradients(pair.student) if few_gradients else nullcontext(),
+        compiled_layers(beside if trains else None, setting.compile),
+    ):
         of_step = (share, length, vocabulary, setting.world)
         cost = measure_step(loss, pair.student, *of_step, backward=trains)
     if streams and trains:

@@ -141,9 +141,10 @@ def _trained(setting: Setting, corpus_lock: ExitStack) -> tuple[Setting, Figures
     observer.stage(f"Loading {config.model}")
     given = read_given(setting)
     inputs = {**versions(), **given.inputs}
-    world.on_first(check_run, config, inputs)
+    starts_over = bool(world.on_first(check_run, config, inputs))
     place = config.partial / "teacher.json"  # the same one when the run goes on
-    in_host = read_json(place)["in_host"] if place.exists() else given.recorded is not None
+    goes_on = place.exists() and not starts_over
+    in_host = read_json(place)["in_host"] if goes_on else given.recorded is not None
     loaded = load_models(setting, given.compute, in_host)
     inputs |= loaded.inputs
     world.on_first(check_run, config, inputs)

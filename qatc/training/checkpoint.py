@@ -129,12 +129,14 @@ class Checkpoints:
         Raises:
             CheckpointError: it cannot be written; earlier ones are kept. All processes raise it.
         """
-        writing, self._on_its_way = self._on_its_way, None
+        writing = self._on_its_way
         if writing is None:
             return
         try:
-            writing.future.result()
+            writing.future.result()  # a signal that breaks this off leaves it on its way
+            self._on_its_way = None
         except CheckpointException as failed:
+            self._on_its_way = None
             error = _told(failed, writing.place)
             writing.block.__exit__(type(error), error, None)  # removes what is there of it
             raise error from failed
@@ -144,7 +146,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            if self._group is not None:
+            if self._group is not None and self._on_its_way is None:
                 distributed.destroy_process_group(self._group)
                 self._group = None
 

@@ -139,7 +139,9 @@ def shard_parts(model: Any, device: torch.device, offload: bool = False) -> Iter
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    pinned = CPUOffloadPolicy(pin_memory=device.type != "cpu")
+    # Before 2.13, hooks on gradients may run before these have come to pinned memory.
+    pins = device.type != "cpu" and torch.__version__ >= "2.13"
+    pinned = CPUOffloadPolicy(pin_memory=pins)
     policy = pinned if offload else OffloadPolicy()
     for part in _parts(model):
         # The root as well: else its parameters stay whole behind a pass that has no backward.

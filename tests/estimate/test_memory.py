@@ -128,7 +128,7 @@ def test_gpus_share_all_but_what_is_gathered() -> None:
     packing = phase("packing", Setup(gpus=8))
     assert packing.parts["masters"] == 4 * P / 8
     assert packing.parts["workspace"] == 4096 * 11008 * 12  # a whole weight, turned into codes
-    assert packing.host["masters"] == 4 * SHAPE.linear
+    assert packing.host["whole masters"] == 4 * SHAPE.linear
     assert "masters" not in phase("packing", Setup(gpus=8, verify=False)).host
     assert not any("by layer" in p.title for p in phases(SHAPE, Setup(gpus=8)))
 

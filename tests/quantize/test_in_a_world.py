@@ -57,6 +57,7 @@ def test_nothing_is_left(in_a_world: Path) -> None:
         ({"budget": 4.5}, "--budget"),
         ({"recipe": Recipe.from_bits("4-8-4", preset="best")}, "learned scales"),
         ({"training": TrainingConfig(train="norms")}, "--train norms"),
+        ({"training": TrainingConfig(offload="parameters")}, "--offload parameters"),
         ({"recipe": Recipe.from_bits("4-8-4", target="llama.cpp")}, "target llama.cpp"),
     ],
 )
