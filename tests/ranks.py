@@ -54,8 +54,23 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     return found
 
 
+def in_a_new_process(module: str, function: str, directory: Path) -> None:
+    """Call a function of a test module with a directory, in a process that has done nothing yet.
+
+    What another test left behind, a process group say, may hang or end a copy of its process.
+    """
+    code = f"from pathlib import Path; from {module} import {function} as act"
+    command = [sys.executable, "-c", f"{code}; act(Path({str(directory)!r}))"]
+    usual = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=usual, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+
+
 def fork_ranks(act: Callable[[World], object], size: int) -> None:
-    """Let so many copies of this process, which have loaded all it has, do one thing together."""
+    """Let so many copies of this process, which have loaded all it has, do one thing together.
+
+    For a process by itself, see :func:`in_a_new_process`.
+    """
     port = free_port()
     children = []
     for rank in range(size):

@@ -24,7 +24,7 @@ from qatc.storage.markers import Mark
 from qatc.training import checkpoint
 from qatc.training.checkpoint import Checkpoints
 from tests.conftest import at_disk_call, contents, run_until_killed
-from tests.ranks import fork_ranks
+from tests.ranks import fork_ranks, in_a_new_process
 
 
 class Run:
@@ -240,9 +240,11 @@ class TestAside:
         aside.checkpoints.wait()  # it is told once
 
 
-def test_where_one_of_two_processes_cannot_write_both_tell(tmp_path: Path) -> None:
+def save_where_one_cannot(directory: Path) -> None:
+    """Let two processes save, of which the second has a full disk."""
+
     def act(world: World) -> None:
-        run = Run(tmp_path / "checkpoints", aside=True)
+        run = Run(directory / "checkpoints", aside=True)
         run.train(1)
         run.save(5)
         run.checkpoints.wait()
@@ -255,6 +257,10 @@ def test_where_one_of_two_processes_cannot_write_both_tell(tmp_path: Path) -> No
         run.checkpoints.close()
 
     fork_ranks(act, 2)
+
+
+def test_where_one_of_two_processes_cannot_write_both_tell(tmp_path: Path) -> None:
+    in_a_new_process(__name__, "save_where_one_cannot", tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
     (tmp_path / "checkpoints" / "step-000005" / "state-00001-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is damaged .it has .*, and not all files"):

@@ -26,7 +26,7 @@ from qatc.training.optimizers import make_optimizer
 from qatc.training.sharding import sharded
 from tests.conftest import make_llama
 from tests.losses import test_recorded
-from tests.ranks import fork_ranks
+from tests.ranks import fork_ranks, in_a_new_process
 from tests.training.conftest import CONFIG, VOCABULARY, assert_equal, make_rows
 
 TOGETHER = replace(CONFIG, steps=2, gradient_clip=1e9)
@@ -105,10 +105,12 @@ def write_again(directory: Path, world: World, config: TrainingConfig, model: An
         checkpoints.close()
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """What worlds trained, and one process, by what and how many did."""
-    base = tmp_path_factory.mktemp("worlds")
+PARTS = torch.tensor([[1e8, 1.0], [1.0, 1e8], [-1e8, 3.0], [0.5, -1e8]])
+
+
+def write_worlds(base: Path) -> None:
+    """Write what worlds trained, and one process, by what and how many did."""
+    torch.set_num_threads(1)
     recorded = test_recorded.make_rows(base / "corpus", Recording(4, 4))
     rows = {"online": make_rows(), "recorded": recorded}
     resumed = ("adamw", "adamw8bit")
@@ -137,6 +139,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
             for by in ("four, then two", "five, then two"):
                 run(by, name, world)
 
+    def add(world: World) -> None:
+        from torch import distributed
+
+        every = InOrder()
+        sent = torch.stack([PARTS[world.rank] + i for i in range(world.size)]).flatten()
+        found = every.allocate((2,), dtype=torch.float32, device=torch.device("cpu"))
+        every(found, sent, distributed.group.WORLD, distributed.ReduceOp.SUM)
+        save_file({"sum": found}, base / "sums" / f"{world.rank}.safetensors")
+
+    (base / "sums").mkdir()
+    fork_ranks(add, 4)
     with captures.shared():
         for name in SAME | CLOSE:
             run("one", name, World(), parts=4)
@@ -150,6 +163,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
                 run(by, name, World(), parts=2)
         fork_ranks(by_five, 5)
         fork_ranks(by_two, 2)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """What :func:`write_worlds` wrote."""
+    base = tmp_path_factory.mktemp("worlds")
+    in_a_new_process(__name__, "write_worlds", base)
     files = base.glob("*/*.safetensors")
     return {f"{file.stem}: {file.parent.name}": load_file(file) for file in files}
 
@@ -175,19 +195,9 @@ def test_any_number_goes_on_with_what_another_wrote(found: Any, name: str, by: s
     ), "the split of a batch shows in the last bits, so that this does compare what it should"
 
 
-def test_in_order() -> None:
+def test_in_order(found: Any) -> None:
     """As ((a + b) + c) + d, where a sum from the other end differs."""
-    parts = torch.tensor([[1e8, 1.0], [1.0, 1e8], [-1e8, 3.0], [0.5, -1e8]])
-
-    def act(world: World) -> None:
-        from torch import distributed
-
-        every = InOrder()
-        sent = torch.stack([parts[world.rank] + i for i in range(world.size)]).flatten()
-        found = every.allocate((2,), dtype=torch.float32, device=torch.device("cpu"))
-        every(found, sent, distributed.group.WORLD, distributed.ReduceOp.SUM)
-        a, b, c, d = parts + world.rank
-        assert torch.equal(found, ((a + b) + c) + d)
-        assert not torch.equal(found, ((d + c) + b) + a)
-
-    fork_ranks(act, 4)
+    for rank in range(4):
+        a, b, c, d = PARTS + rank
+        assert torch.equal(found[f"{rank}: sums"]["sum"], ((a + b) + c) + d)
+        assert not torch.equal(found[f"{rank}: sums"]["sum"], ((d + c) + b) + a)
