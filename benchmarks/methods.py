@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -77,18 +75,12 @@ def quantize(row: str, model: str, output: str, arguments: argparse.Namespace) -
     preset, _, method = row.rpartition(":")
     options = ["--model", model, "--bits", arguments.bits, "--preset", preset or "paper"]
     options += ["--method", method, "--data", arguments.data, *CALIBRATION]
-    call(["quantize", *options, "--output", output, "--overwrite"])
+    common.call(["quantize", *options, "--output", output, "--overwrite"])
 
 
 def evaluate(output: str, text: str, options: list[str]) -> Any:
     """What ``qatc evaluate`` says of an output on a text."""
-    return json.loads(call(["evaluate", output, "--text", text, "--json", *options]))
-
-
-def call(arguments: list[str]) -> str:
-    """Run a command of qatc; its stdout."""
-    command = [sys.executable, "-m", "qatc.cli", *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(common.call(["evaluate", output, "--text", text, "--json", *options]))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -86,7 +84,9 @@ def write(model: str, data: Path, seed: int, arguments: argparse.Namespace) -> N
     """Write the corpus of a seed, with what the teacher says of it."""
     options = ["--model", model, "--output", str(data), "--samples", str(arguments.sequences)]
     options += ["--max-length", str(arguments.length), "--seed", str(seed)]
-    call(["generate-data", *options, "--record-logits", RECORDING, "--dtype", arguments.dtype])
+    common.call(
+        ["generate-data", *options, "--record-logits", RECORDING, "--dtype", arguments.dtype]
+    )
 
 
 def train(model: str, data: Path, row: str, seed: int, arguments: argparse.Namespace) -> float:
@@ -97,16 +97,10 @@ def train(model: str, data: Path, row: str, seed: int, arguments: argparse.Names
     options += ["--max-length", str(arguments.length), "--samples", str(arguments.sequences)]
     options += ["--batch-size", str(arguments.batch_size), "--dtype", arguments.dtype]
     options += ["--eval-samples", str(arguments.sequences // 8), *ROWS[row], "--json"]
-    (own,) = json.loads(call(["quantize", *options]))["figures"].values()
+    (own,) = json.loads(common.call(["quantize", *options]))["figures"].values()
     shutil.rmtree(output)
     print(f"seed {seed}, {row}: RTN {own['RTN']['kl']:.4f}, QAT {own['QAT']['kl']:.4f}", flush=True)
     return float(own["QAT"]["kl"])
-
-
-def call(arguments: list[str]) -> str:
-    """Run a command of qatc; returns what it prints."""
-    command = [sys.executable, "-m", "qatc.cli", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 if __name__ == "__main__":

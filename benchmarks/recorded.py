@@ -13,8 +13,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -76,7 +74,7 @@ def write(model: str, data: Path, row: str, seed: int, arguments: argparse.Names
         options += ["--seed", str(seed), "--batch-size", "64"]
         options += ["--no-compile"] if arguments.no_compile else []
     options += [] if row == ONLINE else ["--record-logits", row]
-    return json.loads(call(["generate-data", *options, "--json"]))
+    return json.loads(common.call(["generate-data", *options, "--json"]))
 
 
 def bytes_per_token(recorded: Any) -> float:
@@ -95,17 +93,11 @@ def train(
     options += ["--max-length", str(arguments.length), "--samples", str(arguments.sequences)]
     options += ["--teacher", ONLINE if row == ONLINE else "recorded"]
     options += ["--no-compile"] if arguments.no_compile else []
-    figures = json.loads(call(["quantize", *options, "--json"]))["figures"]
+    figures = json.loads(common.call(["quantize", *options, "--json"]))["figures"]
     (own,) = figures.values()
     lines = (output / "metrics.jsonl").read_text().splitlines()[5:]
     seconds = statistics.median(json.loads(line)["seconds"] for line in lines)
     return own["QAT"]["kl"], round(seconds, 5)
-
-
-def call(arguments: list[str]) -> str:
-    """Run a command of qatc; returns what it prints."""
-    command = [sys.executable, "-m", "qatc.cli", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common, models
-from benchmarks.methods import call
 from qatc.evaluation.evaluate import TaskComparison
 from qatc.evaluation.scores import TaskResults
 
@@ -55,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         "--output": arguments.raw,
     }
     given = [str(p) for pair in options.items() if pair[1] is not None for p in pair]
-    print(call(["evaluate", arguments.output, *given]))
+    print(common.call(["evaluate", arguments.output, *given]))
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from qatc.errors import CheckpointError, ConfigError
 from qatc.models.cards import CARD, HUB_NAME
 from qatc.output import Output, open_output
 from qatc.output.directory import digest_of
-from qatc.output.model_card import make_card
+from qatc.output.model_card import is_hub_name, make_card
 from qatc.output.stored import measure
 from qatc.storage.directories import EXPORT_FILE
 from qatc.storage.files import read_json
@@ -88,7 +88,8 @@ def plan_push(
             f" it by `hf upload {repo} {source}`"
         )
     _require_digests(open_output(source, trust_remote_code=trust_remote_code))
-    metadata, notes = read_json(source / _METADATA), []
+    written, notes = read_json(source / _METADATA), []
+    metadata, config, stored = dict(written), read_json(source / "config.json"), measure(source)
     if base_model is not None:
         metadata |= {"model": base_model, "model_is_directory": False}
     elif metadata.get("model_is_directory"):
@@ -96,12 +97,11 @@ def plan_push(
             "it was made from a directory, which the hub cannot show as its base model; pass"
             " --base-model OWNER/NAME"
         )
-    derived = make_card(metadata, read_json(source / "config.json"), measure(source))
+    derived = make_card(metadata, config, stored)
     card, changed = derived, False
     if not new_card and (source / CARD).is_file():
         card = (source / CARD).read_text(encoding="utf-8")
-        own = make_card(read_json(source / _METADATA), *_described(source))
-        changed = card != own
+        changed = card != make_card(written, config, stored)
         card = _held_against(card, derived) if changed else derived
     if changed:
         notes.append(f"its {CARD} was written by hand, and says what the files do: it is kept")
@@ -111,12 +111,12 @@ def plan_push(
     if _RUN_FILE in files:
         del files[_RUN_FILE]
         notes.append(f"{_RUN_FILE} stays here: it names paths of this machine")
-    paths = sorted(_paths(read_json(source / _METADATA)), key=len, reverse=True)
+    paths = sorted(_paths(written), key=len, reverse=True)
     files[_METADATA] = (json.dumps(_public(metadata, paths), indent=2) + "\n").encode()
     if _REPORT in files:
         text = (source / _REPORT).read_text(encoding="utf-8", errors="backslashreplace")
         files[_REPORT] = str(_public(text, paths)).encode()
-    published = _with_base_model(_of_the_repository(card, repo), base_model, metadata)
+    published = _with_base_model(_of_the_repository(card, repo), metadata)
     files[CARD] = published.encode("utf-8", errors="backslashreplace")
     return Push(repo, dict(sorted(files.items())), notes)
 
@@ -183,10 +183,6 @@ def _require_name(name: str) -> None:
         )
 
 
-def _described(source: Path) -> tuple[Mapping[str, Any], Any]:
-    return read_json(source / "config.json"), measure(source)
-
-
 def _held_against(card: str, derived: str) -> str:
     """A card written by hand, all of whose tables are those that follow from the files."""
     wanted = [line for line in derived.splitlines() if line.startswith("| ")]
@@ -236,12 +232,12 @@ def _of_the_repository(card: str, repo: str) -> str:
     return text.replace(run, f"{run}\n```\nhf download {repo} --local-dir {name}\n```\n", 1)
 
 
-def _with_base_model(card: str, base_model: str | None, metadata: Mapping[str, Any]) -> str:
+def _with_base_model(card: str, metadata: Mapping[str, Any]) -> str:
     """A card that names the base model by its name on the hub, or none."""
     card = re.sub(r"\nIt was made from a directory called [^\n]*\n", "", card)
     front, end, rest = card.partition("\n---\n")
-    name = base_model or str(metadata.get("model", ""))
-    if not HUB_NAME.fullmatch(name) or (base_model is None and metadata["model_is_directory"]):
+    name = metadata.get("model")
+    if not is_hub_name(metadata):
         front = re.sub(r"\nbase_model(_relation)?: [^\n]*", "", front)
     elif re.search(r"^base_model: ", front, re.MULTILINE):
         front = re.sub(r"\nbase_model: [^\n]*", f"\nbase_model: {name}", front)
