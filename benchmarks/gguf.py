@@ -86,16 +86,16 @@ def _write_full(model: str, directory: Path) -> Path:
     """The model as it is, as GGUF; MLPs with zeros to whole blocks, which llama.cpp asks for."""
     from transformers import AutoModelForCausalLM
 
-    from qatc.export import gguf
-    from qatc.export.gguf_blocks import BLOCK
-    from qatc.export.gguf_plan import make_plan
+    from qatc.export.gguf.blocks import BLOCK
+    from qatc.export.gguf.format import write_plan
+    from qatc.export.gguf.plan import make_plan
     from qatc.output import Output
     from qatc.recipe.recipe import Recipe
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     output = Output(loaded.config, Recipe.from_bits("16-16-16"), {}, loaded.state_dict())
     plan = make_plan(dataclasses.replace(output, directory=Path(model)))
-    gguf.write_plan(dataclasses.replace(plan, width=plan.width + -plan.width % BLOCK), directory)
+    write_plan(dataclasses.replace(plan, width=plan.width + -plan.width % BLOCK), directory)
     (file,) = directory.glob("*.gguf")
     return file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from qatc.errors import ConfigError
 from qatc.export.base import Format
 from qatc.export.compressed_tensors import COMPRESSED_TENSORS
-from qatc.export.gguf import GGUF
+from qatc.export.gguf.format import GGUF
 from qatc.export.torchao import TORCHAO
 from qatc.output import Output, open_output
 from qatc.storage.directories import complete_directory, refuse_existing, refuse_overlap

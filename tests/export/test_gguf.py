@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatc.errors import CheckpointError, ConfigError
 from qatc.export import FORMATS, export
-from qatc.export import gguf_blocks as blocks
+from qatc.export.gguf import blocks
 from qatc.output import QuantizedWeight, load_codes, load_reference, open_output
 from qatc.output.contents import Output
 from qatc.recipe.recipe import Recipe
@@ -306,7 +306,7 @@ def test_card_commands_and_replacement(tmp_path: Path) -> None:
     ],
 )
 def test_other_numerics_are_said(recipe: Recipe, size: int, said: tuple[str, ...]) -> None:
-    from qatc.export.gguf_card import differences
+    from qatc.export.gguf.card import differences
 
     found = differences(recipe, size)
     assert len(found) == len(said)

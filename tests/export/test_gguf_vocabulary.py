@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qatc.errors import ConfigError
-from qatc.export.gguf_vocabulary import (
+from qatc.export.gguf.vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,

@@ -1,14 +1,14 @@
 """GGUF, which llama.cpp, ollama and LM Studio load: one file with the tokenizer in it.
 
 Quantized weights become Q4_0 (up to 4 bits) and Q8_0, with the codes and scales that were trained
-(:mod:`qatc.export.gguf_blocks`). Everything else keeps its values: vectors in fp32, matrices in
+(:mod:`qatc.export.gguf.blocks`). Everything else keeps its values: vectors in fp32, matrices in
 the narrowest float type that holds them.
 
 It cannot hold how activations, keys and values are quantized, which llama.cpp decides by itself or
 is told when it starts; :func:`notes` says what differs. Refused are groups that are no multiple of
 32, scales that fp16 does not hold, inputs that are rotated at run time, and architectures and
-tokenizers that are not known (:mod:`qatc.export.gguf_architectures`,
-:mod:`qatc.export.gguf_vocabulary`).
+tokenizers that are not known (:mod:`qatc.export.gguf.architectures`,
+:mod:`qatc.export.gguf.vocabulary`).
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ import torch
 
 import qatc
 from qatc.errors import CheckpointError
-from qatc.export import gguf_blocks as blocks
-from qatc.export import gguf_card
 from qatc.export.base import Format
-from qatc.export.gguf_architectures import (
+from qatc.export.gguf import blocks, card
+from qatc.export.gguf.architectures import (
     context_length,
     describe,
     head_size,
     row_order,
     transformers_name,
 )
-from qatc.export.gguf_plan import EMBEDDING, HEAD, Plan, make_plan, require_gguf
+from qatc.export.gguf.plan import EMBEDDING, HEAD, Plan, make_plan, require_gguf
 from qatc.models.cards import CARD
 from qatc.output import Output, QuantizedWeight
 from qatc.recipe.recipe import Recipe
@@ -54,14 +53,14 @@ def write_plan(plan: Plan, directory: Path) -> None:
     import gguf
 
     output = plan.output
-    path = directory / f"{gguf_card.stem(output.metadata)}-{plan.file_type}.gguf"
+    path = directory / f"{card.stem(output.metadata)}-{plan.file_type}.gguf"
     with contextlib.closing(gguf.GGUFWriter(path, plan.architecture.name)) as writer:
         _describe(plan, writer)
         sizes = _write_tensors(plan, writer)
     told = {"format": GGUF.name, "files": [path.name], "recipe": output.recipe.to_dict()}
     write_json(directory / EXPORT_FILE, told)
-    card = gguf_card.make_card(output, path.name, sizes, notes_of(plan))
-    write_atomically(directory / CARD, card.encode("utf-8", errors="backslashreplace"))
+    text = card.make_card(output, path.name, sizes, notes_of(plan))
+    write_atomically(directory / CARD, text.encode("utf-8", errors="backslashreplace"))
 
 
 def _write_tensors(plan: Plan, writer: Any) -> dict[str, list[int]]:
@@ -96,7 +95,7 @@ def _describe(plan: Plan, writer: Any) -> None:
 
     metadata, recipe = plan.output.metadata, plan.output.recipe
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(f"{gguf_card.stem(metadata)} {recipe.bits}")
+    writer.add_name(f"{card.stem(metadata)} {recipe.bits}")
     if isinstance(license := metadata.get("license", {}).get("license"), str):
         writer.add_license(license)
     kinds = {"F32": "ALL_F32"}
@@ -113,7 +112,7 @@ def _describe(plan: Plan, writer: Any) -> None:
     writer.add_uint32("qatc.feed_forward_length", plan.output.config.intermediate_size)
     writer.add_bool("qatc.interleaved", plan.architecture.interleaved)
     if "model" in metadata:
-        writer.add_string("qatc.model", gguf_card.stem(metadata))
+        writer.add_string("qatc.model", card.stem(metadata))
 
 
 def read(directory: Path) -> dict[str, QuantizedWeight]:
@@ -185,7 +184,7 @@ def notes(output: Output) -> list[str]:
 def notes_of(plan: Plan) -> list[str]:
     """:func:`notes` of a plan."""
     config: Any = plan.output.config
-    found = gguf_card.differences(plan.output.recipe, head_size(config))
+    found = card.differences(plan.output.recipe, head_size(config))
     narrow = sorted({w.spec.bits for w in plan.output.weights.values() if w.spec.bits < 4})
     if narrow:
         found.append(
@@ -208,7 +207,7 @@ def notes_of(plan: Plan) -> list[str]:
 def commands(output: Output, directory: Path) -> list[str]:
     """How llama.cpp is started with what was written."""
     (path,) = directory.glob("*.gguf")
-    return gguf_card.commands(output, str(path))
+    return card.commands(output, str(path))
 
 
 GGUF = Format("gguf", "llama.cpp, ollama, LM Studio", write, read, notes, commands)

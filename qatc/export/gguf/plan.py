@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qatc.errors import ConfigError
-from qatc.export import gguf_blocks as blocks
-from qatc.export.gguf_architectures import (
+from qatc.export.gguf import blocks
+from qatc.export.gguf.architectures import (
     Architecture,
     find_architecture,
     gguf_name,
@@ -21,7 +21,7 @@ from qatc.export.gguf_architectures import (
     row_order,
     transformers_name,
 )
-from qatc.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from qatc.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from qatc.models.load import load_tokenizer
 from qatc.models.scales import of_attention, of_weight
 from qatc.output import Output, QuantizedWeight

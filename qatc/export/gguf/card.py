@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qatc.export.gguf_architectures import context_length, head_size
-from qatc.export.gguf_blocks import BLOCK
+from qatc.export.gguf.architectures import context_length, head_size
+from qatc.export.gguf.blocks import BLOCK
 from qatc.output import Output
 from qatc.output.model_card import base_name, is_hub_name, provenance, recipe_rows, table
 from qatc.recipe.recipe import Recipe

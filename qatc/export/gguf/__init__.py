@@ -1,0 +1,1 @@
+"""llama.cpp's format: see :mod:`qatc.export.gguf.format`."""
