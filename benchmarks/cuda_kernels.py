@@ -74,7 +74,7 @@ class Compiled:
 def cases() -> list[Case]:
     """All kernels, with what they are started with at a LLaMA-7B's shapes."""
     found = [_product(bits, rows) for bits in (4, 8) for rows in (1, 3, 16, 32, 64, 256, 2048)]
-    found += [_product(3, rows) for rows in (1, 16)]
+    found += [_product(3, rows) for rows in (1, 16, 2048)]
     for key_bits, value_bits in ((4, 4), (8, 8), (8, 4)):
         found += [_attention(key_bits, value_bits, shared) for shared in (1, 4)]
     constants = {"V_WIDTH": HEAD, "BLOCK": HEAD, "AT_ONCE": attention.JOINED_AT_ONCE}

@@ -26,7 +26,8 @@ def compiled(case: Case, capability: int) -> Compiled:
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_nothing_is_spilled_or_approximate(case: Case, capability: int) -> None:
     got = compiled(case, capability)
-    assert got.spilled == 0 and got.registers <= 168
+    assert got.spilled == 0 and got.registers <= 192
+    assert got.shared <= 99 * 1024  # all that GPUs of capability 8.6 and 8.9 have for a program
     assert not re.search(r"div\.(full|approx)|rcp\.approx", got.ptx)
     assert ".ftz" not in got.ptx or case.module != "product_kernels"
 

@@ -35,41 +35,58 @@ def codes(rows: int, outputs: int, width: int, bits: int) -> Any:
     return x, weight, torch.rand(rows, 1), torch.rand(outputs, 1) - 0.5
 
 
-@pytest.mark.parametrize("bits", (2, 3, 4, 5, 6, 7, 8))
-@pytest.mark.parametrize("rows", (1, 2, 3, 4, 15, 16, 17, 33, 65, 300))
+ROWS = (1, 2, 3, 4, 15, 16, 17, 33, 65, 300)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits"),
+    [
+        *((rows, bits) for rows in ROWS for bits in (4, 8)),
+        *((rows, bits) for rows in (1, 3, 16, 70, 300) for bits in (2, 3, 5, 6, 7)),
+    ],
+)
 def test_products_are_exact(rows: int, bits: int) -> None:
+    """Each with another dtype: every new combination is compiled."""
     torch.manual_seed(rows)
-    sizes = ((37, 96), (129, 1504), (256, 4096), (100, 11008)) if bits in (4, 8) else ((129, 1504),)
-    for outputs, width in sizes:
+    sizes = ((37, 96), (129, 1504), (256, 11008)) if bits in (4, 8) else ((129, 1504),)
+    for (outputs, width), dtype in zip(sizes, DTYPES, strict=False):
         x, weight, x_scale, scale = codes(rows, outputs, width, bits)
         sums = (x.double() @ weight.double().T).int()
-        for dtype in DTYPES:
-            for bias in (None, torch.randn(outputs).to(dtype)):
-                wanted = scale_sums(sums, x_scale, scale, bias, dtype)
-                parts = (x, x_scale, pack(weight, bits), scale, bias)
-                moved = [None if part is None else part.cuda() for part in parts]
-                got = products.TRITON_LINEAR(*moved, bits, dtype)
-                assert torch.equal(got.cpu(), wanted), (outputs, width, dtype, bias is None)
+        bias = None if dtype is torch.float16 else torch.randn(outputs).to(dtype)
+        wanted = scale_sums(sums, x_scale, scale, bias, dtype)
+        parts = (x, x_scale, pack(weight, bits), scale, bias)
+        moved = [None if part is None else part.cuda() for part in parts]
+        got = products.TRITON_LINEAR(*moved, bits, dtype)
+        assert torch.equal(got.cpu(), wanted), (outputs, width, dtype)
 
 
-@pytest.mark.parametrize("bits", (4, 8))
-def test_every_candidate_of_the_tuning_is_exact(bits: int) -> None:
+@pytest.mark.parametrize("rows", (1, 16, 128))
+def test_every_candidate_of_the_tuning_is_exact(rows: int) -> None:
     from benchmarks.cuda_tiles import candidates
 
     torch.manual_seed(0)
-    for rows in (1, 8, 16, 100):
-        x, weight, x_scale, scale = (t.cuda() for t in codes(rows, 200, 1024, bits))
-        packed = pack(weight, bits)
-        sums = (x.double() @ weight.double().T).int()
-        wanted = scale_sums(sums, x_scale, scale, None, torch.bfloat16)
-        for tile in candidates(rows, 4096):
-            parts = (x, x_scale, packed, scale, None, bits, torch.bfloat16)
-            assert torch.equal(products.triton_linear(*parts, tile), wanted), tile
+    x, weight, x_scale, scale = codes(rows, 256, 4096, 4)
+    sums = (x.double() @ weight.double().T).int()
+    wanted = scale_sums(sums, x_scale, scale, None, torch.bfloat16)
+    x, packed, x_scale, scale = (t.cuda() for t in (x, pack(weight, 4), x_scale, scale))
+    for tile in candidates(rows, 4096):
+        parts = (x, x_scale, packed, scale, None, 4, torch.bfloat16)
+        assert torch.equal(products.triton_linear(*parts, tile).cpu(), wanted), tile
 
 
 @pytest.mark.parametrize("bits", (4, 8))
-@pytest.mark.parametrize("shape", ((1, 1, 1024), (3, 1, 1024), (16, 1, 1024), (2, 70, 1024)))
-def test_through_the_table_and_compiled(shape: tuple[int, ...], bits: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 1, 1024), torch.float32),
+        ((3, 1, 1024), torch.bfloat16),
+        ((16, 1, 1024), torch.float16),
+        ((2, 70, 1024), torch.bfloat16),
+    ],
+)
+def test_through_the_table_and_compiled(
+    shape: tuple[int, ...], dtype: torch.dtype, bits: int
+) -> None:
     """Bit for bit what the kernels of the table compute on a CPU."""
     torch.manual_seed(0)
     site = Site(QuantSpec(bits), QuantSpec(8), 768, shape[-1], "cuda")
@@ -77,25 +94,31 @@ def test_through_the_table_and_compiled(shape: tuple[int, ...], bits: int) -> No
     assert set(names.values()) == {"Triton product"}
     weight, scale = minmax.quantize(torch.randn(768, shape[-1]), site.weights, snap=True)
     specs = (site.inputs, spec_arg(site.activations), spec_arg(site.weights))
-    for dtype in DTYPES:
-        x, bias = torch.randn(shape).to(dtype), torch.randn(768).to(dtype)
-        parts = (x, pack(weight, bits), scale, bias)
-        on_cpu = dataclasses.replace(site, device="cpu")
-        other = {phase: choose(on_cpu, phase).kernel.name for phase in PHASES}
-        wanted = PACKED_LINEAR(*parts, *specs, **other)
+    x, bias = torch.randn(shape).to(dtype), torch.randn(768).to(dtype)
+    parts = (x, pack(weight, bits), scale, bias)
+    on_cpu = dataclasses.replace(site, device="cpu")
+    other = {phase: choose(on_cpu, phase).kernel.name for phase in PHASES}
+    wanted = PACKED_LINEAR(*parts, *specs, **other)
 
-        def linear(*tensors: Any) -> Any:
-            return PACKED_LINEAR(*tensors, *specs, **names)
+    def linear(*tensors: Any) -> Any:
+        return PACKED_LINEAR(*tensors, *specs, **names)
 
-        moved = [part.cuda() for part in parts]
-        options: Any = dict(minmax.COMPILE_OPTIONS)
-        for run in (linear, torch.compile(linear, dynamic=False, options=options)):
-            assert torch.equal(run(*moved).cpu(), wanted), (dtype, run)
+    moved = [part.cuda() for part in parts]
+    options: Any = dict(minmax.COMPILE_OPTIONS)
+    for run in (linear, torch.compile(linear, dynamic=False, options=options)):
+        assert torch.equal(run(*moved).cpu(), wanted), (dtype, run)
 
 
-@pytest.mark.parametrize("masked", (False, True))
-@pytest.mark.parametrize(("key_bits", "value_bits"), ((4, 4), (8, 8), (4, 8), (8, 4)))
-@pytest.mark.parametrize("sizes", ((32, 32, 128, 128), (32, 8, 128, 128), (9, 3, 64, 80)))
+@pytest.mark.parametrize(
+    ("sizes", "key_bits", "value_bits", "masked"),
+    [
+        ((32, 32, 128, 128), 4, 4, False),
+        ((32, 32, 128, 128), 8, 8, True),
+        ((32, 8, 128, 128), 4, 4, False),
+        ((32, 8, 128, 128), 8, 4, False),
+        ((9, 3, 64, 80), 4, 8, True),
+    ],
+)
 def test_attention(sizes: tuple[int, ...], key_bits: int, value_bits: int, masked: bool) -> None:
     torch.manual_seed(0)
     heads, groups, width, deep = sizes

@@ -129,7 +129,10 @@ _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define(
     "code_attention(Tensor query, Tensor key_codes, Tensor key_scale, Tensor value_codes,"
     " Tensor value_scale, Tensor positions, Tensor? mask, int key_bits, int value_bits,"
-    " float scale) -> Tensor"
+    " float scale) -> Tensor",
+    # A graph that writes to a cache and then reads it has it contiguous on paper, as the result of
+    # a function. Inductor writes in place, and would otherwise copy the cache to make it so.
+    tags=(torch.Tag.flexible_layout,),
 )
 _LIBRARY.impl("code_attention", code_attention, "CUDA")
 torch.library.register_fake(

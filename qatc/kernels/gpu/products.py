@@ -7,7 +7,7 @@ are computed by what stands before it in a graph, fused with that.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,16 +49,20 @@ def choose_tile(rows: int, outputs: int, width: int, bits: int) -> Tile:
     if rows <= MOST_GEMV_ROWS:
         words = launch.power_of_two(max(32, packing.packed_width(width, bits) // 4))
         return Tile(0, 4, min(words, 512), 4)
-    narrow = outputs < 8192
     if rows <= 16:
-        return Tile(16, 16, 128, 2, 4) if narrow else Tile(16, 32, 128, 4, 4)
-    if rows <= 32:
-        return Tile(32, 32, 128, 4, 4)
-    if rows <= 64:
-        return Tile(64, 64, 64, 4, 4)
-    if rows <= 256:
-        return Tile(64, 128, 64, 4, 4)
-    return Tile(128, 128, 64, 8, 4)
+        tile = Tile(16, 16, 128, 2, 4) if outputs < 8192 else Tile(16, 32, 128, 4, 4)
+    elif rows <= 32:
+        tile = Tile(32, 32, 128, 4, 4)
+    elif rows <= 64:
+        tile = Tile(64, 64, 64, 4, 4)
+    elif rows <= 256:
+        tile = Tile(64, 128, 64, 4, 4)
+    else:
+        tile = Tile(128, 128, 64, 8, 4)
+    if bits in (4, 8):
+        return tile
+    # Up to eight parts of the input lie in shared memory, of which some GPUs have 99 KB a program.
+    return replace(tile, step=min(tile.step, 32 if rows > 256 else 128), stages=2)
 
 
 def unit_of(width: int, bits: int) -> tuple[int, int]:
