@@ -14,6 +14,7 @@ from qatc.kernels.site import PHASES
 from qatc.kernels.table import choose
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.runtime.cache import cache_tensors, cache_values
+from qatc.runtime.cuda.graphed import GraphedForward
 from qatc.runtime.forward import Runtime, runtime_of
 
 
@@ -150,6 +151,8 @@ def decoding_report(model: nn.Module) -> str:
     """What runs the decoding of a single row where graphs may be compiled, and why."""
     decode = runtime_of(model).decode
     assert decode is not None, "every loaded model has one"
+    if isinstance(decode, GraphedForward):
+        return decode.describe()
     program = decode.program()
     if program is None:
         return f"the layers' graphs, one after another (no program: {decode.reason})"
