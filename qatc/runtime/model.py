@@ -90,7 +90,8 @@ def load(
         device="parameters on meta",
         trust_remote_code=output.trust_remote_code,
     )
-    runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile, kernels)
+    compiled = can_compile(device) if compile is None else compile
+    runtime = Runtime(recipe, device, dtype, compiled, kernels)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
         apart = recipe.exceptions(name, dict(region.named_parameters()))

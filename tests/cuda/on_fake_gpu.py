@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ def run(folder: Path, names: list[str]) -> dict[str, Any]:
     from qatc.runtime.forward import runtime_of
 
     found: dict[str, Any] = {}
+    kept: list[Any] = []
     for name in names:
         output = open_output(folder / name)
         with fake_gpus(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -117,6 +119,7 @@ def run(folder: Path, names: list[str]) -> dict[str, Any]:
                 if "packed_linear" in str(n.target)
                 for phase in ("prefill", "decode")
             }
+            kept.append((model, graphed, cache))
             found[name] = {
                 "devices": _devices(places),
                 "kernels": sorted(kernels),
@@ -224,4 +227,5 @@ PARTS = {"train": train, "run": run, "generate": generate}
 
 def main(part: str, folder: str, *names: str) -> None:
     """Run a part."""
+    gc.disable()  # a cycle that is freed while torch exports a graph may take the process along
     print(json.dumps(PARTS[part](Path(folder), [*names])))
