@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from qatc.errors import ConfigError
 from qatc.machine import cpu
 
+AMPERE = (8, 0)
+"""Compute capability of the first GPUs that have bf16."""
+
 DType = Literal["auto", "float32", "bfloat16"]
 
 
@@ -54,8 +57,8 @@ def pick_dtype(dtype: DType, device: str, config: Any) -> torch.dtype:
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
     kind = torch.device(device)
-    if kind.type == "cuda" and torch.cuda.get_device_capability(kind) < (8, 0):
-        return torch.float32
+    if kind.type == "cuda" and torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.get_device_capability(kind) >= AMPERE else torch.float32
     if kind.type != "cpu":
         return torch.bfloat16
     wide = getattr(config, "hidden_size", 0) >= 512

@@ -311,13 +311,8 @@ def _refuse_uncacheable(
 
 
 def can_compile(device: str | torch.device | None = None) -> bool:
-    """Whether Inductor can build kernels here; :mod:`qatc.graph.compilation` says why not.
-
-    Args:
-        device: that they are for; ``None`` for a GPU if there is one.
-    """
-    kind = "auto" if device is None else torch.device(device).type
-    return compilation.obstacle(kind) is None
+    """Whether Inductor can build kernels for a device; :mod:`qatc.graph.compilation` knows why."""
+    return compilation.obstacle("auto" if device is None else torch.device(device).type) is None
 
 
 def inductor(gm: GraphModule) -> Callable[..., Any]:

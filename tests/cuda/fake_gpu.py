@@ -119,7 +119,7 @@ def fake_gpus(properties: Any = H100) -> Iterator[None]:
         "_exchange_device": lambda device: 0,
         "_maybe_exchange_device": lambda device: 0,
     }
-    of_dynamo = {
+    of_dynamo: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: GPUS,
         "current_device": lambda: 0,

@@ -45,7 +45,7 @@ def _kept_source() -> Iterator[list[str]]:
         return nothing
 
     folder = joint_graph.UniformValueConstantFolder
-    deduce = folder._deduce_value  # type: ignore[attr-defined]
+    deduce = folder._deduce_value
 
     def on_the_cpu(self: Any, node: Any) -> Any:
         """Constants of one element are computed, where they are."""

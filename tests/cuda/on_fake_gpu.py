@@ -44,16 +44,17 @@ def train(folder: Path, names: list[str]) -> dict[str, Any]:
     from qatc.models.preparation import prepare, prepared_state
     from tests.runtime.conftest import RECIPES
 
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=4, attn_implementation="sdpa",
+        num_attention_heads=8, num_key_value_heads=4,
     )  # fmt: skip
+    config._attn_implementation = "sdpa"
     found = {}
     for name, on_integers in [(n, i) for n in names for i in (False, True)]:
         with fake_gpus(), FakeTensorMode():
             with torch.device(SECOND):
                 student: Any = LlamaForCausalLM(config)
-                teacher: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+                teacher: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
             ids = torch.zeros((2, 32), dtype=torch.long, device=SECOND)
             counted = torch.ones_like(ids, dtype=torch.bool)
             with mock.patch("qatc.models.preparation.why_not_causal", lambda *_: None):
@@ -94,7 +95,8 @@ def run(folder: Path, names: list[str]) -> dict[str, Any]:
         with fake_gpus(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             model = _load(mode, output, SECOND)
             mode.allow_non_fake_inputs = False
-            ids, cache = torch.zeros((2, 20), dtype=torch.long, device=SECOND), DynamicCache()
+            ids = torch.zeros((2, 20), dtype=torch.long, device=SECOND)
+            cache: Any = DynamicCache()
             recorder = _Again()
             graphed = GraphedForward(model, runtime_of(model), recorder)
             with torch.no_grad(), _without_values():

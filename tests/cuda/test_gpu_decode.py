@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
 
 import qatc
 from qatc.report.usage import decoding_report
@@ -109,6 +110,7 @@ def test_no_step_waits(tmp_path: Path) -> None:
         assert cache.get_seq_length() == 31
 
 
+@torch.no_grad()
 def test_greedy_tokens_are_those_of_eager_decoding(tmp_path: Path) -> None:
     model = model_of(tmp_path, "4-8-4", dtype=torch.float32)
     own = copy.copy(model)
@@ -117,9 +119,13 @@ def test_greedy_tokens_are_those_of_eager_decoding(tmp_path: Path) -> None:
     for rows in (1, 4):
         ids = IDS[:rows, :200].cuda()
         got, wanted = model.generate(ids, **options), own.generate(ids, **options)
-        # One token on a tie, and the rest of its row is another text.
-        same = (got == wanted).float().mean(1)
-        assert float(same.max()) == 1.0 and float(same.mean()) >= 0.8, same
+        for row in range(rows):
+            differ = (got[row] != wanted[row]).nonzero()
+            if len(differ):  # only where two tokens are as likely; the rest is another text
+                place = int(differ[0])
+                logits = own(input_ids=wanted[row : row + 1, :place]).logits[0, -1].float()
+                ahead = logits[wanted[row, place]] - logits[got[row, place]]
+                assert float(ahead) <= 0.05 * float(logits.std()), (row, place, float(ahead))
     assert graphed(model).reason is None and graphed(model).replayed > 500
 
 
@@ -127,7 +133,12 @@ def test_greedy_tokens_are_those_of_eager_decoding(tmp_path: Path) -> None:
 def test_the_loop_waits_for_nothing_but_the_last_token(tmp_path: Path) -> None:
     model = model_of(tmp_path, "4-8-4", dtype=torch.float32)
     taken: list[int] = []
-    loop = decoding_loop(40, set(), lambda token: bool(taken.append(token)))
+
+    def take(token: int) -> bool:
+        taken.append(token)
+        return False
+
+    loop = decoding_loop(40, set(), take)
     ids = IDS[:1, :20].cuda()
     options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": None}
     for do_sample in (False, True):
@@ -137,17 +148,20 @@ def test_the_loop_waits_for_nothing_but_the_last_token(tmp_path: Path) -> None:
             found.append(model.generate(ids, do_sample=do_sample, **options, **way))
         assert torch.equal(*found)
         assert taken[-40:] == found[0][0, 20:].tolist()
-    with waiting_is_an_error():
-        model.generate(ids[:, :1], do_sample=False, custom_generate=loop, **options)
+    taken.clear()
+    with waiting_is_an_error():  # in the memory that the last text was in
+        loop(model, ids, LogitsProcessorList(), None, GenerationConfig(do_sample=True))
+    assert len(taken) == 40
 
 
 def test_text_is_written(tmp_path: Path, tokenizer: Any) -> None:
     output = make_output(tmp_path / "o", RECIPES["4-8-4"], make_llama(), tokenizer)
-    texts = []
-    for device in ("cuda", "cpu"):
-        writer = Writer(output, device=device, compile=False, temperature=0.0, max_new_tokens=30)
-        texts.append(writer.write("The old fox").text)
-    assert texts[0][:10] == texts[1][:10]
+    writer = Writer(output, device="cuda", compile=False, temperature=0.7, max_new_tokens=30)
+    writer.ends = set()
+    shown: list[str] = []
+    written = writer.write("The old fox", shown.append)
+    assert written.new_tokens == 30 and "".join(shown).endswith(written.text)
+    assert written.decode_tokens_per_second is not None
 
 
 def test_what_a_report_says(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def graphed_and_plain(directory: Path) -> tuple[Any, GraphedForward, Any]:
     model: Any = qatc.load(directory, dtype=torch.float32, compile=False, decode_program=False)
     plain = copy.copy(model)  # of the very same modules
     forward = GraphedForward(model, runtime_of(model), Again())
-    model.forward, runtime_of(model).decode = forward, forward  # type: ignore[method-assign]
+    model.forward, runtime_of(model).decode = forward, forward
     return model, forward, plain
 
 

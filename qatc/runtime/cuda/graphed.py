@@ -138,13 +138,14 @@ class GraphedForward(DecodeForward):
         if self.recorded >= FUTILE and self.recorded > self.replayed:
             return self._give_up("caches change more often than steps are replayed", output)
         held = packed_layer(step.cache, 0).length - 1
+        fixed: list[Any] = cache.layers
         arena.fill(step.ids, step.positions, held)
         try:
             with torch.inference_mode(False), torch.no_grad(), arena.untouched(held):
-                for layer in cache.layers:
+                for layer in fixed:
                     layer.length = 1
                 claimed_less = taken()
-                for layer in cache.layers:
+                for layer in fixed:
                     layer.length = slots
                 replay = self._recorder.record(taken)
                 logits = replay()
