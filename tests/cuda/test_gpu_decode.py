@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, LogitsProcessorList
 
 import qatc
@@ -152,6 +153,19 @@ def test_the_loop_waits_for_nothing_but_the_last_token(tmp_path: Path) -> None:
     with waiting_is_an_error():  # in the memory that the last text was in
         loop(model, ids, LogitsProcessorList(), None, GenerationConfig(do_sample=True))
     assert len(taken) == 40
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["4-8-4", "4-8-16"])
+def test_a_prefill_attends_in_a_fused_kernel(name: str, tmp_path: Path) -> None:
+    model = model_of(tmp_path, name, dtype=torch.bfloat16)
+    ids = IDS[:2, :300].cuda()
+    wanted = model(input_ids=ids, use_cache=False).logits.float()
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # an error where it cannot be
+        out = model(input_ids=ids[:, :200], use_cache=True)
+        rest = model(input_ids=ids[:, 200:], past_key_values=out.past_key_values, use_cache=True)
+    got = torch.cat([out.logits, rest.logits], 1).float()
+    assert float((got - wanted).norm() / wanted.norm()) < 5e-2
 
 
 def test_text_is_written(tmp_path: Path, tokenizer: Any) -> None:

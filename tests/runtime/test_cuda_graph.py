@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,9 @@ class Again:
 
     def __init__(self) -> None:
         self.steps = 0
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         result = step()

@@ -64,7 +64,7 @@ class GraphedForward(DecodeForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = None if self.reason is not None else _step_of(self.model, args, kwargs)
         if step is not None:
-            with self._lock:
+            with self._lock, self._recorder.turn():
                 output = self._step(step, args, kwargs)
             if output is not None:
                 return output
@@ -72,6 +72,9 @@ class GraphedForward(DecodeForward):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         return GraphedForward(memo.get(id(self.model), self.model), self.runtime, self._recorder)
+
+    def program(self) -> None:
+        """None: a program is C for a CPU."""
 
     def describe(self) -> str:
         """What runs a decoding step, in words."""

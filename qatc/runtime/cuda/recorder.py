@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,12 @@ class Recorder(Protocol):
                 while it is recorded.
         """
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Inside the block, the device does what it is given behind what earlier blocks gave it.
+
+        Blocks may be those of threads with streams of their own.
+        """
+
 
 class CudaRecorder:
     """Records steps as CUDA graphs, which share their memory.
@@ -31,6 +38,18 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._last: torch.cuda.Event | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            if self._last is None:
+                self._last = torch.cuda.Event()
+            self._last.wait()
+            try:
+                yield
+            finally:
+                self._last.record()
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with torch.cuda.device(self._device):
@@ -43,7 +62,8 @@ class CudaRecorder:
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on with what a recording of all threads would not allow.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            where: Any = {"pool": self._pool, "stream": side}
+            with torch.cuda.graph(graph, capture_error_mode="thread_local", **where):
                 result = step()
 
         def replay() -> Tensor:
