@@ -17,6 +17,7 @@ from qatc.kernels.site import PHASES
 from qatc.kernels.table import choose
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.runtime.cache import cache_attention, cache_tensors, cache_values
+from qatc.runtime.cuda.graphed import GraphedForward
 from qatc.runtime.forward import Runtime, runtime_of
 
 
@@ -154,6 +155,8 @@ def decoding_report(model: nn.Module) -> str:
     runtime = runtime_of(model)
     decode = runtime.decode
     assert decode is not None, "every loaded model has one"
+    if isinstance(decode, GraphedForward):
+        return decode.describe() + _reading(runtime)
     program = decode.program()
     if program is None:
         read = _reading(runtime)
