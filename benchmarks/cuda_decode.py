@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40, help="tokens a round takes")
     parser.add_argument("--bits", default="4-8-4")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=95, help="no case begins after these")
+    parser.add_argument("--seconds", type=float, default=80, help="no case begins after these")
     options = parser.parse_args()
     started, runs = time.monotonic(), []
     for shape in options.shapes:

@@ -199,6 +199,7 @@ def test_what_cannot_be_recorded_is_not_replayed(tmp_path: Path) -> None:
     assert forward.reason == (
         "recording LlamaForCausalLM failed: RuntimeError: CUDA error: operation not permitted"
     )
+    assert graphed.why_not_replayed(model) == forward.reason
 
 
 def test_a_model_that_counts_its_positions_itself_is_not_replayed(

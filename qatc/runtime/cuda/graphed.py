@@ -22,7 +22,7 @@ from qatc.runtime.cache import PackedLayer, packed_layer
 from qatc.runtime.cuda.arena import Arena, bucket
 from qatc.runtime.cuda.recorder import CudaRecorder, Recorder
 from qatc.runtime.decode_program import DecodeForward, tokens_behind
-from qatc.runtime.forward import Runtime
+from qatc.runtime.forward import Runtime, runtime_of
 
 ARENAS = 2
 """Caches that are decoded in turn without being recorded again."""
@@ -181,6 +181,12 @@ class GraphedForward(DecodeForward):
             tensors = (*self.model.parameters(), *self.model.buffers())
             self._watched, self._arenas = [(t, t.data_ptr()) for t in tensors], []
         return not any(self._hooks)
+
+
+def why_not_replayed(model: Any) -> str | None:
+    """Why a loaded model's steps are not replayed on a GPU; None where they are, and on a CPU."""
+    decode = runtime_of(model).decode
+    return decode.reason if isinstance(decode, GraphedForward) else None
 
 
 @dataclass(frozen=True)

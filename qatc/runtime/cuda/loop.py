@@ -35,6 +35,12 @@ class Arrival:
         return int(self._buffer)
 
 
+def _drawn(probabilities: Tensor) -> Tensor:
+    """Tokens ``[B, 1]`` as ``torch.multinomial`` draws them, which may wait to check its input."""
+    waits = torch.empty_like(probabilities).exponential_(1)
+    return (probabilities / waits).argmax(-1, keepdim=True)
+
+
 def decoding_loop(
     tokens: int, ends: Collection[int], take: Callable[[int], bool]
 ) -> Callable[..., Tensor]:
@@ -68,7 +74,7 @@ def decoding_loop(
             logits = output.logits[:, -1].to(copy=True, dtype=torch.float32)
             scores = logits_processor(input_ids, logits)
             if generation_config.do_sample:
-                token = torch.multinomial(scores.softmax(-1), num_samples=1)
+                token = _drawn(scores.softmax(-1))
             else:
                 token = scores.argmax(-1, keepdim=True)
             arrival = Arrival(token, buffers[number % 2])
