@@ -46,6 +46,13 @@ def pick_device(device: str) -> str:
     return device
 
 
+def make_current(device: str) -> None:
+    """Let streams and generators that name no GPU be those of this one, in this process."""
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
+
+
 def pick_dtype(dtype: DType, device: str, config: Any) -> torch.dtype:
     """The compute dtype that ``auto`` stands for.
 

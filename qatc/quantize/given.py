@@ -16,7 +16,7 @@ from qatc.data.corpus import Corpus, Rows, is_complete, require_known, text_rows
 from qatc.data.documents import read_text
 from qatc.data.teacher_logits import Recorded
 from qatc.errors import ConfigError
-from qatc.machine.device import device_name, pick_device, pick_dtype
+from qatc.machine.device import device_name, make_current, pick_device, pick_dtype
 from qatc.machine.world import ALONE, World, current
 from qatc.models import LoadedModel, load_config, load_tokenizer
 from qatc.models.load import check_length
@@ -51,6 +51,7 @@ class Setting:
     def of(cls, config: QuantizeConfig, observer: Observer) -> Setting:
         """The run on this machine."""
         device = pick_device(config.device)
+        make_current(device)
         compile = can_compile(device) if config.compile is None else config.compile
         reason = why_whole(config) if current().size > 1 else None
         if reason is not None:

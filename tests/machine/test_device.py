@@ -72,6 +72,14 @@ def test_auto_takes_bf16_from_ampere_on(
     assert asked == [torch.device("cuda", 1)]
 
 
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        device.make_current(name)
+    assert made == [torch.device("cuda", 1)]
+
+
 def test_auto_on_a_gpu_and_by_name() -> None:
     small = SimpleNamespace(hidden_size=64)
     assert pick_dtype("auto", "cuda", small) is torch.bfloat16
