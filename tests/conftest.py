@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import shutil
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from qatc.evaluation.parity import verify
+from qatc.graph import captures
 from qatc.models.preparation import prepare, quantized_specs, restore
 from qatc.output import Output, QuantizedWeight, write_output
 from qatc.recipe.recipe import Recipe
@@ -153,16 +155,68 @@ def signals_as_at_a_terminal() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_capture_of_a_structure() -> Iterator[None]:
+    """All tests of a process share captures, as the models of one run do: a third of a second each.
+
+    Those of :mod:`qatc.graph` capture anew. So has a test which changes code that is captured.
+    """
+    with pytest.MonkeyPatch.context() as patch, captures.shared():
+        patch.setattr(captures, "LARGEST", 512)
+        yield
+
+
+@pytest.fixture
+def captured_anew() -> Iterator[None]:
+    """The test shares captures with no other."""
+    token = captures._SHARED.set(None)
+    yield
+    captures._SHARED.reset(token)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The tokenizer of ``model_path``."""
     return make_tokenizer()
 
 
+LONGEST = (
+    *("test_in_a_world", "test_cli", "test_examples", "test_decode_program", "test_deep_parity"),
+    *("test_post_training", "test_parity", "test_resume", "test_remote_code", "test_reduction"),
+)
+"""Files that take 20 s and more: begun last, they would leave a process alone with one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files are run first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 99)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory for all processes that run tests: the first to ask for it lets ``make`` fill it.
+
+    The others wait for it, and no test changes it.
+    """
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    directory, finished = base / name, base / f"{name}.finished"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            make(directory)
+            finished.touch()
+    return directory
+
+
 @pytest.fixture(scope="session")
 def shared_model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A model directory that no test changes."""
-    return save(tmp_path_factory.mktemp("models") / "tiny", make_llama(), tokenizer)
+    directory = made_once(
+        tmp_path_factory, "shared", lambda made: save(made / "tiny", make_llama(), tokenizer)
+    )
+    return directory / "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -171,13 +225,14 @@ def in_a_world(tmp_path_factory: pytest.TempPathFactory, shared_model_path: Path
     from tests.in_a_world import begin
     from tests.ranks import ended, start_ranks
 
-    directory = tmp_path_factory.mktemp("world")
-    begin(directory, shared_model_path)
-    found = ended(start_ranks("-m", "tests.in_a_world", str(directory), str(shared_model_path)))
-    told = "".join(err for _, _, err in found)
-    assert told.endswith("error: all is done, and the second process ends\n"), told
-    assert told.count("error:") == 1 and [status for status, _, _ in found] == [1, 2]
-    return directory
+    def make(directory: Path) -> None:
+        begin(directory, shared_model_path)
+        found = ended(start_ranks("-m", "tests.in_a_world", str(directory), str(shared_model_path)))
+        told = "".join(err for _, _, err in found)
+        assert told.endswith("error: all is done, and the second process ends\n"), told
+        assert told.count("error:") == 1 and [status for status, _, _ in found] == [1, 2]
+
+    return made_once(tmp_path_factory, "world", make)
 
 
 @pytest.fixture
@@ -219,13 +274,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def _no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _no_second_process() -> Iterator[None]:
     """Runs in this process verify their output without loading it in a new one (10 s each).
 
     The command line, which the tests start as a process, does both.
     """
-    monkeypatch.setattr("qatc.quantize.writing.verify", partial(verify, reload=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qatc.quantize.writing.verify", partial(verify, reload=False))
+        yield
 
 
 def run_until_killed(function: Callable[[], object], by: int = signal.SIGKILL) -> None:

@@ -43,6 +43,10 @@ _OWN = frozenset(vars(nn.Module())) - {"training"}
 _CHANGING = frozenset({"gradient_checkpointing", "_gradient_checkpointing_func", *LAYER_NUMBERS})
 """Attributes that do not decide a graph, or not alone: see :mod:`qatc.graph.templates`."""
 
+_ORIGIN = "_name_or_path"
+"""Of a configuration of transformers: where it was read, which no layer of transformers asks for.
+A run reads a model in one place and its own output in another, whose graphs are the same."""
+
 _HEAP_TYPE = 1 << 9
 """The flag of a class that is written in Python, whose instances hold nothing but attributes."""
 
@@ -250,7 +254,12 @@ class _Reader:
         if isinstance(own, dict):
             self._watch_mapping(own)
             held += sorted(own.items(), key=operator.itemgetter(0))
-        return tuple((name, self.read(item)) for name, item in held)
+        of_transformers = kind.__module__.startswith("transformers.")  # not code of a model's own
+        return tuple(
+            (name, self.read(item))
+            for name, item in held
+            if not (of_transformers and name == _ORIGIN)
+        )
 
     def _read_function(self, function: FunctionType) -> Any:
         """Its code and what that refers to, but for the names of its module."""

@@ -150,6 +150,7 @@ def test_export(output: Path, tmp_path: Path) -> None:
     refused(1, "qatc quantize", "export", tmp_path / "none", "--output", tmp_path / "x")
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_export_to_torchao(output: Path, tmp_path: Path) -> None:
     target = tmp_path / "exported"
     result = run("export", output, "--format", "torchao", "--output", target, "--json")
@@ -160,6 +161,7 @@ def test_export_to_torchao(output: Path, tmp_path: Path) -> None:
     assert config["quantization_config"]["quant_method"] == "torchao"
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_export_to_gguf(output: Path, tmp_path: Path) -> None:
     target = tmp_path / "exported"
     result = run("export", output, "--format", "gguf", "--output", target)
@@ -185,12 +187,16 @@ def test_json_has_no_nan(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check["figure"] is None and not check["passed"]
 
 
-def test_verify(output: Path, tmp_path: Path) -> None:
+def test_verify(output: Path) -> None:
     report = json.loads((output / "qatc.json").read_text())["parity"]
     assert report["passed"] and "reload" in report["checks"][-1]["what"]
     assert "## On integers" in (output / "report.md").read_text()
     result = run("verify", output, "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["passed"]
+
+
+@pytest.mark.usefixtures("verified_here")
+def test_damaged(output: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(output, damaged)
     tensors = load_file(damaged / "model.safetensors")
@@ -223,6 +229,7 @@ def test_inspect_kernels(output: Path, shared_model_path: Path) -> None:
     refused(2, "qatc quantize", "inspect", shared_model_path, "--kernels")
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_head_and_embedding(shared_model_path: Path, tmp_path: Path) -> None:
     target, model = tmp_path / "out", ["--model", shared_model_path]
     ends = ["--head-bits", "8", "--embedding-bits", "8"]

@@ -42,6 +42,7 @@ def test_generate(output: Path, tmp_path: Path) -> None:
     refused(1, "qatc quantize", "generate", tmp_path, "--prompt", "x")
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_what_the_terminal_cannot_encode(output: Path, tmp_path: Path) -> None:
     """Neither a prompt, nor a path, nor the drawing of a table ends a command."""
 

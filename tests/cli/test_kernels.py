@@ -39,6 +39,7 @@ def test_generate_writes_the_same(output: Path) -> None:
     refused(2, "auto, torchao, qatc; got 'cuda'", "generate", output, *common, "--kernels", "cuda")
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_verify(output: Path) -> None:
     done = run("verify", output, "--kernels", "torchao", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["passed"] is True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from qatc.recipe.recipe import Recipe
 
 FLOAT = Recipe.from_bits("16-16-16")
 QUANTIZED = Recipe.from_bits("4-8-4")
+
+
+@pytest.fixture(autouse=True)
+def _captured_anew(captured_anew: None) -> None:
+    """How captures are made is what is tested here."""
 
 
 def tokens(rows: int, length: int) -> Tensor:

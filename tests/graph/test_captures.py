@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -54,6 +55,23 @@ def test_models_of_one_structure_are_captured_once(counted: list[str]) -> None:
         assert not {*one.graph_module.graph.nodes} & {*other.graph_module.graph.nodes}
     prepared()
     assert len(counted) == 5, "another piece of work begins anew"
+
+
+def test_where_a_model_was_read_decides_no_graph(counted: list[str]) -> None:
+    """But what else its configuration holds does, and where code is that transformers has not."""
+    one, other, own, changed = (make_llama() for _ in range(4))
+    one.config._name_or_path, other.config._name_or_path = "a/model", "its/output"
+    changed.config.a_setting = "other"
+    own.config.__class__ = type("Own", (type(own.config),), {"__module__": "remote.code"})
+    own.config._name_or_path = "a/model"
+    elsewhere = copy.deepcopy(own)
+    elsewhere.config._name_or_path = "its/output"
+    with captures.shared():
+        captured = []
+        for model in (one, other, changed, own, elsewhere):
+            prepare(model, Recipe.from_bits("4-8-4"), compile=False)
+            captured.append(len(counted))
+    assert captured == [1, 1, 2, 3, 4]
 
 
 def test_one_inside_of_another_is_one_with_it(counted: list[str]) -> None:

@@ -48,7 +48,7 @@ def shifted(model: Any) -> Any:
 
 
 @pytest.fixture
-def keys_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def keys_of(monkeypatch: pytest.MonkeyPatch, captured_anew: None) -> list[Any]:
     """What the rotary embedding makes of the keys, layer by layer."""
     seen: list[Any] = []
     rotate = modeling_llama.apply_rotary_pos_emb

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from qatc.quantize.run import quantize
 from qatc.quantize.settings import QuantizeConfig
 from qatc.recipe.recipe import Recipe
 from qatc.training.config import TrainingConfig
+from tests.conftest import made_once
 
 
 def make(model: Path, output: Path, **changes: Any) -> QuantizeConfig:
@@ -33,8 +35,13 @@ def make(model: Path, output: Path, **changes: Any) -> QuantizeConfig:
 @pytest.fixture(scope="session")
 def done(shared_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run."""
-    output = tmp_path_factory.mktemp("quantize") / "out"
-    return quantize(make(shared_model_path, output, verify=True))
+
+    def run(directory: Path) -> None:
+        result = quantize(make(shared_model_path, directory / "out", verify=True))
+        (directory / "result").write_bytes(pickle.dumps(result))
+
+    directory = made_once(tmp_path_factory, "quantized", run)
+    return pickle.loads((directory / "result").read_bytes())
 
 
 def weights(output: Path) -> bytes:
