@@ -63,6 +63,11 @@ def why_not(recipe: Recipe, form: Form) -> str | None:
         return left if inputs.quantizes else None
     if form == "vllm-marlin":
         return _why_not_marlin(recipe)
+    if form == "qatc" and len({own <= PACKED_BITS for own in _widths(recipe)}) == 2:
+        return (
+            "its weights lie in two layouts, and vLLM joins those of queries, keys and values;"
+            " qatc export --format vllm writes one layout, where activations have 8 bits"
+        )
     if not inputs.quantizes:
         return _why_not_alone(recipe)
     if _widest(recipe) <= PACKED_BITS and form != "vllm":
@@ -126,8 +131,12 @@ def _not_so_many(bits: int) -> str:
 
 def _widest(recipe: Recipe) -> int:
     """The most bits that a quantized weight of a layer has."""
-    others = (bits for _, bits in recipe.weight_bits if bits <= _BITS)
-    return max(recipe.weights.bits, *others, 0)
+    return max(_widths(recipe))
+
+
+def _widths(recipe: Recipe) -> list[int]:
+    """Bits that quantized weights of layers may have."""
+    return [recipe.weights.bits, *(bits for _, bits in recipe.weight_bits if bits <= _BITS)]
 
 
 def form_of(recipe: Recipe, config: Mapping[str, Any]) -> Form:
