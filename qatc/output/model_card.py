@@ -71,8 +71,8 @@ def is_hub_name(metadata: Mapping[str, Any]) -> bool:
 
 
 def _on_text(metadata: Mapping[str, Any]) -> bool:
-    """Whether it was trained on text that no model wrote."""
-    return bool(metadata.get("data", {}).get("strategy") == TEXT)
+    """Whether it was trained on text that no model wrote, as far as is known."""
+    return bool(metadata.get("data", {"strategy": TEXT}).get("strategy") == TEXT)
 
 
 def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: str) -> str:
