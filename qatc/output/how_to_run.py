@@ -7,7 +7,7 @@ from typing import Any
 
 from qatc.output import torchao, vllm
 from qatc.output.compressed_tensors import loads_as_it_is
-from qatc.output.layouts import TORCHAO
+from qatc.output.layouts import TORCHAO, Form
 from qatc.recipe.recipe import Recipe
 
 
@@ -67,7 +67,22 @@ def _in_vllm(recipe: Recipe, config: Mapping[str, Any], flag: str) -> list[str]:
     return [
         f"**vLLM**{computes}, {read}{switch}:",
         f"```\n{vllm.command('THIS_DIRECTORY', recipe, form)}{flag}\n```",
+        *_other_layouts(recipe, form),
     ]
+
+
+def _other_layouts(recipe: Recipe, form: Form) -> list[str]:
+    """Exports in which vLLM computes the same by other kernels, where this layout asks for one."""
+    found: list[str] = []
+    if form != "qatc" or vllm.needs(recipe, form) is None:
+        return found
+    if vllm.why_not(recipe, "vllm") is None:
+        found.append("`--format vllm` is for its int8 kernels, at a byte a weight")
+    if vllm.why_not(recipe, "vllm-marlin") is None:
+        found.append(f"`--format vllm-marlin` for Marlin, started with `{vllm.MARLIN}`")
+    if not found:
+        return found
+    return [f"Of `qatc export THIS_DIRECTORY --output OTHER`, {', and '.join(found)}."]
 
 
 def reader_of(config: Mapping[str, Any]) -> str | None:

@@ -84,8 +84,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             (8, 16),
             "vLLM 0.33: dynamic per-token int8 with amax / 127; --kv-cache-dtype"
             " int8_per_token_head with amax / 127",
-            "its 4-bit cache is asymmetric behind a random rotation; the 8-bit one multiplies by the"
-            " reciprocal of the scale and rounds half away from zero: close, not the same",
+            "its 4-bit cache is asymmetric behind a random rotation; the 8-bit one multiplies by"
+            " the reciprocal of the scale and rounds half away from zero: close, not the same",
         ),
         "llama.cpp": Target(
             _FP16_BLOCKS,

@@ -195,3 +195,6 @@ def test_the_card_of_an_output_says_what_vllm_makes_of_it(
     card = (source / "README.md").read_text()
     assert told in card and card.count("**vLLM**") == 1
     assert ("humming" in card) == ("4-8" in recipe.bits)
+    others = {own for own in ("--format vllm`", "`VLLM_MARLIN_INPUT_DTYPE=int8`") if own in card}
+    grouped = recipe.weights.group_size is not None
+    assert len(others) == (0 if "4-8" not in recipe.bits else 1 if grouped else 2)
