@@ -15,6 +15,8 @@ import json
 import shutil
 import statistics
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=[*ROWS])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--side-by-side", type=int, default=1, help="seeds at a time, on a GPU")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=1536)
@@ -57,14 +60,20 @@ def main() -> None:
     name = f"options-{arguments.name or Path(model).resolve().name}"
     file = common.RESULTS / f"{name}.json"
     rows: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
-    for seed in range(arguments.seeds):
+    one_at_a_time = threading.Lock()
+
+    def run(seed: int) -> None:
         with tempfile.TemporaryDirectory(prefix="qatc-options-") as scratch:
             data = Path(scratch, "data")
             write(model, data, seed, arguments)
             for row in arguments.rows:
-                found = rows.setdefault(row, {"kl": {}})
-                found["kl"][str(seed)] = train(model, data, row, seed, arguments)
-                save(name, model, rows, arguments)
+                kl = train(model, data, row, seed, arguments)
+                with one_at_a_time:
+                    rows.setdefault(row, {"kl": {}})["kl"][str(seed)] = kl
+                    save(name, model, rows, arguments)
+
+    with ThreadPoolExecutor(arguments.side_by_side) as pool:
+        list(pool.map(run, range(arguments.seeds)))
     for row, found in rows.items():
         print(f"{row:28} {found['mean']:.4f} ± {found['deviation']:.4f}", flush=True)
 

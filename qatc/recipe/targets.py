@@ -92,8 +92,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             _BLOCKS,
             _BLOCKS,
             (4, 8, 16),
-            "llama.cpp Q4_0, Q8_0 and its K and V types: blocks of 32 values; scales of weights in"
-            " fp16",
+            "llama.cpp Q4_0, Q5_0, Q8_0 and its K and V types: blocks of 32 values; scales of"
+            " weights in fp16",
             "it rounds half away from zero, keeps the scales of activations in fp16 and rotates K"
             " and V: close, not the same",
         ),

@@ -34,6 +34,8 @@ RECIPES = {
     "channels": Recipe.from_bits("4-8-4"),
     "wide groups": Recipe.from_bits("8-16-16", group_size=64),
     "few bits": Recipe.from_bits("2-8-16", weight_bits=(("*v_proj*", 3), ("*.1.mlp.*", 5))),
+    "five bits": Recipe.from_bits("5-8-16", target="llama.cpp", preset="best"),
+    "six bits": Recipe.from_bits("6-8-16"),
     "ends": Recipe.from_bits("4-8-16", group_size=32, head_bits=8, embedding_bits=8),
     "head": Recipe.from_bits("8-8-16", head_bits=6),
     "embedding": Recipe.from_bits("4-16-16", embedding_bits=4),
@@ -74,7 +76,9 @@ def test_the_file_holds_what_was_trained(name: str, tmp_path: Path) -> None:
     linears = [kind for own, kind in types.items() if "blk" in own and "norm" not in own]
     kinds = {
         "wide groups": {"Q8_0"},
-        "few bits": {"Q4_0", "Q8_0"},
+        "few bits": {"Q4_0", "Q5_0"},
+        "five bits": {"Q5_0"},
+        "six bits": {"Q8_0"},
         "head": {"Q8_0"},
         "skipped": {"Q4_0", "F32"},
         "float": {"F32"},
@@ -166,10 +170,10 @@ def test_rotary_embeddings_of_llama_3(tmp_path: Path) -> None:
     assert fields(file_in(out))["llama.rope.freq_base"] == 500
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_blocks_of_all_codes(kind: str, groups: int) -> None:
-    spec = QuantSpec(4 if kind == "Q4_0" else 8, None if groups == 1 else 128 // groups, "signed")
+    spec = QuantSpec(int(kind[1]), None if groups == 1 else 128 // groups, "signed")
     generator = torch.Generator().manual_seed(groups)
     codes = torch.randint(
         spec.code_min, spec.code_max + 1, (33, 128), generator=generator, dtype=torch.int8

@@ -82,6 +82,7 @@ def test_it_computes_the_same_model(kind: str, changes: dict[str, Any], tmp_path
         ("llama", Recipe.from_bits("4-8-16", target="llama.cpp", preset="best"), 128),
         ("llama", Recipe.from_bits("8-8-16", head_bits=8, embedding_bits=8), 80),
         ("qwen3", Recipe.from_bits("4-8-16", group_size=32), 128),
+        ("llama", Recipe.from_bits("5-8-16", target="llama.cpp", preset="best"), 128),
     ],
 )
 def test_quantized_it_differs_by_its_rounding_of_inputs(

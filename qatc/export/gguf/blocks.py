@@ -1,12 +1,14 @@
 """Codes and scales as the blocks of ggml: 32 neighbouring values of a row, and one scale in fp16.
 
-========  =========  =====================================================  =======================
-type      for bits   32 codes                                               value
-========  =========  =====================================================  =======================
-``Q4_0``  2 to 4     16 bytes of code + 8: the lower four bits are the      ``(code + 8 - 8) * d``
+========  =========  ===================================================  ========================
+type      for bits   32 codes                                           value
+========  =========  ===================================================  ========================
+``Q4_0``  2 to 4     16 bytes of code + 8: the lower four bits are the  ``(code + 8 - 8) * d``
                      codes 0 to 15, the upper four 16 to 31
-``Q8_0``  5 to 8     32 bytes                                               ``code * d``
-========  =========  =====================================================  =======================
+``Q5_0``  5          4 bytes of the fifth bits of code + 16, that of    ``(code + 16 - 16) * d``
+                     code 0 the lowest; then the rest as in Q4_0
+``Q8_0``  6 to 8     32 bytes                                           ``code * d``
+========  =========  ===================================================  ========================
 
 Each block begins with its scale ``d``. A scale of a whole row, or of more than 32 values, stands in
 each of its blocks. What stays float is fp16, bf16 or fp32: the first that holds it exactly.
@@ -26,15 +28,20 @@ from qatc.recipe.spec import QuantSpec
 BLOCK = 32
 """Values that share a scale."""
 
-BYTES = {"Q4_0": 18, "Q8_0": 34}
+BYTES = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34}
 """Of a block."""
+
+OFFSETS = {"Q4_0": 8, "Q5_0": 16}
+"""What is added to a code to store it."""
 
 Bytes = NDArray[np.uint8]
 
 
 def block_type(spec: QuantSpec) -> str:
     """The type of the blocks that hold weights quantized by ``spec``."""
-    return "Q4_0" if spec.bits <= 4 else "Q8_0"
+    if spec.bits == 5:
+        return "Q5_0"
+    return "Q4_0" if spec.bits < 5 else "Q8_0"
 
 
 def refuse_unheld(name: str, weight: QuantizedWeight) -> None:
@@ -56,17 +63,34 @@ def refuse_unheld(name: str, weight: QuantizedWeight) -> None:
 
 
 def to_blocks(weight: QuantizedWeight) -> Bytes:
-    """The rows of a weight as bytes ``[N, K / 32 * 18]`` or ``[N, K / 32 * 34]``; 32 divides K."""
+    """The rows of a weight as bytes ``[N, K / 32 * BYTES[type]]``; 32 divides K."""
     rows, width = weight.codes.shape
     count = width // BLOCK
     scale = weight.scale.half().repeat_interleave(count // weight.scale.shape[1], dim=1)
     codes = weight.codes.reshape(rows, count, BLOCK)
-    if block_type(weight.spec) == "Q4_0":
-        unsigned = (codes + 8).view(torch.uint8)
-        codes = unsigned[..., : BLOCK // 2] | (unsigned[..., BLOCK // 2 :] << 4)
-    parts = [scale.unsqueeze(-1).contiguous().view(torch.uint8), codes.view(torch.uint8)]
+    kind = block_type(weight.spec)
+    parts = [scale.unsqueeze(-1).contiguous().view(torch.uint8)]
+    if kind == "Q8_0":
+        parts.append(codes.view(torch.uint8))
+    else:
+        unsigned = (codes + OFFSETS[kind]).view(torch.uint8)
+        if kind == "Q5_0":
+            parts.append(_bits_to_bytes(unsigned >> 4))
+        unsigned = unsigned & 0xF
+        parts.append(unsigned[..., : BLOCK // 2] | (unsigned[..., BLOCK // 2 :] << 4))
     blocks: Bytes = torch.cat(parts, dim=-1).flatten(1).numpy()
     return blocks
+
+
+def _bits_to_bytes(bits: Tensor) -> Tensor:
+    """Zeros and ones uint8 ``[..., 32]``, the first the lowest, as four bytes."""
+    values: Tensor = bits.unflatten(-1, (4, 8)) << torch.arange(8, dtype=torch.uint8)
+    return values.sum(-1, dtype=torch.uint8)
+
+
+def _bytes_to_bits(values: Tensor) -> Tensor:
+    """The inverse."""
+    return (values.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2)
 
 
 def from_blocks(blocks: Bytes, kind: str) -> tuple[Tensor, Tensor]:
@@ -74,10 +98,13 @@ def from_blocks(blocks: Bytes, kind: str) -> tuple[Tensor, Tensor]:
     rows = torch.from_numpy(np.array(blocks)).unflatten(1, (-1, BYTES[kind]))
     scale = rows[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
     codes = rows[..., 2:]
-    if kind == "Q4_0":
-        codes = torch.cat((codes & 0xF, codes >> 4), dim=-1)
-        return codes.view(torch.int8).flatten(1) - 8, scale
-    return codes.contiguous().view(torch.int8).flatten(1), scale
+    if kind == "Q8_0":
+        return codes.contiguous().view(torch.int8).flatten(1), scale
+    halves = codes[..., -BLOCK // 2 :]
+    unsigned = torch.cat((halves & 0xF, halves >> 4), dim=-1)
+    if kind == "Q5_0":
+        unsigned |= _bytes_to_bits(codes[..., :4]) << 4
+    return unsigned.view(torch.int8).flatten(1) - OFFSETS[kind], scale
 
 
 def float_type(value: Tensor) -> str:

@@ -1,8 +1,8 @@
 """GGUF, which llama.cpp, ollama and LM Studio load: one file with the tokenizer in it.
 
-Quantized weights become Q4_0 (up to 4 bits) and Q8_0, with the codes and scales that were trained
-(:mod:`qatc.export.gguf.blocks`). Everything else keeps its values: vectors in fp32, matrices in
-the narrowest float type that holds them.
+Quantized weights become Q4_0 (up to 4 bits), Q5_0 and Q8_0, with the codes and scales that were
+trained (:mod:`qatc.export.gguf.blocks`). Everything else keeps its values: vectors in fp32,
+matrices in the narrowest float type that holds them.
 
 It cannot hold how activations, keys and values are quantized, which llama.cpp decides by itself or
 is told when it starts; :func:`notes` says what differs. Refused are groups that are no multiple of
