@@ -21,7 +21,7 @@ from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.evaluation.reference import prepare_reference
 from qatc.evaluation.scores import Pairing, TaskResults, pair
 from qatc.evaluation.tasks import evaluate_tasks, load_tasks
-from qatc.export.gguf.llama_cpp import find_gguf, open_in_llama
+from qatc.export.gguf.llama_cpp import open_in_llama, require_runnable
 from qatc.machine.device import pick_device
 from qatc.models import load_model, load_tokenizer
 from qatc.models.load import check_length
@@ -63,7 +63,7 @@ class Evaluated:
 
     def __post_init__(self) -> None:
         recover(Path(self.model))
-        if self.recipe is not None and (self.is_output or self.runtime == "llama.cpp"):
+        if self.is_output and self.recipe is not None:
             raise ConfigError(f"{self.model} is quantized already; leave out --bits")
         if self.runtime not in get_args(Runtime):
             raise ConfigError(f"the runtime is trained, packed or llama.cpp; got {self.runtime!r}")
@@ -133,33 +133,27 @@ class AssessConfig(Evaluated):
                 "length must be at least 4 and batch_size at least 1;"
                 f" got {self.length} and {self.batch_size}"
             )
-        if self.runtime == "llama.cpp" and not self.is_output:
-            if find_gguf(Path(self.model)) is None:
-                raise ConfigError(
-                    f"llama.cpp runs outputs of qatc quantize and GGUF files, and {self.model} is"
-                    " neither; quantize it first"
-                )
-            if self.teacher is None:
-                raise ConfigError(
-                    f"{self.model} is read with the tokenizer of the model that it was made from;"
-                    " give that by --teacher"
-                )
+        if self.is_alone:
+            require_runnable(self.model, self.teacher, rounded=self.recipe is not None)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is a file of llama.cpp's, with no tokenizer of transformers beside it."""
+        return self.runtime == "llama.cpp" and not self.is_output
 
     @property
     def tokenizer(self) -> Any:
-        """What makes tokens of the text: the model's, or of a GGUF file its teacher's."""
-        alone = self.runtime == "llama.cpp" and not self.is_output and self.teacher is not None
-        name = self.teacher if alone else self.model
-        return load_tokenizer(name or "", trust_remote_code=self.trust_remote_code)
+        """What makes tokens of the text: the model's, or its teacher's."""
+        name = self.teacher if self.is_alone and self.teacher is not None else self.model
+        return load_tokenizer(name, trust_remote_code=self.trust_remote_code)
 
     def load_by(self, observer: Observer) -> Any:
-        """The model, and notes on what differs in a runtime of others."""
+        """The model by its runtime; what differs in llama.cpp is noted."""
         if self.runtime != "llama.cpp":
             return self.load()
-        model, notes = open_in_llama(
-            Path(self.model), self.length, trust_remote_code=self.trust_remote_code
-        )
-        if not self.is_output:
+        trust = self.trust_remote_code
+        model, notes = open_in_llama(Path(self.model), self.length, trust_remote_code=trust)
+        if self.is_alone:
             model.file.require_tokens_of(self.tokenizer)
         for note in (model.ran_by, *notes):
             observer.note(note)

@@ -133,11 +133,11 @@ def test_without_a_binding_it_says_what_to_install(
 
 def test_wrong_uses(root: Path, tmp_path: Path) -> None:
     text: dict[str, Any] = {"text": root / "text.txt", "runtime": "llama.cpp"}
-    with pytest.raises(ConfigError, match="teacher is neither; quantize it first"):
+    with pytest.raises(ConfigError, match="teacher is neither, .* quantize it first"):
         AssessConfig(str(root / "teacher"), **text)
     with pytest.raises(ConfigError, match="give that by --teacher"):
         AssessConfig(str(root / "gguf"), **text)
-    with pytest.raises(ConfigError, match="leave out --bits"):
+    with pytest.raises(ConfigError, match="rounded by --bits; quantize it"):
         AssessConfig(str(root / "gguf"), recipe=Recipe(), **text)
     with pytest.raises(ConfigError, match="leave out --tasks, or --runtime"):
         TasksConfig(str(root / "4-8-8"), tasks=("piqa",), runtime="llama.cpp")

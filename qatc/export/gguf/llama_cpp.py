@@ -222,6 +222,26 @@ def find_gguf(place: Path) -> Path | None:
     return found[0] if found else None
 
 
+def require_runnable(model: str, teacher: str | None, *, rounded: bool) -> None:
+    """Raise ``ConfigError`` if what is no output of qatc cannot be evaluated by llama.cpp.
+
+    Args:
+        model: its place.
+        teacher: the model that it is compared with, whose tokenizer reads the text.
+        rounded: whether it is to be rounded first.
+    """
+    if rounded or find_gguf(Path(model)) is None:
+        raise ConfigError(
+            f"llama.cpp runs outputs of qatc quantize and GGUF files, and {model} is neither, or is"
+            " rounded by --bits; quantize it first"
+        )
+    if teacher is None:
+        raise ConfigError(
+            f"{model} is read with the tokenizer of the model that it was made from; give that by"
+            " --teacher"
+        )
+
+
 def open_gguf(path: Path, slots: int) -> LlamaModel:
     """A GGUF file in llama.cpp, with K and V as its recipe has them if qatc wrote it.
 
