@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-runtimes lint types docs format clean
+.PHONY: help venv demo test test-runtimes test-cuda test-gpu lint types docs format clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,15 @@ test: lint types docs ## Run everything that must pass: lint, types, docs and te
 test-runtimes: venv ## Install llama.cpp, and let it run what is exported to its format.
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[llama-cpp]'
 	$(BIN)/python -m pytest tests/export/test_llama_cpp.py tests/evaluation/test_llama_cpp.py
+
+test-cuda: venv ## Install Triton, and check what is made for GPUs; none is needed.
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cuda-tests]'
+	$(BIN)/python -m pytest tests/cuda
+
+# By the Python that has the GPU's torch and Triton: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+test-gpu: ## Run on a GPU what tests/cuda has for one.
+	$(GPU_PYTHON) -m pytest tests/cuda
 
 lint: venv ## Check style and formatting.
 	$(BIN)/ruff check

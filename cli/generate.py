@@ -56,6 +56,7 @@ def generate(
                 f" at most 1; got {max_new_tokens}, {temperature:g} and {top_p:g}"
             )
         terminal.quiet_libraries()
+        from qatc.runtime.cuda.graphed import why_not_replayed
         from qatc.runtime.generate_text import Writer
 
         writer = Writer(
@@ -84,6 +85,8 @@ def generate(
         return
     terminal.stream("\n")
     terminal.note(str(written))
+    if reason := why_not_replayed(writer.model):
+        terminal.note(f"every layer was called by itself, as there is no CUDA graph: {reason}")
 
 
 def _talk(writer: object) -> None:

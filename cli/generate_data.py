@@ -138,7 +138,7 @@ def generate_data(
                 tokenizer,
                 output,
                 config,
-                compile=can_compile() if compile is None else compile,
+                compile=can_compile(teacher.model.device) if compile is None else compile,
                 on_progress=lambda done, tokens: display.generated(done, samples, tokens),
                 on_recorded=display.recorded,
             )

@@ -52,6 +52,9 @@ LIBRARIES = {
     "rich": {"cli"},
     "typer": {"cli"},
 }
+ON_GPUS = "cuda"
+"""A folder of tests by itself: for GPUs, most of them on a machine that has none."""
+
 LARGEST_PACKAGE = 12
 LONGEST_FILE = 350
 
@@ -135,7 +138,7 @@ def test_every_package_says_what_it_is_for_and_is_no_attic() -> None:
 
 def test_tests_stand_as_what_they_test_does() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
-    assert folders <= {*PIPELINE, *HELPERS}
+    assert folders <= {*PIPELINE, *HELPERS, ON_GPUS}
 
 
 @pytest.mark.parametrize("folder", ["qatc", "passes", "cli", "tests", "examples", "benchmarks"])

@@ -46,6 +46,7 @@ from qatc.output import Output, QuantizedWeight, load_reference
 from qatc.output.directory import digest_of
 from qatc.output.reading import opened
 from qatc.passes.lower_linear import PACKED, SCALE
+from qatc.runtime.cuda.graphed import GraphedForward
 from qatc.runtime.forward import runtime_of
 from qatc.runtime.model import load
 
@@ -198,12 +199,18 @@ def _cached(lowered: Any, texts: Texts, wanted: Tensor) -> None:
 
 
 def _programmed(lowered: Any, texts: Texts) -> None:
-    """Take steps by the decoding program, where there is one, each from what the graphs held."""
+    """Take steps by the decoding program, where there is one, each from what the graphs held.
+
+    On a GPU they are replayed.
+    """
     decode = runtime_of(lowered).decode
-    program = None if decode is None else decode.program()
-    if decode is None or program is None:
+    if isinstance(decode, GraphedForward):
+        what = "replayed steps"
+    elif decode is not None and (program := decode.program()) is not None:
+        assert program.applies(), "nothing else may answer for it"
+        what = "the decoding program"
+    else:
         return
-    assert program.applies(), "nothing else may answer for it"
     half = texts.ids.shape[1] // 2
     wanted, got = [], []
     for row in texts.ids[:PROGRAM_ROWS].split(1):
@@ -215,8 +222,9 @@ def _programmed(lowered: Any, texts: Texts) -> None:
             steps.append((graphs, decode(new, past_key_values=own, use_cache=True).logits))
         wanted.append(torch.cat([graphs for graphs, _ in steps], 1))
         got.append(torch.cat([logits for _, logits in steps], 1))
-    what = "the decoding program from the graphs, step by step"
-    texts.judge("cached", what, torch.cat(wanted), torch.cat(got))
+    texts.judge(
+        "cached", f"{what} from the graphs, step by step", torch.cat(wanted), torch.cat(got)
+    )
 
 
 _RELOAD = """

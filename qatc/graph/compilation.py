@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shlex
 import shutil
@@ -26,22 +27,43 @@ def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-@functools.cache
-def obstacle() -> str | None:
-    """Why Inductor cannot build kernels here, or None: a GPU with Triton, or a C++ compiler.
+OLDEST = 7
+"""Compute capability from which on Triton compiles for a GPU."""
 
-    A compiler that is there may lack its headers or half of its programs. So one kernel is built
-    the way that all are, once for each compiler and processor; the outcome is kept in the user's
-    cache, a failure for a day.
+
+@functools.cache
+def obstacle(kind: str = "auto") -> str | None:
+    """Why Inductor cannot build kernels for a kind of device, or None if it can.
+
+    For a GPU it needs Triton, and a C compiler for what launches Triton's kernels; for a CPU a C++
+    compiler, which may lack its headers or half of its programs. So one kernel is built the way
+    that all are, once for each compiler and processor; the outcome is kept in the user's cache, a
+    failure for a day.
+
+    Args:
+        kind: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
     """
-    if torch.cuda.is_available():
-        return None
+    if kind == "auto":
+        return obstacle("cuda" if torch.cuda.is_available() else "cpu")
+    if kind != "cpu":
+        return _obstacle_on_gpu()
     commands = _compilers()
     if not commands:
         return "there is no C++ compiler"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "the headers of Python (python3-dev) are not installed"
     return _remembered(commands)
+
+
+def _obstacle_on_gpu() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.get_device_capability()[0] < OLDEST:
+        return f"{torch.cuda.get_device_name()} is too old for Triton"
+    own = os.environ.get("CC", "").split()[:1]
+    if not any(map(shutil.which, own or ("gcc", "clang", "cc"))):
+        return "there is no C compiler, which Triton needs"
+    return None
 
 
 def _compilers() -> list[tuple[str, ...]]:

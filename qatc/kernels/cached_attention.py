@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatc.kernels import row_attention
+from qatc.kernels.gpu import attention
 from qatc.numerics import asymmetric, learned, minmax, packing
 from qatc.recipe.spec import QuantSpec, read_spec_arg
 
@@ -51,8 +52,8 @@ def cached_attention(
     row_attention.write(key_cache, key, positions)
     row_attention.write(value_cache, value, positions)
     visible = row_attention.visible(positions, key_cache.shape[2], mask)
-    return F.scaled_dot_product_attention(
-        query, key_cache, value_cache, attn_mask=visible, scale=scale, enable_gqa=True
+    return masked_attention(
+        *(query, key_cache, value_cache, visible), scale, expand=query.device.type == "cuda"
     )
 
 
@@ -77,9 +78,10 @@ def quantized_attention(
 
     New keys and values are quantized once, when they are written. A single query reads the codes
     as they are: the scales of the keys are folded into the scores, those of the values into the
-    probabilities, and no dequantized copy of the cache is made. Several queries at once, a
-    prefill, share a dequantized copy of the slots in use. Where codes are asymmetric, an offset
-    stands behind each scale.
+    probabilities, and no dequantized copy of the cache is made. On a GPU a kernel of
+    :mod:`qatc.kernels.gpu.attention` does that where it can. Several queries at once, a prefill,
+    share a dequantized copy of the slots in use. Where codes are asymmetric, an offset stands
+    behind each scale.
 
     Args:
         query, key, value, positions, mask, scale: as for :func:`cached_attention`.
@@ -104,13 +106,18 @@ def quantized_attention(
         new_codes, new_scale = quantize(new, own, gain)
         codes[rows, :, positions] = packing.pack(new_codes, own.bits).transpose(1, 2)
         scales[rows, :, positions] = new_scale.transpose(1, 2)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    caches = (key_codes, key_scale, value_codes, value_scale)
+    if query.shape[2] == 1 and query.device.type == "cuda":
+        out: Tensor = torch.ops.qatc.attend_to_codes(
+            *(query, *caches, positions, mask, spec, value_spec, value.shape[-1], factor)
+        )
+        return out
     visible = row_attention.visible(positions, key_codes.shape[2], mask)
     if query.shape[2] == 1:
+        bits = of_keys.bits, of_values.bits
         return _attend_to_codes(
-            *(query, key_codes, key_scale, value_codes, value_scale, visible),
-            bits=(of_keys.bits, of_values.bits),
-            value_width=value.shape[-1],
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            *(query, *caches, visible), bits=bits, value_width=value.shape[-1], scale=factor
         )
     dtype = query.dtype
     keys, values = (
@@ -120,9 +127,35 @@ def quantized_attention(
             (value_codes, value_scale, of_values, value.shape[-1]),
         )
     )
-    return F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+    return masked_attention(
+        *(query, keys, values, visible), scale, expand=query.device.type == "cuda"
     )
+
+
+def masked_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scale: float | None,
+    *,
+    expand: bool,
+) -> Tensor:
+    """SDPA of ``[B, Hq, T, D]`` over ``[B, Hkv, S, D]`` behind a mask, bool ``[B, 1, T, S]``.
+
+    Args:
+        expand: repeat keys and values for the query heads that share them. On a GPU the fused
+            kernel that takes a mask takes as many heads of each, and without it all scores of all
+            heads are in memory: 537 MB a layer for 2,048 tokens of 32 heads.
+    """
+    if not expand:
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+        )
+    repeats = query.shape[1] // keys.shape[1]
+    if repeats > 1:
+        keys, values = (x.repeat_interleave(repeats, dim=1) for x in (keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale)
 
 
 def values_of(
@@ -185,7 +218,41 @@ def _attend_to_codes(
     return out.view(batch, heads, 1, -1).to(dtype)
 
 
+def _on_a_gpu(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    spec: str,
+    value_spec: str,
+    value_width: int,
+    scale: float,
+) -> Tensor:
+    caches = (key_codes, key_scale, value_codes, value_scale)
+    of_keys, of_values = read_spec_arg(spec), read_spec_arg(value_spec)
+    widths = (int(query.shape[3]), value_width)
+    bits = (of_keys.bits, of_values.bits)
+    if attention.obstacle(query.device.type, of_keys, of_values, widths) is None:
+        out: Tensor = attention.CODE_ATTENTION(query, *caches, positions, mask, *bits, scale)
+        return out
+    visible = row_attention.visible(positions, key_codes.shape[2], mask)
+    return _attend_to_codes(
+        *(query, *caches, visible), bits=bits, value_width=value_width, scale=scale
+    )
+
+
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
+_LIBRARY.define(
+    "attend_to_codes(Tensor query, Tensor key_codes, Tensor key_scale, Tensor value_codes,"
+    " Tensor value_scale, Tensor positions, Tensor? mask, str spec, str value_spec,"
+    " int value_width, float scale) -> Tensor"
+)
+_LIBRARY.impl("attend_to_codes", _on_a_gpu, "CompositeImplicitAutograd")
+"""An op, since what it asks the machine cannot be asked while a graph is compiled from Python."""
+
 _LIBRARY.define("materialize(Tensor x) -> Tensor")
 _LIBRARY.impl("materialize", lambda x: x.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("qatc::materialize", torch.empty_like, lib=_LIBRARY)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qatc.kernels import integer_linear, native, torchao_linear
+from qatc.kernels.gpu import launch, products
 from qatc.numerics import packing
 from qatc.recipe.spec import QuantSpec
 
@@ -54,6 +55,11 @@ def needs_int8(site: Site) -> str | None:
 
 def needs_cpu(site: Site) -> str | None:
     return None if site.device == "cpu" else f"it is C for a CPU, and this is {site.device}"
+
+
+def needs_triton(site: Site) -> str | None:
+    obstacle = launch.obstacle(site.device) or needs_integers(site)
+    return obstacle or products.width_obstacle(site.inputs, site.weights.bits)
 
 
 def needs_fused(site: Site) -> str | None:

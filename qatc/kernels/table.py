@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatc.kernels import integer_linear, native, products, torchao_linear
+from qatc.kernels.gpu.products import TRITON_LINEAR
 from qatc.kernels.site import (
     Kernels,
     Library,
@@ -29,6 +30,7 @@ from qatc.kernels.site import (
     needs_scaled,
     needs_tinygemm,
     needs_torchao,
+    needs_triton,
 )
 from qatc.numerics import fake_quant, minmax, packing
 
@@ -89,6 +91,17 @@ def _run_native(
     return _scaled(sums, x, x_scale, scale, bias, site)
 
 
+def _run_triton(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
+) -> Tensor:
+    """The bits of :func:`_run_int_mm`; codes and scales of ``x`` are computed by the graph."""
+    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
+    product: Tensor = TRITON_LINEAR(
+        x_codes, x_scale, packed, scale, bias, site.weights.bits, x.dtype
+    )
+    return product.view(*x.shape[:-1], site.outputs)
+
+
 def _run_fused(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Unpack inside the reduction: every byte of the weight is read once, and nothing is written.
 
@@ -131,6 +144,15 @@ def _unpacked(packed: Tensor, site: Site) -> Tensor:
 
 
 KERNELS = (
+    Kernel(
+        "Triton product",
+        ("prefill", "decode"),
+        "codes are unpacked in a GPU's registers, as they are stored, for dp4a at up to 3 rows and"
+        " for tensor cores at more: of the weight its packed bytes are read, and no copy is made;"
+        " sums of any size are exact, and scaled where they are",
+        needs_triton,
+        _run_triton,
+    ),
     Kernel(
         "int8 product",
         ("decode",),

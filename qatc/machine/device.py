@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from qatc.errors import ConfigError
 from qatc.machine import cpu
 
+AMPERE = (8, 0)
+"""Compute capability of the first GPUs that have bf16."""
+
 DType = Literal["auto", "float32", "bfloat16"]
 
 
@@ -46,13 +49,17 @@ def pick_device(device: str) -> str:
 def pick_dtype(dtype: DType, device: str, config: Any) -> torch.dtype:
     """The compute dtype that ``auto`` stands for.
 
-    It is bf16 on a GPU, and on a CPU that multiplies bf16 natively for models of hidden size 512
-    and more; otherwise fp32.
+    It is bf16 on a GPU that has it (from compute capability 8.0 on, Ampere: before that it is
+    emulated, and slower than fp32), and on a CPU that multiplies bf16 natively for models of hidden
+    size 512 and more; otherwise fp32.
     """
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
-    if torch.device(device).type != "cpu":
+    kind = torch.device(device)
+    if kind.type == "cuda" and torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.get_device_capability(kind) >= AMPERE else torch.float32
+    if kind.type != "cpu":
         return torch.bfloat16
     wide = getattr(config, "hidden_size", 0) >= 512
     return torch.bfloat16 if wide and cpu.multiplies_bf16() else torch.float32
@@ -80,10 +87,17 @@ def _at(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of host memory on a device, for which neither of them waits where that is a GPU."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def peak_memory(device: str) -> int:
     """The most bytes that this process has held so far, on the GPU if it uses one."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -103,7 +117,7 @@ def total_memory(device: str) -> int | None:
 def device_name(device: str) -> str:
     """What to call the device in a report."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 

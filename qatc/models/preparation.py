@@ -143,7 +143,7 @@ def prepare(
     if integer_forward and not recipe_allows_integers(recipe):
         raise ConfigError(f"no integer forward: {obstacle}; leave integer_forward to None or False")
     added = _add_scales(model, recipe, compute_dtype, start_scales)
-    compiler = inductor if (can_compile() if compile is None else compile) else None
+    compiler = inductor if (can_compile(device) if compile is None else compile) else None
     store = TemplateStore(
         transform=lambda gm, owner: _transform(gm, owner, recipe, on_integers),
         compile=compiler,
@@ -310,9 +310,9 @@ def _refuse_uncacheable(
             )
 
 
-def can_compile() -> bool:
-    """Whether Inductor can build kernels here; :mod:`qatc.graph.compilation` says why not."""
-    return compilation.obstacle() is None
+def can_compile(device: str | torch.device | None = None) -> bool:
+    """Whether Inductor can build kernels for a device; :mod:`qatc.graph.compilation` knows why."""
+    return compilation.obstacle("auto" if device is None else torch.device(device).type) is None
 
 
 def inductor(gm: GraphModule) -> Callable[..., Any]:

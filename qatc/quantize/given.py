@@ -16,7 +16,7 @@ from qatc.data.corpus import Corpus, Rows, is_complete, require_known, text_rows
 from qatc.data.documents import read_text
 from qatc.data.teacher_logits import Recorded
 from qatc.errors import ConfigError
-from qatc.machine.device import pick_device, pick_dtype
+from qatc.machine.device import device_name, pick_device, pick_dtype
 from qatc.machine.world import ALONE, World, current
 from qatc.models import LoadedModel, load_config, load_tokenizer
 from qatc.models.load import check_length
@@ -50,12 +50,13 @@ class Setting:
     @classmethod
     def of(cls, config: QuantizeConfig, observer: Observer) -> Setting:
         """The run on this machine."""
-        compile = can_compile() if config.compile is None else config.compile
+        device = pick_device(config.device)
+        compile = can_compile(device) if config.compile is None else config.compile
         reason = why_whole(config) if current().size > 1 else None
         if reason is not None:
             observer.note(f"each process holds whole models but while they train, as {reason}")
         divided = current().size > 1 and reason is None
-        return cls(config, observer, pick_device(config.device), compile, divided)
+        return cls(config, observer, device, compile, divided)
 
     @property
     def world(self) -> World:
@@ -119,6 +120,11 @@ def read_given(setting: Setting) -> Given:
     model_config = load_config(config.model, trust_remote_code=trust)
     check_length(config.model, model_config, length)
     compute = pick_dtype(config.dtype, setting.device, model_config)
+    if config.dtype == "auto" and compute is torch.float32 and setting.device != "cpu":
+        setting.observer.note(
+            f"computing in float32, as {device_name(setting.device)} has no bfloat16 of its own:"
+            " --dtype bfloat16 is emulated there, and slower"
+        )
     tokenizer = load_tokenizer(config.model, trust_remote_code=trust)
     inputs: dict[str, str] = {}
     texts: dict[str, Rows] = {}

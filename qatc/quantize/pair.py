@@ -105,7 +105,8 @@ def load_models(setting: Setting, compute: torch.dtype, in_host: bool = False) -
     inputs = {f"the model {config.model}": student.fingerprint}
     if not setting.compile:
         asked = config.compile is False
-        reason = "as --no-compile asks" if asked else f"as {compilation.obstacle()}: slower"
+        why = compilation.obstacle(torch.device(setting.device).type)
+        reason = "as --no-compile asks" if asked else f"as {why}: slower"
         setting.observer.note(f"running uncompiled, {reason}")
     return Loaded(student.model, teacher, student.dtype, inputs, place)
 

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from qatc.graph.capture import Template
+from qatc.graph.nodes import spec_of
 from qatc.kernels import packed_linear
+from qatc.kernels.cached_attention import quantized_attention
+from qatc.kernels.gpu import attention
 from qatc.kernels.site import PHASES
 from qatc.kernels.table import choose
 from qatc.passes.lower_linear import PACKED, SCALE
-from qatc.runtime.cache import cache_tensors, cache_values
+from qatc.runtime.cache import cache_attention, cache_tensors, cache_values
+from qatc.runtime.cuda.graphed import GraphedForward
 from qatc.runtime.forward import Runtime, runtime_of
 
 
@@ -148,12 +152,29 @@ def kernel_report(model: nn.Module) -> list[KernelUse]:
 
 def decoding_report(model: nn.Module) -> str:
     """What runs the decoding of a single row where graphs may be compiled, and why."""
-    decode = runtime_of(model).decode
+    runtime = runtime_of(model)
+    decode = runtime.decode
     assert decode is not None, "every loaded model has one"
+    if isinstance(decode, GraphedForward):
+        return decode.describe() + _reading(runtime)
     program = decode.program()
     if program is None:
-        return f"the layers' graphs, one after another (no program: {decode.reason})"
+        read = _reading(runtime)
+        return f"the layers' graphs, one after another (no program: {decode.reason}){read}"
     return f"a program of {program.program.count} steps in C, one call for all layers"
+
+
+def _reading(runtime: Runtime) -> str:
+    """What reads the codes of a KV cache on a GPU, and why it is not Triton if it is not."""
+    device = torch.device(runtime.device).type
+    template = next(iter(runtime.cached.of(runtime.forwards[0])))
+    node = cache_attention(template.graph_module.graph)
+    if device != "cuda" or node.target is not quantized_attention:
+        return ""
+    keys, values = (int(value.shape[3]) for value in cache_values(template))
+    specs = spec_of(node, "spec"), spec_of(node, "value_spec")
+    why = attention.obstacle(device, *specs, (keys, values))
+    return f"; attention reads codes by {'Triton' if why is None else f'Inductor: {why}'}"
 
 
 def _uses(layer: str, node: torch.fx.Node, runtime: Runtime) -> list[KernelUse]:

@@ -43,6 +43,8 @@ class PackedLayer(CacheLayerMixin):
 
     is_compileable = False
     is_croppable = True
+    sees_all = False
+    """Whether a query sees all slots up to its own, whatever mask comes with it."""
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,6 +79,15 @@ class PackedLayer(CacheLayerMixin):
                 tensor[:, :, :held] = self.tensors[number][:, :, :held]
             grown.append(tensor)
         self.tensors, self.is_initialized = grown, True
+
+    def slots_read(self, new: int) -> int:
+        """The number of slots that attention reads when there are so many new tokens."""
+        return round_up(self.length + new)
+
+    def positions(self, batch: int, new: int, device: torch.device) -> Tensor:
+        """The slots of new tokens: int64 ``[B, T]``."""
+        start = self.length
+        return torch.arange(start, start + new, device=device).expand(batch, new).contiguous()
 
     def advance(self, new: int) -> None:
         """Count the tokens that a forward pass has written, and forget what is out of sight."""

@@ -277,16 +277,10 @@ class _Step:
 
 def _step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
     """The step that a call asks for, if that is one token of one row behind what a cache holds."""
-    if len(args) > 1 or (args and "input_ids" in kwargs):
+    found = tokens_behind(model, args, kwargs)
+    if found is None or found[0].shape[0] != 1:
         return None
-    ids, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
-    if not isinstance(ids, Tensor) or ids.shape != (1, 1) or not isinstance(cache, Cache):
-        return None
-    others = (value for name, value in kwargs.items() if name not in _PLAIN)
-    if any(value is not None and value is not False for value in others):
-        return None
-    if not _wants_logits_alone(model, kwargs) or not _holds_one_row(cache):
-        return None
+    ids, cache = found
     held = cache.get_seq_length()
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None and (mask.shape != (1, held + 1) or not bool(mask.all())):
@@ -297,18 +291,38 @@ def _step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step
     return _Step(token, position, cache) if token >= 0 and position >= 0 else None
 
 
-def _wants_logits_alone(model: Any, kwargs: dict[str, Any]) -> bool:
+def tokens_behind(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Cache] | None:
+    """The tokens ``[B, 1]`` and the cache of a call for the logits of one new token of every row.
+
+    Nothing of a tensor but its shape is looked at. None for any other call.
+    """
+    if len(args) > 1 or (args and "input_ids" in kwargs):
+        return None
+    ids, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
+        return None
+    others = (value for name, value in kwargs.items() if name not in _PLAIN)
+    if any(value is not None and value is not False for value in others):
+        return None
+    if not isinstance(cache, Cache) or not _holds_rows(cache, ids.shape[0]):
+        return None
+    return (ids, cache) if _wants_logits_alone(model, kwargs, ids.device.type) else None
+
+
+def _wants_logits_alone(model: Any, kwargs: dict[str, Any], device: str) -> bool:
     config = model.config
     more = config.output_attentions or config.output_hidden_states
     plain = kwargs.get("return_dict") is not False and config.return_dict
     kept = isinstance(kwargs.get("logits_to_keep", 0), int)
     caches = kwargs.get("use_cache") is not False
-    return bool(plain and kept and caches and not more and not torch.is_autocast_enabled("cpu"))
+    return bool(plain and kept and caches and not more and not torch.is_autocast_enabled(device))
 
 
-def _holds_one_row(cache: Cache) -> bool:
+def _holds_rows(cache: Cache, rows: int) -> bool:
     layers = cache.layers
     return bool(layers) and all(
-        isinstance(layer, PackedLayer) and layer.length and layer.tensors[0].shape[0] == 1
+        isinstance(layer, PackedLayer) and layer.length and layer.tensors[0].shape[0] == rows
         for layer in layers
     )

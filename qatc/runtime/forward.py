@@ -34,7 +34,7 @@ from qatc.passes import (
 from qatc.recipe.exceptions import NONE, Exceptions
 from qatc.recipe.patterns import matches
 from qatc.recipe.recipe import Recipe
-from qatc.runtime.cache import PackedLayer, packed_layer, round_up
+from qatc.runtime.cache import PackedLayer, packed_layer
 
 if TYPE_CHECKING:
     from qatc.runtime.decode_program import DecodeForward
@@ -216,6 +216,8 @@ class LoweredForward(TemplateForward):
             kwargs = kwargs if mask is None else kwargs | {"attention_mask": mask}
             return self.serve(self.runtime.scoring, args, kwargs)
         layer, store = packed_layer(cache, self.number), self.runtime.cached
+        if layer.sees_all:
+            mask = None
         if mask is not None:
             store = self.runtime.masked
             if mask.dtype is not torch.bool:
@@ -263,11 +265,10 @@ def _cache_inputs(
 ) -> list[Tensor]:
     """What a graph with a KV cache reads besides its arguments: the cache, positions, the mask."""
     batch, new = hidden.shape[:2]
-    start, device = layer.length, hidden.device
-    slots = round_up(start + new)
-    layer.reserve(template, batch, slots, device)
+    slots = layer.slots_read(new)
+    layer.reserve(template, batch, slots, hidden.device)
     views = first_slots(layer.tensors, slots)
-    positions = torch.arange(start, start + new, device=device).expand(batch, new).contiguous()
+    positions = layer.positions(batch, new, hidden.device)
     torch._dynamo.maybe_mark_dynamic(positions, (0, 1))
     if mask is None:
         return [*views, positions]

@@ -19,6 +19,7 @@ from qatc.machine.device import peak_memory, pick_device
 from qatc.models import load_tokenizer
 from qatc.models.load import check_length
 from qatc.models.preparation import can_compile
+from qatc.runtime.cuda.loop import decoding_loop
 from qatc.runtime.model import load
 from qatc.runtime.text_stream import Detokenizer, TextStream
 from qatc.storage.files import read_json
@@ -129,7 +130,7 @@ class Writer:
                 self.settings.pop(name, None)
         # generate() adds what this one says to the settings that it is given.
         self.model.generation_config = GenerationConfig()
-        if can_compile() if compile is None else compile:
+        if can_compile(self.device) if compile is None else compile:
             self._warm_up()
 
     def _warm_up(self) -> None:
@@ -228,9 +229,9 @@ class Writer:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=GenerationConfig(**self.settings, **settings),
-                stopping_criteria=[lambda seen, _: seen.new_full((1,), text.stopped).bool()],
-                streamer=stream,
+                **self._loop(stream, ends),
             )
+            stream.text.end()
         except (ValueError, TypeError) as error:
             own = {name: self.settings[name] for name in _SUPPORTED if name in self.settings}
             if isinstance(error, QatcError) or not own:
@@ -251,6 +252,18 @@ class Writer:
             decode_tokens_per_second=rate,
             peak_memory_bytes=peak_memory(self.device),
         )
+
+    def _loop(self, stream: _Stream, ends: set[int]) -> dict[str, Any]:
+        """What of ``generate`` takes a token and says whether it was the last one.
+
+        On a GPU that is a loop of our own, which never waits for more than that token.
+        """
+        if torch.device(self.device).type == "cuda":
+            return {"custom_generate": decoding_loop(self.max_new_tokens, ends, stream.take)}
+        return {
+            "stopping_criteria": [lambda seen, _: seen.new_full((1,), stream.text.stopped).bool()],
+            "streamer": stream,
+        }
 
 
 _SAMPLING = ("top_k", "min_p", "typical_p")
@@ -320,8 +333,14 @@ class _Stream:
         if self._prompt:
             self._prompt = False
             return
+        for token in value.flatten().tolist():
+            self.take(token)
+
+    def take(self, token: int) -> bool:
+        """Take in a token; whether a stop string has come with it."""
         self.times.append(time.perf_counter())
-        self.text.push(value.flatten().tolist())
+        self.text.push([token])
+        return self.text.stopped
 
     def end(self) -> None:
-        self.text.end()
+        """All has come."""

@@ -55,9 +55,10 @@ def load(
         dtype: of everything that is not quantized; ``None`` for that in which it was trained.
         compile: compile the layers with Inductor; ``None``: if this machine can.
         trust_remote_code: run the code that comes with the model.
-        decode_program: decode a single row by a program in C, one call for all layers, where the
-            model allows it (see :mod:`qatc.runtime.decode_program`); ``None``: unless ``compile``
-            is False, which asks for the graphs as they are.
+        decode_program: decode by one call for all layers, where the model allows it: on a CPU a
+            single row by a program in C (see :mod:`qatc.runtime.decode_program`), on a GPU all rows
+            by a CUDA graph (see :mod:`qatc.runtime.cuda.graphed`); ``None``: unless ``compile`` is
+            False, which asks for the graphs as they are.
         kernels: what runs the quantized linears. ``auto``: the fastest exact kernel, whosever it
             is; ``torchao``: torchao's wherever it has an exact one, and no decoding program;
             ``qatc``: none of torchao's. :func:`qatc.report.usage.kernel_report`, and ``qatc inspect
@@ -89,7 +90,8 @@ def load(
         device="parameters on meta",
         trust_remote_code=output.trust_remote_code,
     )
-    runtime = Runtime(recipe, device, dtype, can_compile() if compile is None else compile, kernels)
+    compiled = can_compile(device) if compile is None else compile
+    runtime = Runtime(recipe, device, dtype, compiled, kernels)
     forwards = []
     for number, (name, region) in enumerate(find_regions(model)):
         apart = recipe.exceptions(name, dict(region.named_parameters()))
@@ -118,9 +120,11 @@ def load(
 
 
 def _offer_program(model: Any, runtime: Runtime, wanted: bool) -> None:
+    from qatc.runtime.cuda.graphed import GraphedForward
     from qatc.runtime.decode_program import DecodeForward  # which knows what a runtime is
 
-    runtime.decode = DecodeForward(model, runtime)
+    on_gpu = torch.device(runtime.device).type == "cuda"
+    runtime.decode = (GraphedForward if on_gpu else DecodeForward)(model, runtime)
     if wanted:
         model.forward = runtime.decode
 

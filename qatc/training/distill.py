@@ -30,6 +30,7 @@ from qatc.data.corpus import Rows, derived_seed
 from qatc.errors import ConfigError, TrainingError
 from qatc.losses.chunks import find_chunks
 from qatc.losses.objective import distillation_losses, parse_loss, recorded_losses
+from qatc.machine.device import send
 from qatc.machine.signals import StopRequest
 from qatc.machine.world import current
 from qatc.models.preparation import prepare, restore
@@ -169,14 +170,17 @@ class Distiller:
         counts = {term.name: counted for term in self.terms}
         counts["label"] = max(1, sum(int(batch.labelled.sum()) for batch in batches))
         weights = {t.name: t.weight_at(step, self.config.steps) for t in self.terms}
-        loss = kl = 0.0
+        found: list[tuple[Mapping[str, Tensor], Tensor]] = []
         for batch in batches:
             mix = {name: weights[name] / counts[name] for name in weights}
             losses, divergence = self._losses(own_share(self.world, batch), mix)
             parts = [weights[name] * value / counts[name] for name, value in losses.items()]
             torch.stack(parts).sum().backward()
+            found.append(({n: value.detach() for n, value in losses.items()}, divergence))
+        loss = kl = 0.0
+        for losses, divergence in found:  # read when all is under way, as reading waits for it
             for name, value in losses.items():
-                loss += weights[name] * float(value.detach()) / counts[name]
+                loss += weights[name] * float(value) / counts[name]
             kl += float(divergence) / counted
         loss, kl = self.world.sum([loss, kl])
         norm = self._update(loss)
@@ -194,10 +198,11 @@ class Distiller:
         return norm
 
     def _losses(self, batch: Rows, mix: Mapping[str, float]) -> tuple[Mapping[str, Tensor], Tensor]:
-        ids = torch.from_numpy(batch.tokens).to(self.device, torch.long)
-        counted, labelled = (
-            torch.from_numpy(mask).to(self.device) for mask in (batch.counted, batch.labelled)
+        tokens, counted, labelled = (
+            send(torch.from_numpy(array), self.device)
+            for array in (batch.tokens, batch.counted, batch.labelled)
         )
+        ids = tokens.long()
         terms = [term.name for term in self.terms]
         how: Any = {
             "autocast": self.autocast,

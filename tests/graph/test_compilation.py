@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,24 @@ def test_a_compiler_that_works_is_tried_once(machine: Path) -> None:
 
 def test_no_compiler(machine: Path) -> None:
     assert compilation.obstacle() == "there is no C++ compiler"
+
+
+def test_a_gpu_needs_triton_and_no_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, object] = {"triton": object()}
+    monkeypatch.setattr(importlib.util, "find_spec", found.get)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setenv("CC", "gcc -m64")
+    assert ask_again() is None and preparation.can_compile("cuda:1")
+    assert compilation.obstacle("cpu") == "there is no C++ compiler"
+    assert not preparation.can_compile("cpu")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert ask_again() == "there is no C compiler, which Triton needs"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    assert ask_again() == "Some GPU is too old for Triton"
+    del found["triton"]
+    assert ask_again() == "triton is not installed"
 
 
 def test_graphs_are_compiled_with_ieee_division(monkeypatch: pytest.MonkeyPatch) -> None:

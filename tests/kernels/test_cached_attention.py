@@ -6,7 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qatc.kernels.cached_attention import cache_shapes, cached_attention, quantized_attention
+from qatc.kernels.cached_attention import (
+    cache_shapes,
+    cached_attention,
+    masked_attention,
+    quantized_attention,
+)
 from qatc.numerics.asymmetric import dequantize
 from qatc.numerics.packing import unpack
 from qatc.recipe.spec import QuantSpec, spec_arg
@@ -131,6 +136,20 @@ def test_chunks_of_any_size_over_packed_codes(
                 q = query[row, head, t].double().numpy()
                 wanted = reference(q, k, v, width**-0.5)
                 np.testing.assert_allclose(out[row, head, t].numpy(), wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_repeated_heads_attend_as_shared_ones_do(heads: int) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    query = torch.randn(3, heads, 5, 8, generator=generator)
+    keys, values = torch.randn(2, 3, 2, 7, 8, generator=generator)
+    visible = torch.rand(3, 1, 5, 7, generator=generator) < 0.5
+    visible[..., 0] = True
+    shared, repeated = (
+        masked_attention(query, keys, values, visible, 0.3, expand=expand)
+        for expand in (False, True)
+    )
+    torch.testing.assert_close(repeated, shared, atol=1e-6, rtol=1e-5)
 
 
 def test_no_token_leaves_the_cache_alone() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatc.kernels import native
+from qatc.kernels.gpu import launch
 from qatc.kernels.integer_linear import LARGEST_WIDTH
 from qatc.kernels.packed_linear import PACKED_LINEAR
 from qatc.kernels.site import PHASES, Site
@@ -134,7 +135,8 @@ def names(at: Site) -> tuple[str, ...]:
     return tuple(choose(at, phase).kernel.name for phase in PHASES)
 
 
-def test_the_table() -> None:
+def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "has_triton", lambda: False)
     able, shared = native.obstacle() is None, native.obstacle(parallel=True) is None
     packed = ("packed product", "packed product")
     assert names(site(8, 8)) == ("int_mm", "int8 product" if shared else "int_mm")
@@ -195,6 +197,13 @@ def test_a_sum_that_an_int32_does_not_hold_is_one_of_floats() -> None:
 def test_every_kernel_is_chosen_somewhere_and_gives_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(launch, "obstacle", lambda device: None if device == "cuda" else "no")
+    on_gpu = dataclasses.replace(site(4, 8), device="cuda")
+    assert names(on_gpu) == ("Triton product", "Triton product")
+    narrow = choose(dataclasses.replace(on_gpu, inputs=60), "decode")
+    why = "rows of 60 codes are no multiple of 8: words of four in each part"
+    assert dict(narrow.passed_over)["Triton product"] == why
+    monkeypatch.setattr(launch, "obstacle", lambda device: "triton is not installed")
     sites = [site(w, a) for w in (3, 4, 8) for a in (8, 16)]
     sites += [dataclasses.replace(at, device="cuda") for at in sites]
     chosen = {name for at in sites for name in names(at)}
@@ -202,7 +211,7 @@ def test_every_kernel_is_chosen_somewhere_and_gives_its_reason(
     monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx2"}))
     chosen |= {name for at in sites for name in names(at)}
     in_c = {"int8 product", "packed product", "scaled product"}
-    assert chosen >= {k.name for k in KERNELS if k.run is not None} - in_c
+    assert chosen >= {k.name for k in KERNELS if k.run is not None} - in_c - {"Triton product"}
     for kernel in KERNELS:
         assert kernel.run is not None or all(kernel.obstacle(at) for at in sites)
     assert all(kernel.reason for kernel in KERNELS)

@@ -54,6 +54,24 @@ def test_what_shares_memory_shares_it_elsewhere(monkeypatch: pytest.MonkeyPatch)
     assert tied.weight is student.weight
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)]
+)
+def test_auto_takes_bf16_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    asked: list[object] = []
+
+    def of(device: object) -> tuple[int, int]:
+        asked.append(device)
+        return capability
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of)
+    assert pick_dtype("auto", "cuda:1", SimpleNamespace(hidden_size=64)) is dtype
+    assert asked == [torch.device("cuda", 1)]
+
+
 def test_auto_on_a_gpu_and_by_name() -> None:
     small = SimpleNamespace(hidden_size=64)
     assert pick_dtype("auto", "cuda", small) is torch.bfloat16

@@ -1,0 +1,150 @@
+"""Decode attention over a cache of 4- and 8-bit codes, as an op for a GPU.
+
+The slots are split among programs, see :mod:`qatc.kernels.gpu.attention_kernels`. How many splits
+there are depends on how many slots are passed, a shape, and on nothing that a GPU would have to be
+asked for; a split behind a row's last slot ends at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qatc.kernels.gpu import launch
+from qatc.recipe.spec import QuantSpec
+
+BITS = (4, 8)
+"""Of the caches that the kernel reads."""
+
+MOST_HEADS = 4
+"""Query heads of a program; more of them would not fit its registers."""
+
+JOINED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the work is cut.
+
+    Attributes:
+        slots: of a split; a multiple of ``at_once`` or not.
+        at_once: slots that a program reads at a time, a power of two.
+        heads: query heads of a program, a power of two.
+        warps: of 32 threads.
+    """
+
+    slots: int
+    at_once: int
+    heads: int
+    warps: int
+
+
+def choose_split(slots: int, shared: int, width: int) -> Split:
+    """How to cut ``slots`` for ``shared`` query heads to a K/V head and values of ``width``.
+
+    Short caches are cut finely, for a GPU to have enough to do at a single row. A program holds
+    ``heads * at_once`` running sums of values, in 32 registers of a thread, of 128 in all.
+    """
+    heads = min(MOST_HEADS, launch.power_of_two(shared))
+    at_once = 4096 // (heads * launch.power_of_two(max(32, width)))
+    length = 64 if slots <= 1024 else 128 if slots <= 8192 else 512
+    return Split(length, min(64, max(4, at_once)), heads, 4)
+
+
+def obstacle(
+    device: str, keys: QuantSpec, values: QuantSpec, widths: tuple[int, int]
+) -> str | None:
+    """Why the kernel does not read such a cache, or None if it does.
+
+    Args:
+        device: its type.
+        keys, values: how they are quantized.
+        widths: of a key and of a value.
+    """
+    for what, spec, width in zip(("keys", "values"), (keys, values), widths, strict=True):
+        if spec.asymmetric:
+            return f"{what} have an offset beside their scale"
+        if spec.bits not in BITS:
+            return f"{what} have {spec.bits} bits, and it is for 4 and 8"
+        if width % (8 // spec.bits):
+            return f"{width} codes of {what} do not fill their bytes"
+    return launch.obstacle(device)
+
+
+def code_attention(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    key_bits: int,
+    value_bits: int,
+    scale: float,
+    split: Split | None = None,
+) -> Tensor:
+    """Start the kernels for these sizes; what ``torch.ops.qatc.code_attention`` is on a GPU.
+
+    Args: as of :data:`CODE_ATTENTION`; ``split`` for another than :func:`choose_split` has.
+    """
+    from qatc.kernels.gpu import attention_kernels as kernels
+
+    batch, heads, _, width = query.shape
+    groups, slots = key_codes.shape[1:3]
+    deep = value_codes.shape[3] * 8 // value_bits
+    shared = heads // groups
+    split = split or choose_split(slots, shared, deep)
+    count = -(-slots // split.slots)
+    out = torch.empty((batch, heads, 1, deep), dtype=query.dtype, device=query.device)
+    if not out.numel():
+        return out
+    sums = torch.empty((batch * heads, count, deep), device=query.device)
+    tops, totals = torch.empty((2, batch * heads, count), device=query.device)
+    caches = (key_codes, key_scale, value_codes, value_scale)
+    assert all(tensor.stride(3) == 1 or tensor.shape[3] == 1 for tensor in caches)
+    seen = positions if mask is None else mask.contiguous().view(torch.uint8)
+    mask_row = 0 if mask is None or mask.shape[0] == 1 else slots
+    with launch.on_device_of(query):
+        kernels.attend[(count, batch * groups, -(-shared // split.heads))](
+            *(query.contiguous(), *caches, positions.contiguous(), seen, sums, tops, totals),
+            *(groups, shared, slots, split.slots),
+            *(stride for tensor in caches for stride in tensor.stride()[:3]),
+            *(mask_row, scale),
+            K_BITS=key_bits, V_BITS=value_bits, K_WIDTH=width, V_WIDTH=deep,
+            HEADS=split.heads, BLOCK_S=split.at_once, HAS_MASK=mask is not None,
+            BLOCK_K=launch.power_of_two(key_codes.shape[3]),
+            BLOCK_V=launch.power_of_two(value_codes.shape[3]), num_warps=split.warps,
+        )  # fmt: skip
+        kernels.join[(batch * heads,)](
+            *(sums, tops, totals, out, count),
+            V_WIDTH=deep, BLOCK=launch.power_of_two(deep), AT_ONCE=JOINED_AT_ONCE, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+_LIBRARY = torch.library.Library("qatc", "FRAGMENT")
+_LIBRARY.define(
+    "code_attention(Tensor query, Tensor key_codes, Tensor key_scale, Tensor value_codes,"
+    " Tensor value_scale, Tensor positions, Tensor? mask, int key_bits, int value_bits,"
+    " float scale) -> Tensor",
+    # A graph that writes to a cache and then reads it has it contiguous on paper, as the result of
+    # a function. Inductor writes in place, and would otherwise copy the cache to make it so.
+    tags=(torch.Tag.flexible_layout,),
+)
+_LIBRARY.impl("code_attention", code_attention, "CUDA")
+torch.library.register_fake(
+    "qatc::code_attention",
+    lambda query, kc, ks, codes, vs, positions, mask, key_bits, bits, scale: query.new_empty(
+        (*query.shape[:3], codes.shape[3] * 8 // bits)
+    ),
+    lib=_LIBRARY,
+)
+
+CODE_ATTENTION = torch.ops.qatc.code_attention.default
+"""``(query [B, Hq, 1, D], key_codes [B, Hkv, S, D * key_bits / 8], key_scale fp32 [B, Hkv, S, 1],
+value_codes, value_scale, positions int64 [B, 1], mask bool [B or 1, 1, 1, S] or None, key_bits,
+value_bits, scale) -> [B, Hq, 1, E]``: attention to the slots up to each row's position that the
+mask has, its own among them, summed in fp32."""

@@ -1,0 +1,151 @@
+"""One query against a cache of 4- and 8-bit codes, split over the slots, in Triton.
+
+A program reads some slots of one K/V head for up to ``HEADS`` of the query heads that share it, all
+in fp32. In its loop nothing is summed over slots: each of ``BLOCK_S`` slots at a time has a softmax
+of its own, with its own maximum, and they are joined when the program ends, as those of all
+programs are by :func:`join`.
+"""
+
+import triton
+import triton.language as tl
+
+NOTHING = tl.constexpr(-1.0e30)
+"""The score of a slot that is not seen: finite, so that differences are."""
+
+
+@triton.jit
+def values_of(held, PART: tl.constexpr, BITS: tl.constexpr):
+    """Signed codes of a part, in fp32, of bytes.
+
+    An integer below 2^23 in the last bits of 2^23 is a float that much larger; unlike a conversion,
+    which a GPU does at a quarter of the rate, this takes one operation on bits and a subtraction.
+    """
+    wide = held.to(tl.uint8, bitcast=True).to(tl.uint32)
+    if BITS == 8:
+        wide = wide ^ 0x80
+    else:
+        wide = (wide >> (PART * BITS)) & ((1 << BITS) - 1)
+    return (wide | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
+
+
+@triton.jit
+def attend(
+    query, key_codes, key_scale, value_codes, value_scale, positions, mask, sums, tops, totals,
+    groups, shared, slots, split,
+    kb, kh, ks, kb_scale, kh_scale, ks_scale, vb, vh, vs, vb_scale, vh_scale, vs_scale, mask_row,
+    factor,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """The grid is splits, rows times K/V heads, and blocks of the query heads that share one.
+
+    Args:
+        query: ``[B, Hq, K_WIDTH]``.
+        key_codes, value_codes: bytes ``[B, Hkv, S, width * bits / 8]``, with strides over rows,
+            heads and slots; scales fp32 ``[B, Hkv, S]``, with theirs.
+        positions: int64 ``[B]``, the last slot that each row sees.
+        mask: bytes ``[B, S]`` with a stride over rows, with ``HAS_MASK``: 0 for slots that are not
+            seen, except a row's last.
+        sums, tops, totals: fp32 ``[B * Hq, splits, V_WIDTH]`` and twice ``[B * Hq, splits]``.
+        groups, shared, slots, split: Hkv, Hq / Hkv, S, and slots of a split.
+        factor: on the scores.
+        BLOCK_K, BLOCK_V: powers of two, not below the bytes of a key and of a value.
+    """
+    which = tl.program_id(0)
+    b, h = tl.program_id(1) // groups, tl.program_id(1) % groups
+    g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    K_PARTS: tl.constexpr = 8 // K_BITS
+    V_PARTS: tl.constexpr = 8 // V_BITS
+    K_BYTES: tl.constexpr = K_WIDTH // K_PARTS
+    V_BYTES: tl.constexpr = V_WIDTH // V_PARTS
+    k_at = tl.arange(0, BLOCK_K)[None, None, :]
+    v_at = tl.arange(0, BLOCK_V)[None, None, :]
+    head = tl.program_id(1) * shared + g
+    real = (g < shared)[:, None, None]
+    of_head = query + head[:, None, None] * K_WIDTH + k_at
+    q0 = tl.load(of_head, mask=real & (k_at < K_BYTES), other=0.0).to(tl.float32) * factor
+    q1 = q0
+    if K_PARTS == 2:
+        q1 = tl.load(of_head + K_BYTES, mask=real & (k_at < K_BYTES), other=0.0)
+        q1 = q1.to(tl.float32) * factor
+    key_codes += b.to(tl.int64) * kb + h.to(tl.int64) * kh
+    key_scale += b.to(tl.int64) * kb_scale + h.to(tl.int64) * kh_scale
+    value_codes += b.to(tl.int64) * vb + h.to(tl.int64) * vh
+    value_scale += b.to(tl.int64) * vb_scale + h.to(tl.int64) * vh_scale
+    own = tl.load(positions + b).to(tl.int32)
+    top = tl.full((HEADS, BLOCK_S), NOTHING, tl.float32)
+    total = tl.zeros((HEADS, BLOCK_S), tl.float32)
+    sum0 = tl.zeros((HEADS, BLOCK_S, BLOCK_V), tl.float32)
+    sum1 = sum0
+    first = which * split
+    last = tl.minimum(tl.minimum(first + split, slots), own + 1)
+    for start in range(first, last, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        seen = s < last
+        if HAS_MASK:
+            given = tl.load(mask + b * mask_row + s, mask=seen, other=0)
+            seen = seen & ((given != 0) | (s == own))
+        at = s.to(tl.int64)[None, :, None]
+        among = seen[None, :, None]
+        keys = tl.load(key_codes + at * ks + k_at, mask=among & (k_at < K_BYTES), other=0)
+        values = tl.load(value_codes + at * vs + v_at, mask=among & (v_at < V_BYTES), other=0)
+        k_scale = tl.load(key_scale + s * ks_scale, mask=seen, other=0.0)
+        v_scale = tl.load(value_scale + s * vs_scale, mask=seen, other=0.0)
+        products = q0 * values_of(keys, 0, K_BITS)
+        if K_PARTS == 2:
+            products += q1 * values_of(keys, 1, K_BITS)
+        scores = tl.where(seen[None, :], tl.sum(products, 2) * k_scale[None, :], NOTHING)
+        higher = tl.maximum(top, scores)
+        fade = tl.exp(top - higher)
+        weights = tl.where(seen[None, :], tl.exp(scores - higher), 0.0)
+        total = total * fade + weights
+        weights = (weights * v_scale[None, :])[:, :, None]
+        sum0 = sum0 * fade[:, :, None] + weights * values_of(values, 0, V_BITS)
+        if V_PARTS == 2:
+            sum1 = sum1 * fade[:, :, None] + weights * values_of(values, 1, V_BITS)
+        top = higher
+    highest = tl.max(top, 1)
+    fade = tl.exp(top - highest[:, None])
+    to = head * tl.num_programs(0) + which
+    tl.store(tops + to, highest, mask=g < shared)
+    tl.store(totals + to, tl.sum(total * fade, 1), mask=g < shared)
+    v_to = tl.arange(0, BLOCK_V)[None, :]
+    inside = (g < shared)[:, None] & (v_to < V_BYTES)
+    of_split = sums + to.to(tl.int64)[:, None] * V_WIDTH + v_to
+    tl.store(of_split, tl.sum(sum0 * fade[:, :, None], 1), mask=inside)
+    if V_PARTS == 2:
+        tl.store(of_split + V_BYTES, tl.sum(sum1 * fade[:, :, None], 1), mask=inside)
+
+
+@triton.jit
+def join(
+    sums, tops, totals, out, splits,
+    V_WIDTH: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """The splits of a query head, one program for each: ``[B * Hq, splits, V_WIDTH]`` to one row.
+
+    Args: as of :func:`attend`; ``BLOCK`` is a power of two not below ``V_WIDTH``.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK)
+    top = tl.full((AT_ONCE,), NOTHING, tl.float32)
+    for start in range(0, splits, AT_ONCE):
+        i = start + tl.arange(0, AT_ONCE)
+        held = tl.load(tops + head * splits + i, mask=i < splits, other=NOTHING)
+        top = tl.maximum(top, held)
+    highest = tl.max(top, 0)
+    total = tl.zeros((AT_ONCE,), tl.float32)
+    values = tl.zeros((AT_ONCE, BLOCK), tl.float32)
+    for start in range(0, splits, AT_ONCE):
+        i = start + tl.arange(0, AT_ONCE)
+        real = i < splits
+        fade = tl.exp(tl.load(tops + head * splits + i, mask=real, other=NOTHING) - highest)
+        total += tl.load(totals + head * splits + i, mask=real, other=0.0) * fade
+        at = sums + (head * splits + i)[:, None] * V_WIDTH + e[None, :]
+        values += (
+            tl.load(at, mask=real[:, None] & (e < V_WIDTH)[None, :], other=0.0) * fade[:, None]
+        )
+    one = tl.sum(values, 0)
+    one = tl.div_rn(one, tl.zeros_like(one) + tl.sum(total, 0))
+    tl.store(out + head * V_WIDTH + e, one.to(out.dtype.element_ty), mask=e < V_WIDTH)

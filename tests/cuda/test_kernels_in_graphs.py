@@ -1,0 +1,58 @@
+"""How compiled graphs hand tensors to the kernels' ops, seen on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qatc.kernels import cached_attention
+from qatc.kernels.gpu import attention
+from qatc.models.preparation import can_compile
+from qatc.recipe.spec import QuantSpec, spec_arg
+
+
+def test_without_triton_the_op_computes_what_the_graph_does() -> None:
+    torch.manual_seed(0)
+    spec = QuantSpec(4)
+    query, positions = torch.randn(2, 4, 1, 64), torch.tensor([[100], [3]])
+    codes = torch.randint(0, 256, (2, 2, 128, 32), dtype=torch.uint8)
+    held: Any = (codes, torch.rand(2, 2, 128, 1), codes.flip(2), torch.rand(2, 2, 128, 1))
+    names = (spec_arg(spec), spec_arg(spec), 64, 0.125)
+    got = torch.ops.qatc.attend_to_codes(query, *held, positions, None, *names)
+    seen = (torch.arange(128) <= positions)[:, None, None]
+    wanted = cached_attention._attend_to_codes(
+        *(query, *held, seen), bits=(4, 4), value_width=64, scale=0.125
+    )
+    assert torch.equal(got, wanted)
+
+
+def test_a_graph_that_writes_to_a_cache_hands_over_the_cache_itself() -> None:
+    """Not a copy, which would take longer than the attention."""
+    if not can_compile():
+        pytest.skip("no C++ compiler")
+    seen: list[int] = []
+
+    def kernel(query: Any, *tensors: Any) -> Any:
+        seen.extend(tensor.data_ptr() for tensor in tensors[:4])
+        return query.clone()
+
+    def decode(query: Any, new: Any, caches: Any, positions: Any) -> Any:
+        rows = torch.arange(2).unsqueeze(1)
+        for cache in caches:
+            cache[rows, :, positions] = new[..., : cache.shape[3]].to(cache.dtype)
+        return attention.CODE_ATTENTION(*(query, *caches, positions, None, 4, 4, 0.125))
+
+    kinds: tuple[Any, ...] = ((32, torch.uint8), (1, torch.float32)) * 2
+    held = [torch.zeros(2, 2, 129, size, dtype=kind) for size, kind in kinds]
+    query, new, positions = torch.randn(2, 4, 1, 64), torch.ones(2, 1, 2, 64), torch.tensor([[9]])
+    with (
+        torch.library._scoped_library("qatc", "FRAGMENT") as library,
+        torch._inductor.config.patch(force_disable_caches=True),
+    ):
+        library.impl("code_attention", kernel, "CPU")
+        views = cached_attention.first_slots(held, 128)
+        torch.compile(decode)(query, new, views, positions.expand(2, 1))
+    assert seen == [tensor.data_ptr() for tensor in held]
+    assert all(tensor[:, :, 9].all() for tensor in held)

@@ -1,0 +1,124 @@
+"""The Triton kernels on a CPU, by Triton's interpreter, against integers and fp64.
+
+Run as a program, with ``TRITON_INTERPRET=1``, it computes all cases and prints how far each is off.
+The interpreter must be chosen before Triton is imported, and so the tests read what it printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from qatc.kernels.gpu import launch
+
+PRODUCTS = [
+    *((bits, rows, 37, 96, "float32") for bits in (4, 8) for rows in (1, 2, 3, 4, 15, 16, 17)),
+    *((bits, rows, 5, 4160, "float32") for bits in (4, 8) for rows in (1, 17)),  # a tail of 64
+    *((bits, rows, 9, 96, "float32") for bits in (2, 3, 5, 6, 7) for rows in (2, 16)),
+    *((bits, rows, 33, 40, "float16") for bits in (4, 8) for rows in (1, 4)),
+    (4, 70, 130, 48, "float32"),
+    (8, 260, 129, 36, "float32"),
+]
+"""Bits, rows, outputs, width and dtype. Not bf16, which the interpreter cuts off, unrounded."""
+
+ATTENTIONS = [
+    # bits of K and V, query heads and K/V heads, widths of K and V, slots, last slots, mask
+    (4, 4, 2, 2, 64, 64, 200, (150, 199), False),
+    (4, 8, 8, 2, 64, 64, 70, (0, 69), True),
+    (8, 4, 6, 2, 80, 48, 130, (129, 3), True),
+    (8, 8, 8, 1, 96, 96, 1100, (1099,), False),
+    (4, 4, 5, 1, 6, 10, 33, (20, 32), False),
+]
+
+
+def product_case(bits: int, rows: int, outputs: int, width: int, dtype: str) -> bool:
+    """Whether the kernel has the bits of the sums as fp64 has them, scaled in order."""
+    from qatc.kernels.gpu.products import triton_linear
+    from qatc.numerics.packing import pack
+
+    half, kind = 1 << (bits - 1), getattr(torch, dtype)
+    x = torch.randint(-128, 128, (rows, width), dtype=torch.int8)
+    codes = torch.randint(-half, half, (outputs, width), dtype=torch.int8)
+    x[0], codes[0] = -128, -half  # the largest sum of all
+    x_scale, scale = torch.rand(rows, 1), torch.rand(outputs, 1) - 0.5
+    for bias in (None, torch.randn(outputs).to(kind)):
+        got = triton_linear(x, x_scale, pack(codes, bits), scale, bias, bits, kind)
+        wanted = (x.double() @ codes.double().T).float() * x_scale * scale.T
+        wanted = (wanted if bias is None else wanted + bias.float()).to(kind)
+        if got.dtype is not kind or not torch.equal(got, wanted):
+            return False
+    return True
+
+
+def attention_case(
+    key_bits: int, value_bits: int, heads: int, groups: int, width: int, deep: int, slots: int,
+    last: tuple[int, ...], masked: bool,
+) -> float:  # fmt: skip
+    """The largest difference from fp64, of values about 1."""
+    from qatc.kernels.gpu.attention import code_attention
+    from qatc.numerics.packing import pack
+
+    batch, shared, capacity = len(last), heads // groups, slots + 5
+    views: Any = []
+    values: list[Any] = []
+    for bits, size in ((key_bits, width), (value_bits, deep)):
+        half = 1 << (bits - 1)
+        codes = torch.randint(-half, half, (batch, groups, capacity, size), dtype=torch.int8)
+        scale = torch.rand(batch, groups, capacity, 1) * 2 / half
+        values.append((codes * scale.double())[:, :, :slots].repeat_interleave(shared, 1))
+        for row, position in enumerate(last):  # what lies behind the last slot is not read
+            scale[row, :, position + 1 :] = float("nan")
+            values[-1][row, :, position + 1 :] = 0
+        views += [pack(codes, bits)[:, :, :slots], scale[:, :, :slots]]
+    query, positions = torch.randn(batch, heads, 1, width), torch.tensor(last).unsqueeze(1)
+    mask = torch.rand(batch, 1, 1, slots) < 0.7 if masked else None
+    factor = 2 * width**-0.5
+    got = code_attention(*(query, *views, positions, mask, key_bits, value_bits, factor))
+    every = torch.arange(slots)
+    seen = every <= positions
+    if mask is not None:
+        seen = (seen & mask[:, 0, 0]) | (every == positions)
+    scores = (query.double() @ values[0].mT).squeeze(2) * factor
+    weights = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
+    return float((got - weights.unsqueeze(2) @ values[1]).abs().max())
+
+
+def main() -> None:
+    """Compute all cases and print them."""
+    torch.manual_seed(0)
+    print(json.dumps([
+        [product_case(*case) for case in PRODUCTS], [attention_case(*case) for case in ATTENTIONS],
+    ]))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    if not launch.has_triton():
+        pytest.skip("triton is not installed: make test-cuda installs it")
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip("the interpreter of this Triton, older than 3.7, needs NumPy before 2.4")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_products_are_exact(found: Any, case: Any) -> None:
+    assert found[0][PRODUCTS.index(case)]
+
+
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_attention(found: Any, case: Any) -> None:
+    assert found[1][ATTENTIONS.index(case)] < 1e-5
+
+
+if __name__ == "__main__":
+    main()
