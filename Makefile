@@ -27,7 +27,7 @@ test: lint types docs ## Run everything that must pass: lint, types, docs and te
 
 test-runtimes: venv ## Install llama.cpp, and let it run what is exported to its format.
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[llama-cpp]'
-	$(BIN)/python -m pytest tests/export/test_llama_cpp.py
+	$(BIN)/python -m pytest tests/export/test_llama_cpp.py tests/evaluation/test_llama_cpp.py
 
 test-cuda: venv ## Install Triton, and check what is made for GPUs; none is needed.
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cuda-tests]'

@@ -7,7 +7,7 @@ Every file gets the same tokens, in windows that begin anew. KL is that to the f
 (nats per token), which llama.cpp computes as well, in fp32. K and V are fp16 everywhere. Speeds
 are those of the text in batches, and of single tokens behind 64 others. The result is
 ``results/gguf-NAME.json``. It takes the package gguf and a binding of llama.cpp, see
-:mod:`benchmarks.llama_files`.
+:mod:`qatc.export.gguf.llama_cpp`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import common, llama_files, models
+from qatc.export.gguf.llama_cpp import LlamaFile, binding
 from qatc.quantize.provenance import package_version
 
 KINDS = ("Q4_0", "Q4_K_M", "Q8_0")
@@ -57,7 +58,7 @@ def main() -> None:
         {
             "model": common.display_path(model),
             "text": Path(given.text).name,
-            "binding": llama_files.binding(),
+            "binding": binding(),
             "versions": {name: package_version(name) for name in ("cyllama", "llama-cpp-python")},
             **{key: getattr(given, key) for key in ("tokens", "window", "threads")},
             "files": found,
@@ -103,7 +104,7 @@ def _write_full(model: str, directory: Path) -> Path:
 def tokens_of(path: Path, text: Path, count: int) -> list[int]:
     """The first tokens of a text, by the tokenizer in a file."""
     content = text.read_bytes()[: 16 * count].decode(errors="ignore")
-    return llama_files.LlamaFile(path, 0).tokenize(content)[:count]
+    return LlamaFile(path, 0).tokenize(content)[:count]
 
 
 def windows(ids: list[int], size: int) -> list[list[int]]:
@@ -147,7 +148,7 @@ def compare(
 
 def _read(path: Path, texts: list[list[int]], threads: int) -> Iterator[tuple[list[int], Rows]]:
     """Each window, and the log probabilities after each of its tokens."""
-    model = llama_files.LlamaFile(path, len(texts[0]), threads)
+    model = LlamaFile(path, len(texts[0]), threads)
     for ids in texts:
         model.reset()
         yield ids, model.log_probabilities(ids)
@@ -155,7 +156,7 @@ def _read(path: Path, texts: list[list[int]], threads: int) -> Iterator[tuple[li
 
 def _decoding(path: Path, ids: list[int], threads: int) -> float:
     """Tokens per second, one after the other."""
-    model = llama_files.LlamaFile(path, 2 * DECODED, threads)
+    model = LlamaFile(path, 2 * DECODED, threads)
     model.logits(ids[:DECODED])
     started = time.perf_counter()
     for token in ids[:DECODED]:

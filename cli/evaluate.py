@@ -85,8 +85,8 @@ def evaluate(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="What runs an output on tasks: trained (the graph that was trained) or packed"
-            " (the integer model). Default: trained.",
+            help="What runs an output: trained (the graph that was trained), packed (the integer"
+            " model) or, on a text, llama.cpp, which takes GGUF files too. Default: trained.",
             show_default=False,
         ),
     ] = None,
@@ -111,6 +111,8 @@ def evaluate(
 
       qatc evaluate ./my-model --bits 4-8-4 --text wiki.txt --teacher ./my-model
 
+      qatc evaluate Llama-2-7b-4-8-4 --text wiki.txt --runtime llama.cpp
+
       qatc evaluate Llama-2-7b-4-8-4 --tasks paper --teacher meta-llama/Llama-2-7b-hf
     """
     from qatc.cli import terminal
@@ -125,7 +127,7 @@ def evaluate(
             raise ConfigError("--head-bits and --embedding-bits need --bits beside them")
         of_text = {"text": text, "data": data, "max_tokens": max_tokens}
         of_tasks: dict[str, Any] = {"include_path": include_path, "limit": limit}
-        of_tasks |= {"num_fewshot": num_fewshot, "runtime": runtime, "output": output}
+        of_tasks |= {"num_fewshot": num_fewshot, "output": output}
         misplaced = options.spelled(of_text if tasks is not None else of_tasks)
         if misplaced:
             beside = "not beside" if tasks is not None else "for"
@@ -142,8 +144,9 @@ def evaluate(
             "compile": compile,
             "trust_remote_code": trust_remote_code,
         }
+        if runtime is not None:
+            common["runtime"] = runtime
         if tasks is not None:
-            by: dict[str, Any] = {} if runtime is None else {"runtime": runtime}
             on_tasks = TasksConfig(
                 **common,
                 tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
@@ -151,7 +154,6 @@ def evaluate(
                 limit=limit,
                 num_fewshot=num_fewshot,
                 max_length=length,
-                **by,
             )
             _evaluate_tasks(on_tasks, output, json)
             return

@@ -15,7 +15,7 @@ def export(
     source: options.Output,
     output: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
     format: Annotated[
-        str, typer.Option(help="compressed-tensors, torchao or gguf.")
+        str, typer.Option(help="compressed-tensors, torchao, vllm, vllm-marlin or gguf.")
     ] = "compressed-tensors",
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -27,6 +27,7 @@ def export(
 
       qatc export Llama-2-7b-4-8-4 --format compressed-tensors --output for-transformers
       qatc export Llama-2-7b-4-8-4 --format torchao --output for-torchao
+      qatc export Llama-2-7b-4-8-4 --format vllm --output for-vllm
       qatc export Llama-2-7b-4-8-4 --format gguf --output for-llama-cpp
     """
     from qatc.cli import terminal

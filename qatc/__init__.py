@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qatc.errors import QatcError as QatcError
     from qatc.evaluation.parity import verify as verify
+    from qatc.export.prepared import save as save
     from qatc.export.torchao_model import to_torchao as to_torchao
     from qatc.models.centers import center_keys as center_keys
     from qatc.models.preparation import prepare as prepare
@@ -32,6 +33,7 @@ _EXPORTS = {
     "load_codes": "qatc.output",
     "prepare": "qatc.models.preparation",
     "restore": "qatc.models.preparation",
+    "save": "qatc.export.prepared",
     "to_torchao": "qatc.export.torchao_model",
     "verify": "qatc.evaluation.parity",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "load_codes",
     "prepare",
     "restore",
+    "save",
     "to_torchao",
     "verify",
 ]

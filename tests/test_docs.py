@@ -17,11 +17,12 @@ READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
     "--cache-type-k", "--cache-type-v", "--cases", "--ctx-size",
-    "--extra-index-url", "--held-out", "--help", "--local-dir", "--nnodes",
+    "--extra-index-url", "--held-out", "--help", "--kv-cache-dtype", "--linear-backend",
+    "--local-dir", "--nnodes",
     "--no-python", "--no-speeds",
     "--nproc-per-node", "--parts", "--rdzv-endpoint", "--sample", "--shapes", "--threads",
 }  # fmt: skip
-"""Options of pip, torchrun, llama.cpp and the benchmarks."""
+"""Options of pip, torchrun, vLLM, llama.cpp and the benchmarks."""
 
 
 def strings() -> list[str]:

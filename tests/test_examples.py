@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from qatc.output import load_codes
+from tests.conftest import TEXT
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -37,6 +41,18 @@ def test_quantizing_in_ten_lines(shared_model_path: Path, tmp_path: Path) -> Non
 def test_training_what_torchao_prepared(shared_model_path: Path, tmp_path: Path) -> None:
     printed = run("train_torchao_qat.py", str(shared_model_path), str(tmp_path / "out"), "12", "32")
     assert "KL" in printed and "IntxUnpackedToInt8Tensor" in printed
+
+
+def test_training_in_the_trainer_of_transformers(shared_model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = str(tmp_path / "out")
+    printed = run(
+        "train_with_hf_trainer.py",
+        *(str(shared_model_path), str(tmp_path / "text.txt"), out, "10", "16"),
+    )
+    first, last = map(float, re.findall(r"KL (\S+) at first, (\S+) at the end", printed)[0])
+    assert last < first and f"written: {out}" in printed
+    assert {weight.spec.bits for weight in load_codes(out).values()} == {4}
 
 
 def test_the_demo_model_loads() -> None:

@@ -21,6 +21,7 @@ from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.evaluation.reference import prepare_reference
 from qatc.evaluation.scores import Pairing, TaskResults, pair
 from qatc.evaluation.tasks import evaluate_tasks, load_tasks
+from qatc.export.gguf.llama_cpp import open_in_llama, require_runnable
 from qatc.machine.device import pick_device
 from qatc.models import load_model, load_tokenizer
 from qatc.models.load import check_length
@@ -32,7 +33,7 @@ from qatc.recipe.recipe import Recipe
 from qatc.runtime.model import load as load_packed
 from qatc.storage.directories import recover
 
-Runtime = Literal["trained", "packed"]
+Runtime = Literal["trained", "packed", "llama.cpp"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Evaluated:
         device: torch device, or ``auto``.
         compile: compile the graphs; ``None``: if this machine can.
         trust_remote_code: run code that comes with the model.
+        runtime: what runs an output: ``trained``, the graph that was trained, ``packed``, the
+            integer model of :func:`qatc.load`, or ``llama.cpp``, which reads a text only.
     """
 
     model: str
@@ -56,11 +59,19 @@ class Evaluated:
     device: str = "auto"
     compile: bool | None = None
     trust_remote_code: bool = False
+    runtime: Runtime = "trained"
 
     def __post_init__(self) -> None:
         recover(Path(self.model))
         if self.is_output and self.recipe is not None:
             raise ConfigError(f"{self.model} is quantized already; leave out --bits")
+        if self.runtime not in get_args(Runtime):
+            raise ConfigError(f"the runtime is trained, packed or llama.cpp; got {self.runtime!r}")
+        if self.runtime == "packed" and not self.is_output:
+            raise ConfigError(
+                f"{self.model} is no output of qatc quantize, so that there is nothing packed to"
+                " run; leave out --runtime packed, or quantize it first"
+            )
 
     @property
     def is_output(self) -> bool:
@@ -70,6 +81,14 @@ class Evaluated:
     def load(self) -> Any:
         """The model in fp32, with fake-quantized activations and KV if it is quantized."""
         model: Any
+        if self.runtime == "packed":
+            return load_packed(
+                self.model,
+                device=self.device,
+                dtype=torch.float32,
+                compile=self.compile,
+                trust_remote_code=self.trust_remote_code,
+            )
         if self.is_output:
             output = open_output(Path(self.model), trust_remote_code=self.trust_remote_code)
             model = load_reference(output).to(pick_device(self.device))  # type: ignore[arg-type]
@@ -114,21 +133,48 @@ class AssessConfig(Evaluated):
                 "length must be at least 4 and batch_size at least 1;"
                 f" got {self.length} and {self.batch_size}"
             )
+        if self.is_alone:
+            require_runnable(self.model, self.teacher, rounded=self.recipe is not None)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is a file of llama.cpp's, with no tokenizer of transformers beside it."""
+        return self.runtime == "llama.cpp" and not self.is_output
+
+    @property
+    def tokenizer(self) -> Any:
+        """What makes tokens of the text: the model's, or its teacher's."""
+        name = self.teacher if self.is_alone and self.teacher is not None else self.model
+        return load_tokenizer(name, trust_remote_code=self.trust_remote_code)
+
+    def load_by(self, observer: Observer) -> Any:
+        """The model by its runtime; what differs in llama.cpp is noted."""
+        if self.runtime != "llama.cpp":
+            return self.load()
+        trust = self.trust_remote_code
+        model, notes = open_in_llama(Path(self.model), self.length, trust_remote_code=trust)
+        if self.is_alone:
+            model.file.require_tokens_of(self.tokenizer)
+        for note in (model.ran_by, *notes):
+            observer.note(note)
+        return model
 
 
 def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
     """Evaluate a model in fp32, with fake-quantized activations and KV if it is quantized.
+
+    In llama.cpp, with what that computes; it is told in notes.
 
     Raises:
         QatcError: something cannot be read; with the way out.
     """
     observer = observer or Observer()
     observer.stage(f"Loading {config.model}")
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = config.tokenizer
     rows = _rows(config, tokenizer)
     if config.teacher is not None:
         _require_one_vocabulary(config, tokenizer)
-    model = config.load()
+    model = config.load_by(observer)
     check_length(config.model, model.config, config.length)
     teacher = None if config.teacher is None else config.load_float(config.teacher)
     for name, judged in ((config.model, model), (config.teacher, teacher)):
@@ -152,8 +198,6 @@ class TasksConfig(Evaluated):
     Args:
         tasks, include_path, limit, num_fewshot, max_length: as of
             :func:`qatc.evaluation.tasks.evaluate_tasks`.
-        runtime: what runs an output: ``trained``, the graph that was trained, or ``packed``, the
-            integer model of :func:`qatc.load`.
         teacher: a full-precision model, or the file of results of a model that has answered these
             tasks before.
     """
@@ -163,16 +207,12 @@ class TasksConfig(Evaluated):
     limit: int | None = None
     num_fewshot: int | None = None
     max_length: int | None = None
-    runtime: Runtime = "trained"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.runtime not in get_args(Runtime):
-            raise ConfigError(f"the runtime is trained or packed; got {self.runtime!r}")
-        if self.runtime == "packed" and not self.is_output:
+        if self.runtime == "llama.cpp":
             raise ConfigError(
-                f"{self.model} is no output of qatc quantize, so that there is nothing packed to"
-                " run; leave out --runtime packed, or quantize it first"
+                "llama.cpp is asked for the logits of a text only; leave out --tasks, or --runtime"
             )
 
     @property
@@ -181,18 +221,6 @@ class TasksConfig(Evaluated):
         if self.is_output:
             return self.runtime
         return "full precision" if self.recipe is None else "rounded"
-
-    def load(self) -> Any:
-        """The model in fp32, by its runtime."""
-        if self.runtime == "trained":
-            return super().load()
-        return load_packed(
-            self.model,
-            device=self.device,
-            dtype=torch.float32,
-            compile=self.compile,
-            trust_remote_code=self.trust_remote_code,
-        )
 
 
 @dataclass(frozen=True)

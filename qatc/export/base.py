@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qatc.output import Output, QuantizedWeight, write_output
 from qatc.output.directory import copy_companions
+from qatc.output.layouts import Form
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,8 @@ class Format:
     commands: Callable[[Output, Path], Sequence[str]] = lambda output, directory: ()
 
 
-def write_with_companions(
-    output: Output, directory: Path, *, portable: bool = False, for_torchao: bool = False
-) -> None:
+def write_with_companions(output: Output, directory: Path, form: Form) -> None:
     """Write an opened output into an empty directory, in a form of :func:`write_output`."""
     copy_companions(output.place, directory)  # the generation config among them, byte for byte
     plain = replace(output, generation_config=None)
-    write_output(directory, plain, portable=portable, for_torchao=for_torchao)
+    write_output(directory, plain, form=form)

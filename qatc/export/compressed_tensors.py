@@ -19,7 +19,7 @@ from qatc.output.compressed_tensors import loads_as_it_is, refuse_rotated
 
 def write(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory."""
-    write_with_companions(output, directory, portable=True)
+    write_with_companions(output, directory, "transformers")
 
 
 def notes(output: Output) -> list[str]:

@@ -13,11 +13,14 @@ from qatc.export.base import Format
 from qatc.export.compressed_tensors import COMPRESSED_TENSORS
 from qatc.export.gguf.format import GGUF
 from qatc.export.torchao import TORCHAO
+from qatc.export.vllm import VLLM, VLLM_MARLIN
 from qatc.output import Output, open_output
 from qatc.storage.directories import complete_directory, refuse_existing, refuse_overlap
 from qatc.storage.locks import locked
 
-FORMATS: dict[str, Format] = {format.name: format for format in (COMPRESSED_TENSORS, TORCHAO, GGUF)}
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (COMPRESSED_TENSORS, TORCHAO, VLLM, VLLM_MARLIN, GGUF)
+}
 """By name."""
 
 

@@ -16,7 +16,7 @@ from qatc.recipe.recipe import Recipe
 
 def write(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory."""
-    write_with_companions(output, directory, for_torchao=True)
+    write_with_companions(output, directory, "torchao")
 
 
 def notes(output: Output) -> list[str]:

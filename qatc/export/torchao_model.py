@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qatc.errors import ConfigError
+from qatc.export.prepared import trained_specs
 from qatc.export.torchao import differences
 from qatc.models import is_transformers_model
-from qatc.models.preparation import prepared_state, quantized_specs, restore
+from qatc.models.preparation import prepared_state, restore
 from qatc.models.vocabulary import are_tied, find_ends, untie
 from qatc.output import QuantizedWeight, torchao
 from qatc.output.compressed_tensors import find_float_linears
@@ -41,17 +41,9 @@ def to_torchao(model: nn.Module) -> nn.Module:
     Warns:
         UserWarning: torchao computes in another way than the model was trained for.
     """
-    prepared = prepared_state(model)
-    recipe = prepared.recipe
+    recipe = prepared_state(model).recipe
     torchao.refuse_unheld(recipe)
-    unknown = next((own.name for own in prepared.forwards if not prepared.store.of(own)), None)
-    if unknown is not None:
-        raise ConfigError(
-            f"the layer {unknown or 'as a whole'} was not captured as it is now (in"
-            f" {'training' if model.training else 'evaluation'} mode, say), so that its quantized"
-            " weights are not known; run the model once"
-        )
-    specs = quantized_specs(model)
+    specs = trained_specs(model)
     ignore = find_float_linears(model, specs)
     state = model.state_dict()
     ends = find_ends(model)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,13 @@ from qatc.errors import CheckpointError, ConfigError
 from qatc.models.building import build_model
 from qatc.models.remote_code import copy_code
 from qatc.models.vocabulary import End, are_tied, find_ends, untie
-from qatc.output import compressed_tensors, torchao
+from qatc.output import compressed_tensors, torchao, vllm
 from qatc.output.codes import QuantizedWeight
 from qatc.output.contents import Output
 from qatc.output.layouts import (
     PLAIN,
     TORCHAO,
+    Form,
     layout_of,
     loads_exactly_in,
     tensor_names,
@@ -66,8 +67,7 @@ def write_output(
     *,
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    portable: bool = False,
-    for_torchao: bool = False,
+    form: Form = "qatc",
 ) -> None:
     """Write a quantized model into an empty directory (see the module's table).
 
@@ -79,10 +79,12 @@ def write_output(
             makes the written model untied.
         tokenizer: saved beside the model, if given.
         max_shard_bytes: larger models are split into files of this size.
-        portable: store the codes of head and embedding where transformers finds them, which takes
-            more space: those of a tied weight twice, and those of the table a byte each. Otherwise
-            such a model is for :func:`qatc.load` alone, and says so to others.
-        for_torchao: the same in the layout of torchao, see :mod:`qatc.output.torchao`.
+        form: whom it is written for. ``transformers``: the codes of head and embedding are stored
+            where it finds them, which takes more space: those of a tied weight twice, and those of
+            the table a byte each; with ``qatc`` such a model is for :func:`qatc.load` alone, and
+            says so to others. ``torchao``: the same in its layout, see :mod:`qatc.output.torchao`.
+            ``vllm``: codes behind quantized inputs take a byte each; ``vllm-marlin``: they stay
+            packed, and inputs are not declared, see :mod:`qatc.output.vllm`.
 
     Raises:
         ConfigError: a quantized weight is tied to another than the head's or the embedding's, its
@@ -96,51 +98,51 @@ def write_output(
         weight.spec in (recipe.weights_of(name), recipe.head, recipe.embedding)
         for name, weight in weights.items()
     ), "another recipe's"
-    if for_torchao:
-        torchao.refuse_unheld(recipe)
-        portable = True
-    elif portable:
-        compressed_tensors.refuse_rotated(recipe, "transformers")
+    _refuse_unheld(recipe, form)
     # Without storage: tells the linear layers and the tied weights by their names.
     skeleton = build_model(config, torch.float32, device="meta", trust_remote_code=trust)
     ends, ties = find_ends(skeleton), dict(skeleton.all_tied_weights_keys)
     as_codes = [getattr(recipe, end.role).quantizes for end in ends]
-    if are_tied(ends) and any(as_codes) and (portable or not all(as_codes)):
+    if are_tied(ends) and any(as_codes) and (form != "qatc" or not all(as_codes)):
         weights = with_tied(weights, ties) if all(as_codes) else weights
         config, ties = copy.deepcopy(config), {}
         untie(config)
     tensors = _drop_tied(output.state, weights, ties)
     weights = _drop_tied_codes(weights, ties)
     layouts = {name: layout_of(w.spec) for name, w in weights.items()}
+    end_weights = {end.weight for end in ends}
     tables = [e.weight for e in ends if e.role == "embedding" and e.weight in weights]
-    if portable:  # transformers finds no packed codes in an embedding
+    if form != "qatc":  # transformers finds no packed codes in an embedding
         layouts |= dict.fromkeys(tables, PLAIN)
-    if for_torchao:
+    if form == "torchao":
         layouts = dict.fromkeys(weights, TORCHAO)
+    elif form == "vllm" and recipe.activations.quantizes:
+        layouts = dict.fromkeys(weights, PLAIN)
     floats = [value for value in tensors.values() if value.is_floating_point()]
     dtype = max(floats, key=Tensor.numel).dtype if floats else torch.float32
     header = {}
-    if for_torchao:
+    if form == "torchao":
         held = torchao.int8_tensors(weights, recipe, next(iter(tables), None), dtype)
         header = torchao.file_metadata(tensors | held)
     tensors |= to_tensors(weights, dtype=dtype, layouts=layouts)
 
     # What transformers loads in by itself, scales included, but for torchao's: fp16 may be too
     # coarse for those.
-    exact = for_torchao or loads_exactly_in(weights, dtype)
+    exact = form == "torchao" or loads_exactly_in(weights, dtype)
     plain_config = _config_of(config, skeleton, dtype if exact else torch.float32)
     if auto_map := copy_code(skeleton, directory):
         plain_config["auto_map"] = auto_map
     ignore = compressed_tensors.find_float_linears(skeleton, weights) if weights else []
-    if for_torchao:
+    if form == "torchao":
         plain_config["quantization_config"] = torchao.quantization_config(recipe, ignore).to_dict()
     elif weights:
+        inputs = QuantSpec(FLOAT_BITS) if form == "vllm-marlin" else recipe.activations
         plain_config["quantization_config"] = compressed_tensors.quantization_config(
-            recipe,
+            replace(recipe, activations=inputs),
             ignore,
             _declared_ends(ends, weights, layouts, recipe, are_tied(ends) and bool(ties)),
             compressed_tensors.modules_by_layout(
-                {n: own for n, own in layouts.items() if n not in {end.weight for end in ends}}
+                {n: own for n, own in layouts.items() if n not in end_weights}
             ),
         )
     write_json(directory / "config.json", dict(sorted(plain_config.items())))
@@ -158,14 +160,24 @@ def write_output(
         *(FORMAT_VERSION, layout, recipe.to_dict(), sorted(weights)),
         *(digests, floats_stored),
         {
-            end.weight: asdict(weights[end.weight].spec) | {"layout": layouts[end.weight]}
-            for end in ends
-            if end.weight in weights
+            name: asdict(weights[name].spec) | {"layout": own_layout}
+            for name, own_layout in layouts.items()
+            # What does not follow from the recipe, nor from the name of all layouts.
+            if name in end_weights or own_layout not in (layout_of(weights[name].spec), TORCHAO)
         },
     )
     said = _further(output.metadata) | dict(zip(OWN_KEYS, own, strict=True))
     write_json(directory / "qatc.json", said)
     write_card(directory)
+
+
+def _refuse_unheld(recipe: Recipe, form: Form) -> None:
+    if form == "transformers":
+        compressed_tensors.refuse_rotated(recipe, form)
+    elif form == "torchao":
+        torchao.refuse_unheld(recipe)
+    elif form != "qatc":
+        vllm.refuse_unheld(recipe, form)
 
 
 def _config_of(

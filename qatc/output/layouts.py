@@ -12,12 +12,14 @@ layout              for bits    tensors of a layer ``X``
 
 Packed codes are stored as code + 8, eight to an int32, the first one in the lowest four bits. The
 first two layouts are those of compressed-tensors, which also gave them their names; the third is
-that of torchao's ``Int8Tensor``, which an output gets by export only.
+that of torchao's ``Int8Tensor``, which an output gets by export only. By export for vLLM codes of 2
+to 4 bits may lie in the second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +38,9 @@ _CODES = {PACKED: ".weight_packed", PLAIN: ".weight", TORCHAO: "._weight_qdata"}
 """What the name of a layer's codes ends with."""
 
 LAYOUTS = tuple(_CODES)
+
+Form = Literal["qatc", "transformers", "torchao", "vllm", "vllm-marlin"]
+"""Whom a directory is written for; see :func:`qatc.output.directory.write_output`."""
 
 _CODES_PER_WORD = 8
 _OFFSET = 8  # makes the codes -8..7 unsigned

@@ -13,9 +13,8 @@ from typing import Any
 
 from qatc.data.corpus import TEXT
 from qatc.models.cards import CARD, HUB_NAME
-from qatc.output import torchao
+from qatc.output import how_to_run
 from qatc.output.compressed_tensors import loads_as_it_is
-from qatc.output.layouts import TORCHAO
 from qatc.output.stored import Stored, measure
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import rule_in_words
@@ -42,6 +41,7 @@ def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: St
     """
     recipe = metadata["recipe"]
     bits = Recipe.from_dict(recipe).bits
+    teacher = base_name(metadata) if is_hub_name(metadata) else "FULL_PRECISION_MODEL"
     sections = [
         _front_matter(metadata, config, bits),
         f"# {base_name(metadata)} at {bits}",
@@ -51,9 +51,9 @@ def make_card(metadata: Mapping[str, Any], config: Mapping[str, Any], stored: St
         table(stored_rows(stored)),
         *_figures(metadata),
         "## How to run it",
-        *_runtimes(metadata, config),
+        *how_to_run.runtimes(metadata, config),
         "## How to measure it",
-        *_measuring(metadata, config),
+        *how_to_run.measuring(metadata, config, teacher),
         *provenance(metadata),
     ]
     return "\n\n".join(sections) + "\n"
@@ -71,8 +71,8 @@ def is_hub_name(metadata: Mapping[str, Any]) -> bool:
 
 
 def _on_text(metadata: Mapping[str, Any]) -> bool:
-    """Whether it was trained on text that no model wrote."""
-    return bool(metadata.get("data", {}).get("strategy") == TEXT)
+    """Whether it was trained on text that no model wrote, as far as is known."""
+    return bool(metadata.get("data", {"strategy": TEXT}).get("strategy") == TEXT)
 
 
 def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: str) -> str:
@@ -82,7 +82,7 @@ def _front_matter(metadata: Mapping[str, Any], config: Mapping[str, Any], bits: 
     trained = ["quantization-aware-training"] if _is_trained(metadata) else []
     width = "w{}a{}kv{}".format(*bits.split("-")).lower().replace("kvk", "k")
     tags = ["qatc", *trained, *free, width]
-    if reader := _reader(config):
+    if reader := how_to_run.reader_of(config):
         tags.append(reader)
     if "auto_map" in config:
         tags.append("custom_code")
@@ -202,121 +202,6 @@ def _figures(metadata: Mapping[str, Any]) -> list[str]:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _runtimes(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    recipe, trust = metadata["recipe"], "auto_map" in config
-    flag, argument = (" --trust-remote-code", ", trust_remote_code=True") if trust else ("", "")
-    sections = []
-    if recipe["kv"]["bits"] == 16 or recipe["kv_site"] == "cache":
-        sections += [
-            "**qatc**, on integers, with the numerics that it was trained for:",
-            "```python\n"
-            "import qatc\n"
-            "from transformers import AutoTokenizer\n\n"
-            f'model = qatc.load("THIS_DIRECTORY"{argument})\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY"{argument})\n'
-            'ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]\n'
-            "print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=20)[0]))\n"
-            "```",
-            f'```\nqatc generate THIS_DIRECTORY --prompt "Once upon a time"{flag}\n```',
-        ]
-    if "rotate_inputs" in recipe:
-        return [*sections, "Other runtimes do not rotate inputs, and cannot run it."]
-    if not loads_as_it_is(config):
-        return [
-            *sections,
-            "Head and embedding are stored here as qatc alone reads them."
-            " `qatc export THIS_DIRECTORY --output OTHER` writes the same model for transformers.",
-        ]
-    reader = _reader(config)
-    needs = f" (`pip install {reader}`)" if reader else ""
-    sections += [
-        f"**transformers**{needs}{_in_words(_differences(recipe, reader))}:",
-        "```python\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{argument})\n'
-        "```",
-    ]
-    if reader == TORCHAO and recipe["activations"]["bits"] != 16 and config["dtype"] != "float32":
-        sections.append(
-            f"torchao keeps the scales of activations in {config['dtype']}, unless `torch.compile`"
-            " compiles the model."
-        )
-    elif reader == "compressed-tensors":
-        sections.append(
-            "**vLLM** has a reader for this layout (`vllm serve THIS_DIRECTORY`), with rules of its"
-            " own for activations and KV cache. This model has not been tried there."
-        )
-    return sections
-
-
-def _reader(config: Mapping[str, Any]) -> str | None:
-    """The package by which transformers loads the weights, if it takes one."""
-    method: str | None = config.get("quantization_config", {}).get("quant_method")
-    return method
-
-
-def _in_words(differences: Sequence[str]) -> str:
-    if not differences:
-        return ", with the same numerics"
-    return ", with other numerics: " + " and ".join(differences)
-
-
-def _differences(recipe: Mapping[str, Any], reader: str | None) -> list[str]:
-    """What plain transformers computes in another way than the model was trained for."""
-    if reader == TORCHAO:
-        return torchao.differences(Recipe.from_dict(recipe))
-    activations, kv = recipe["activations"], recipe["kv"]
-    found = []
-    if kv["bits"] != 16:
-        found.append(f"no KV quantization ({Recipe.from_dict(recipe).kv_bits} bits here)")
-    if activations["bits"] != 16 and recipe["weights"]["bits"] == 16:
-        found.append(f"no quantized inputs of linear layers ({activations['bits']} bits here)")
-    elif activations["bits"] != 16 and activations["range"] == "restricted":
-        largest = (1 << (activations["bits"] - 1)) - 1
-        found.append(
-            f"another activation rule (scale = max / {largest + 0.5:g}, where this model was"
-            f" trained with max / {largest})"
-        )
-    return found
-
-
-def _measuring(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    recipe, trust = metadata["recipe"], "auto_map" in config
-    flag, argument = (" --trust-remote-code", ", trust_remote_code=True") if trust else ("", "")
-    teacher = base_name(metadata) if is_hub_name(metadata) else "FULL_PRECISION_MODEL"
-    sections = [
-        f"```\nqatc evaluate THIS_DIRECTORY --text FILE --teacher {teacher}{flag}\n```",
-    ]
-    differences = _differences(recipe, _reader(config))
-    if not loads_as_it_is(config):
-        cannot = "lm-eval's own `hf` model and plain transformers cannot load this form"
-        if "rotate_inputs" not in recipe:
-            cannot += ", and measure other numerics on an exported one"
-        sections.insert(0, f"{cannot}. To measure what it was trained for:")
-    elif differences:
-        sections.insert(
-            0,
-            "lm-eval's own `hf` model and plain transformers measure other numerics, with"
-            f" {' and '.join(differences)}. Their figures are not those of this model. To measure"
-            " what it was trained for:",
-        )
-    if recipe["kv"]["bits"] == 16 or recipe["kv_site"] == "cache":
-        sections += [
-            "In lm-eval (`pip install 'lm-eval[hf]'`), hand over the model that `qatc.load` makes:",
-            "```python\n"
-            "import lm_eval\n"
-            "import qatc\n"
-            "from lm_eval.models.huggingface import HFLM\n"
-            "from transformers import AutoTokenizer\n\n"
-            f'model = qatc.load("THIS_DIRECTORY"{argument})\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY"{argument})\n'
-            "wrapped = HFLM(pretrained=model, tokenizer=tokenizer)\n"
-            'print(lm_eval.simple_evaluate(model=wrapped, tasks=["hellaswag"])["results"])\n'
-            "```",
-        ]
-    return sections
 
 
 def provenance(metadata: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from qatc.recipe.checks import check
 from qatc.recipe.exceptions import Exceptions
 from qatc.recipe.patterns import matches
 from qatc.recipe.spec import FLOAT_BITS, KVSite, QuantSpec
-from qatc.recipe.targets import find_target
+from qatc.recipe.targets import find_target, target_name
 from qatc.recipe.weight_bits import WeightBits, first_match
 from qatc.storage.files import read_yaml
 
@@ -96,6 +96,7 @@ class Recipe:
     target: str = "qatc"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "target", target_name(self.target))  # of several names, one
         check(self)
 
     @classmethod

@@ -84,7 +84,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             (8, 16),
             "vLLM 0.33: dynamic per-token int8 with amax / 127; --kv-cache-dtype"
             " int8_per_token_head with amax / 127",
-            "its 4-bit cache is asymmetric behind a random rotation",
+            "its 4-bit cache is asymmetric behind a random rotation; the 8-bit one multiplies by"
+            " the reciprocal of the scale and rounds half away from zero: close, not the same",
         ),
         "llama.cpp": Target(
             _FP16_BLOCKS,
@@ -100,6 +101,33 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 )
 """Targets by name."""
 
+OTHER_NAMES: Mapping[str, str] = MappingProxyType({"gguf": "llama.cpp"})
+"""Formats by whose name a target may be called."""
+
+NOT_TRAINED_FOR: Mapping[str, str] = MappingProxyType(
+    {
+        "executorch": "it rounds inputs of linear layers to 8 bits with a whole zero point for each"
+        " token, and the integer products of qatc have none; torchao's QATConfig has that rule, and"
+        " examples/train_torchao_qat.py trains it by distillation",
+    }
+)
+"""Runtimes whose rules no recipe can say, and what to do."""
+
+
+def target_name(name: str) -> str:
+    """The name that a target has in :data:`TARGETS`, by that or another one of its names.
+
+    Raises:
+        ConfigError: there is no such target.
+    """
+    known = OTHER_NAMES.get(name, name) if isinstance(name, str) else None
+    if known in TARGETS:
+        return known
+    if known in NOT_TRAINED_FOR:
+        raise ConfigError(f"{known} is no target: {NOT_TRAINED_FOR[known]}")
+    others = ", ".join(f"{other} for {own}" for other, own in OTHER_NAMES.items())
+    raise ConfigError(f"target must be one of {', '.join(TARGETS)} ({others}); got {name!r}")
+
 
 def find_target(name: str) -> Target:
     """The target of this name.
@@ -107,7 +135,4 @@ def find_target(name: str) -> Target:
     Raises:
         ConfigError: there is none.
     """
-    target = TARGETS.get(name) if isinstance(name, str) else None
-    if target is None:
-        raise ConfigError(f"target must be one of {', '.join(TARGETS)}; got {name!r}")
-    return target
+    return TARGETS[target_name(name)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qatc.data.corpus import text_rows
 from qatc.errors import ConfigError, DataError
@@ -14,7 +15,8 @@ from qatc.evaluation.metrics import evaluate
 from qatc.models import load_model
 from qatc.models.preparation import prepare
 from qatc.recipe.recipe import Recipe
-from tests.conftest import make_tokenizer
+from qatc.runtime.model import load
+from tests.conftest import make_output, make_tokenizer
 
 
 def config(model: Path, **changes: Any) -> AssessConfig:
@@ -53,6 +55,18 @@ def test_inputs_that_the_recipe_rotates(shared_model_path: Path, text_file: Path
     recipes = (Recipe.from_bits("8-8-8", rotate_inputs=p) for p in ((), ("*.down_proj.weight",)))
     plain, rotated = (assess(config(shared_model_path, recipe=r, **given)) for r in recipes)
     assert plain.kl and rotated.kl and plain.kl != rotated.kl < 2 * plain.kl
+
+
+def test_packed_it_is_the_integer_model(
+    shared_model_path: Path, text_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    out = make_output(tmp_path / "out", Recipe.from_bits("4-8-4"), tokenizer=tokenizer)
+    given = {"text": text_file, "max_tokens": 300, "teacher": str(shared_model_path)}
+    rows = text_rows(text_file.read_text(), tokenizer, 64, 300)
+    own = load(out, dtype=torch.float32, compile=False)
+    expected = evaluate(own, rows, teacher=load_model(str(shared_model_path)).model)
+    found = assess(config(out, runtime="packed", **given))
+    assert found.to_dict() == pytest.approx(expected.to_dict()) and (found.kl or 0) > 0.01
 
 
 def test_needs_one_text(text_file: Path) -> None:

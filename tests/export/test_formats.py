@@ -49,7 +49,8 @@ def test_export_of_shards_leaves_no_file_of_theirs(tmp_path: Path, pristine: Pat
 
 def test_export_refuses_an_unknown_format(tmp_path: Path, pristine: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"'onnx'; valid formats: compressed-tensors, torchao, gguf"
+        ConfigError,
+        match=r"'onnx'; valid formats: compressed-tensors, torchao, vllm, vllm-marlin, gguf",
     ):
         export(pristine / "one", tmp_path / "out", format="onnx")
     assert not (tmp_path / "out").exists()

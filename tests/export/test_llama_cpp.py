@@ -13,8 +13,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.llama_files import LlamaFile, binding
 from qatc.export import export
+from qatc.export.gguf.llama_cpp import LlamaFile, binding
 from qatc.output import load_reference
 from qatc.recipe.recipe import Recipe
 from tests.conftest import make_output, make_small
@@ -44,7 +44,7 @@ def exported(root: Path, kind: str, recipe: Recipe, tokenizer: Any, **changes: A
 
 def log_probabilities(path: Path, ids: list[int]) -> NDArray[np.float64]:
     """Of llama.cpp after each token, with K and V in fp32."""
-    return LlamaFile(path, 128, cache="f32").log_probabilities(ids)
+    return LlamaFile(path, 128, keys="f32", values="f32").log_probabilities(ids)
 
 
 def expected(source: Path, ids: list[int]) -> NDArray[np.float64]:

@@ -88,7 +88,7 @@ def test_shards(tmp_path: Path) -> None:
     source = make_output(tmp_path / "source", RECIPES["ends"], make_model())
     out = tmp_path / "out"
     out.mkdir()
-    directory_module.write_output(out, open_output(source), max_shard_bytes=3_000, for_torchao=True)
+    directory_module.write_output(out, open_output(source), max_shard_bytes=3_000, form="torchao")
     assert len(list(out.glob("model-*.safetensors"))) > 5
     model = load_with_transformers(out)
     assert_held(model, load_codes(out))

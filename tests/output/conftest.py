@@ -64,7 +64,7 @@ def write(
         "metadata": {"source": "a tiny model"},
     }
     given = arguments | changes
-    own = ("tokenizer", "max_shard_bytes", "portable")
+    own = ("tokenizer", "max_shard_bytes", "form")
     options = {name: given.pop(name) for name in own if name in given}
     write_output(directory, Output(**given), **options)
     weights: dict[str, QuantizedWeight] = given["weights"]

@@ -44,13 +44,23 @@ def test_a_file_takes_the_rules_that_it_leaves_open() -> None:
 
 def test_bad_targets() -> None:
     with pytest.raises(
-        ConfigError, match=r"qatc, transformers, torchao, vllm, llama\.cpp; got 'tvm'"
+        ConfigError,
+        match=r"qatc, transformers, torchao, vllm, llama\.cpp \(gguf for llama\.cpp\); got 'tvm'",
     ):
         Recipe.from_bits("4-8-4", target="tvm")
     with pytest.raises(ConfigError, match="no symmetric KV cache of 4 bits; choose .* 8, 16"):
         Recipe.from_bits("4-8-4", target="vllm")
     with pytest.raises(ConfigError, match="target must be one of"):
         Recipe.from_dict({"target": 3})
+    with pytest.raises(ConfigError, match="executorch is no target: .* zero point .* torchao"):
+        Recipe.from_bits("4-8-16", target="executorch")
+
+
+def test_the_name_of_a_format_is_one_of_its_runtime() -> None:
+    recipe = Recipe.from_bits("4-8-16", target="gguf")
+    assert recipe == Recipe.from_bits("4-8-16", target="llama.cpp") != Recipe.from_bits("4-8-16")
+    assert recipe.target == "llama.cpp" and recipe.weights.group_size == 32
+    assert Recipe.from_dict({"target": "gguf", "kv": {"bits": 16}}) == recipe
 
 
 @torch.no_grad()

@@ -60,11 +60,19 @@ def _in_blocks(spec: QuantSpec, bits: int = 8) -> bool:
     return spec.bits == bits and spec.group_size == BLOCK and spec.range == "restricted"
 
 
-def cache_options(recipe: Recipe, values_of_head: int) -> str:
-    """The options of llama.cpp that give K and V the nearest bits, with a space before each."""
+def cache_types(recipe: Recipe, values_of_head: int) -> tuple[str, str]:
+    """The types of llama.cpp that have K and V in the nearest bits; ``f16`` is its own choice."""
     if not recipe.kv.quantizes or values_of_head % BLOCK:
-        return ""
+        return "f16", "f16"
     keys, values = ("q4_0" if spec.bits <= 4 else "q8_0" for spec in (recipe.kv, recipe.values))
+    return keys, values
+
+
+def cache_options(recipe: Recipe, values_of_head: int) -> str:
+    """The options of llama.cpp that give K and V these types, with a space before each."""
+    keys, values = cache_types(recipe, values_of_head)
+    if keys == values == "f16":
+        return ""
     return f" --flash-attn on --cache-type-k {keys} --cache-type-v {values}"
 
 
