@@ -17,10 +17,10 @@ READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 FOREIGN = {
     "--cache-type-k", "--cache-type-v", "--cases", "--ctx-size",
-    "--extra-index-url", "--held-out", "--help", "--kv-cache-dtype", "--linear-backend",
-    "--local-dir", "--nnodes",
+    "--extra-index-url", "--held-out", "--help", "--index-url", "--kv-cache-dtype",
+    "--linear-backend", "--local-dir", "--nnodes",
     "--no-python", "--no-speeds",
-    "--nproc-per-node", "--parts", "--rdzv-endpoint", "--sample", "--shapes", "--threads",
+    "--nproc-per-node", "--parts", "--rdzv-endpoint", "--sample", "--shapes", "--threads", "--tune",
 }  # fmt: skip
 """Options of pip, torchrun, vLLM, llama.cpp and the benchmarks."""
 
