@@ -12,12 +12,15 @@ from qatc.errors import ConfigError
 from qatc.export.base import Format
 from qatc.export.compressed_tensors import COMPRESSED_TENSORS
 from qatc.export.gguf.format import GGUF
+from qatc.export.pt2.format import AOTI, PT2
 from qatc.export.torchao import TORCHAO
 from qatc.output import Output, open_output
 from qatc.storage.directories import complete_directory, refuse_existing, refuse_overlap
 from qatc.storage.locks import locked
 
-FORMATS: dict[str, Format] = {format.name: format for format in (COMPRESSED_TENSORS, TORCHAO, GGUF)}
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (COMPRESSED_TENSORS, TORCHAO, GGUF, PT2, AOTI)
+}
 """By name."""
 
 
