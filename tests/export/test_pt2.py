@@ -162,7 +162,7 @@ def test_what_it_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         FORMATS["pt2"].notes(open_output(make_output(tmp_path / "rotated", rotated)))
     windows = make_small("gemma3_text", sliding_window=8, layer_types=["sliding_attention"] * 2)
     made = make_output(tmp_path / "windows", Recipe.from_bits("4-8-4"), windows)
-    with pytest.raises(ConfigError, match="no cache that forgets"):
+    with pytest.raises(ConfigError, match="caches that hold every token"):
         export(made, tmp_path / "out", format="pt2")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(compilation, "obstacle", lambda: "there is no compiler")

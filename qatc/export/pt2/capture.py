@@ -16,7 +16,8 @@ from torch._dynamo import config as dynamo_config
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qatc.errors import CaptureError, ConfigError
+from qatc.errors import CaptureError
+from qatc.export.base import refuse_windows
 from qatc.export.pt2.portable import PlainInterpreter, use_torch_alone
 from qatc.graph.capture import Template
 from qatc.output import Output
@@ -53,7 +54,7 @@ class Steps:
     """
 
     def __init__(self, output: Output) -> None:
-        refuse_windows(output.config)
+        refuse_windows(output.config, "torch")
         model = load(output, compile=False, decode_program=False, kernels="qatc")
         runtime = runtime_of(model)
         self.dtype = runtime.dtype
@@ -63,9 +64,9 @@ class Steps:
         inputs, first = _Inputs(), 0
         for forward, template, of_layer in zip(runtime.forwards, templates, shapes, strict=True):
             mine = slice(first, first := first + len(of_layer))
-            forward.module.forward = _Layer(forward, template, inputs, mine)  # type: ignore[assignment]
+            forward.module.forward = _Layer(forward, template, inputs, mine)
         for end in runtime.ends:
-            end.module.forward = _Layer(end, end.store.of(end)[0])  # type: ignore[assignment]
+            end.module.forward = _Layer(end, end.store.of(end)[0])
         for module in model.modules():  # shared codes are a part of the state, stored once
             module._non_persistent_buffers_set.clear()
         self._step = _Step(model, inputs)
@@ -103,16 +104,6 @@ class Steps:
             ) from error
         use_torch_alone(exported)
         return exported
-
-
-def refuse_windows(config: Any) -> None:
-    """Raise ``ConfigError`` if layers forget what lies behind a window."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        raise ConfigError(
-            f"its layers have {', '.join(sorted(kinds))}, and a program of torch has no cache that"
-            " forgets; run it by qatc.load"
-        )
 
 
 def _cache_of(template: Template) -> list[CacheTensor]:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 import qatc
 from qatc.errors import CheckpointError, ConfigError
-from qatc.export.base import Format
+from qatc.export.base import Format, copy_tokenizer, end_tokens, refuse_windows
 from qatc.export.pt2 import generate
-from qatc.export.pt2.capture import PHASES, Steps, refuse_windows
+from qatc.export.pt2.capture import PHASES, Steps
 from qatc.graph import compilation
 from qatc.models.cards import CARD
 from qatc.numerics import packing
@@ -43,7 +43,6 @@ from qatc.storage.files import read_json, write_atomically, write_json
 
 SCRIPT = Path(generate.__file__)
 _PACKAGE = "model.pt2"
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _PREFIX = "model."
 """Before the names of tensors in a program: the module that is captured holds the model."""
 
@@ -59,7 +58,7 @@ def write_exported(output: Output, directory: Path) -> None:
 def write_compiled(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory, compiled; the weights are stored once."""
     from torch._inductor import aot_compile
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     steps = Steps(output)
     options = {
@@ -74,7 +73,7 @@ def write_compiled(output: Output, directory: Path) -> None:
             program = steps.program(phase)
             assert program.example_inputs is not None
             files[phase] = aot_compile(
-                program.module(),  # type: ignore[arg-type]
+                program.module(),
                 *program.example_inputs,
                 options=options,
             )
@@ -91,27 +90,16 @@ def _write_rest(output: Output, steps: Steps, directory: Path, format: str) -> N
         "qatc_version": qatc.__version__,
         "torch_version": torch.__version__,
         "cache": [[c.heads, c.width, str(c.dtype).removeprefix("torch.")] for c in steps.cache],
-        "ends": _ends(output),
+        "ends": end_tokens(output),
         "weights": {
             name: [spec_arg(weight.spec), weight.codes.shape[1]]
             for name, weight in output.weights.items()
         },
     }
     write_json(directory / EXPORT_FILE, told)
-    for name in _TOKENIZER:
-        if (output.place / name).is_file():
-            shutil.copyfile(output.place / name, directory / name)
+    copy_tokenizer(output, directory)
     shutil.copyfile(SCRIPT, directory / SCRIPT.name)
     write_atomically(directory / CARD, _card(output, format).encode(errors="backslashreplace"))
-
-
-def _ends(output: Output) -> list[int]:
-    """The tokens that a text ends with."""
-    for source in (output.generation_config, output.config):
-        found = getattr(source, "eos_token_id", None)
-        if found is not None:
-            return sorted(found) if isinstance(found, list) else [found]
-    return []
 
 
 def _card(output: Output, format: str) -> str:
@@ -133,7 +121,7 @@ def _card(output: Output, format: str) -> str:
 
 def _notes(output: Output, format: str) -> list[str]:
     refuse_rotated(output.recipe, "a program of torch")
-    refuse_windows(output.config)
+    refuse_windows(output.config, "torch")
     found = ["one sequence at a time; as many tokens as the cache that it is given has slots"]
     if format == "pt2":
         return [*found, "each of the two programs holds all weights"]
