@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -154,6 +155,23 @@ def test_compiled_a_single_row_is_exact() -> None:
 
     for mine, wanted in zip(torch.compile(both)(x), both(x), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=2e-7, atol=0)
+
+
+@pytest.mark.skipif(
+    "QATC_TEST_RUNTIMES" not in os.environ,
+    reason="AOTInductor compiles for a minute; make test-runtimes lets it",
+)
+def test_compiled_it_computes_what_qatc_does(tmp_path: Path) -> None:
+    recipe = Recipe.from_bits("4-8-4", weight_bits=(("*down_proj*", 8), ("*k_proj*", 3)))
+    source = make_output(tmp_path / "source", recipe, make_llama(num_hidden_layers=1))
+    model = Model(export(source, tmp_path / "out", format="aoti"), SLOTS)
+    found = in_parts(lambda ids: model(ids[0].tolist()))
+    for mine, wanted in zip(found, by_qatc(source), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=2e-6)
+    codes, back = load_codes(source), FORMATS["aoti"].read(tmp_path / "out")
+    assert codes.keys() == back.keys()
+    assert all(torch.equal(own.codes, back[name].codes) for name, own in codes.items())
+    assert all(torch.equal(own.scale, back[name].scale) for name, own in codes.items())
 
 
 def test_what_it_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

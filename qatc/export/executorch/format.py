@@ -5,9 +5,9 @@ bits per channel, and the embedding a table of bytes, with the codes and scales 
 Inputs of quantized linear layers are rounded to 8 bits by XNNPACK's own rule, K and V stay in
 float; :func:`notes` says what differs.
 
-It cannot hold rows that are no multiple of 32 in weights of up to 4 bits, groups that are none
-either, groups of more than 4 bits, negative scales, activations of other bits, inputs that are
-rotated at run time, and layers with a sliding window: they are refused.
+It cannot hold groups that are no multiple of 32, groups of more than 4 bits, negative scales,
+activations of other bits, inputs that are rotated at run time, and layers with a sliding window:
+they are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import qatc
-from qatc.errors import CheckpointError, ConfigError
+from qatc.errors import CheckpointError, ConfigError, DataError
 from qatc.export.base import Format, copy_tokenizer, end_tokens, refuse_windows
 from qatc.export.executorch import generate
 from qatc.export.executorch.lowering import export_step, lower, require_executorch
@@ -66,10 +66,10 @@ def write(output: Output, directory: Path) -> None:
     }
     content = lower(export_step(step, min(CHUNK, slots)), constants)
     weights = {
-        name: describe(module) | {"spec": spec_arg(output.weights[name].spec)}
+        name: describe(module) | {"spec": spec_arg(own.spec), "width": own.codes.shape[1]}
         for path, module in step.model.named_modules()
         if isinstance(module, QuantizedLinear | QuantizedEmbedding)
-        and (name := f"{path}.weight") in output.weights
+        and (own := output.weights.get(name := f"{path}.weight")) is not None
     }
     _require_held(content, weights)
     write_atomically(directory / FILE, content)
@@ -118,7 +118,7 @@ def read(directory: Path) -> dict[str, QuantizedWeight]:
         told = read_json(directory / EXPORT_FILE)
         data = data_of((directory / FILE).read_bytes())
         return {name: weight_in(data, own) for name, own in told["weights"].items()}
-    except (OSError, KeyError, ValueError) as error:
+    except (DataError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{directory} is damaged, or holds no .pte of qatc ({error}); export it again"
         ) from error
@@ -152,13 +152,8 @@ def _refuse_unheld(output: Output) -> None:
 
 def _obstacle(weight: QuantizedWeight) -> str | None:
     """Why XNNPACK cannot multiply by a weight, and the way out; None if it can."""
-    width, group, bits = weight.codes.shape[1], weight.spec.group_size, weight.spec.bits
+    group, bits = weight.spec.group_size, weight.spec.bits
     if bits_of(weight.spec) == 4:
-        if width % GROUP:
-            return (
-                f"its rows have {width} values, and of up to 4 bits it takes multiples of {GROUP};"
-                " quantize that weight to 8 bits (weight_bits of a recipe), or run it by qatc"
-            )
         if group is not None and group % GROUP:
             return (
                 f"it has groups of {group}, and XNNPACK takes multiples of {GROUP}; quantize it"

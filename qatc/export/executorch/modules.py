@@ -27,24 +27,27 @@ class QuantizedLinear(nn.Module):
 
     Of 4 bits the scales are those of groups, ``[N, G]``. A row with a single scale is G groups with
     the same one: ExecuTorch hands XNNPACK wrong scales for 4 bits per channel (it says so itself
-    in ``backends/xnnpack/operators/quant_params.py``). Of 8 bits they are ``[N]``.
+    in ``backends/xnnpack/operators/quant_params.py``). Rows are filled up to whole groups with
+    zeros, and inputs with them: that changes neither sums nor how inputs are rounded, whose range
+    holds zero anyway. Of 8 bits the scales are ``[N]``.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         super().__init__()
-        width, scale = weight.codes.shape[1], weight.scale
-        self.bits = bits_of(weight.spec)
-        groups = 1
+        codes, scale = weight.codes, weight.scale
+        self.bits, self.missing, groups = bits_of(weight.spec), 0, 1
         if self.bits == 4:
-            groups = width // GROUP if scale.shape[1] == 1 else scale.shape[1]
+            self.missing = -codes.shape[1] % GROUP
+            codes = F.pad(codes, (0, self.missing))
+            groups = codes.shape[1] // GROUP if scale.shape[1] == 1 else scale.shape[1]
             scale = scale.expand(-1, groups)
         else:
             scale = scale.squeeze(1)
-        self.group = width // groups
+        self.group = codes.shape[1] // groups
         self.codes: Tensor
         self.scale: Tensor
         self.zero: Tensor
-        self.register_buffer("codes", weight.codes)
+        self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.contiguous())
         self.register_buffer("zero", torch.zeros(scale.shape, dtype=torch.int32))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -59,6 +62,7 @@ class QuantizedLinear(nn.Module):
             weight = ops.dequantize_per_channel(
                 self.codes, self.scale, self.zero, 0, -128, 127, torch.int8
             )
+        x = F.pad(x, (0, self.missing)) if self.missing else x
         scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
         of_token = (scale, zero, -128, 127, torch.int8)
         codes = ops.quantize_per_token(x, *of_token)

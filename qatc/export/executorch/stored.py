@@ -30,7 +30,7 @@ def describe(module: QuantizedLinear | QuantizedEmbedding) -> dict[str, Any]:
         "codes": _key(codes),
         "scale": _key(scale),
         "bits": bits,
-        "shape": list(module.codes.shape),
+        "rows": len(module.codes),
         "scale_dtype": str(scale.dtype).removeprefix("torch."),
     }
 
@@ -59,15 +59,14 @@ def weight_in(data: Mapping[str, bytes], told: Mapping[str, Any]) -> QuantizedWe
     Raises:
         KeyError: the file does not hold these codes, or these scales.
     """
-    spec, (rows, width) = read_spec_arg(told["spec"]), told["shape"]
+    spec, rows = read_spec_arg(told["spec"]), told["rows"]
     dtype = getattr(torch, told["scale_dtype"])
     scale = torch.frombuffer(bytearray(data[told["scale"]]), dtype=dtype).float().view(rows, -1)
     held = torch.frombuffer(bytearray(data[told["codes"]]), dtype=torch.uint8).view(rows, -1)
     if told["bits"] == 4:
-        codes = (torch.stack([held & 15, held >> 4], -1).flatten(1).to(torch.int8)) - 8
+        codes = torch.stack([held & 15, held >> 4], -1).flatten(1).to(torch.int8) - 8
     else:
         codes = held.view(torch.int8)
     if spec.group_size is None:
         scale = scale[:, :1].contiguous()
-    assert codes.shape == (rows, width)
-    return QuantizedWeight(codes, scale, spec)
+    return QuantizedWeight(codes[:, : told["width"]].contiguous(), scale, spec)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import qatc
-from qatc.errors import CheckpointError, ConfigError
+from qatc.errors import CheckpointError, ConfigError, DataError
 from qatc.export.base import Format, copy_tokenizer, end_tokens, refuse_windows
 from qatc.export.pt2 import generate
 from qatc.export.pt2.capture import PHASES, Steps
@@ -141,7 +141,7 @@ def read(directory: Path) -> dict[str, QuantizedWeight]:
         told = read_json(directory / EXPORT_FILE)
         stored = _stored(directory, told["format"])
         return {name: _weight(stored, name, *how) for name, how in told["weights"].items()}
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (DataError, OSError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{directory} is damaged, or holds no programs of qatc ({error}); export it again"
         ) from error
