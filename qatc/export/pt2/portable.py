@@ -130,10 +130,15 @@ class PlainInterpreter(Interpreter):
 def use_torch_alone(exported: ExportedProgram) -> None:
     """Replace what is left of qatc's operators in a program, in place.
 
+    Where in which file each node was made is dropped too: it is of this machine, and larger than
+    the graph.
+
     Raises:
         ConfigError: torch has no counterpart of one.
     """
     for node in exported.graph.nodes:
+        for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
+            node.meta.pop(name, None)
         if node.target is torch.ops.qatc.materialize.default:
             node.target = torch.ops.aten.clone.default
     exported.graph_module.recompile()
