@@ -167,7 +167,7 @@ def _obstacle(weight: QuantizedWeight) -> str | None:
     if bool((weight.scale < 0).any()):
         return (
             "it has negative scales, as the signed range makes them, and XNNPACK takes positive"
-            " ones; quantize it again with the restricted range"
+            " ones; quantize it again with the restricted range (--preset paper)"
         )
     return None
 
