@@ -25,9 +25,10 @@ demo: venv ## Quantize the example model to 4-8-4 and write build/demo/report.md
 test: lint types docs ## Run everything that must pass: lint, types, docs and tests.
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-test-runtimes: venv ## Install llama.cpp, and let it run what is exported to its format.
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[llama-cpp]'
-	$(BIN)/python -m pytest tests/export/test_llama_cpp.py tests/evaluation/test_llama_cpp.py
+test-runtimes: venv ## Install llama.cpp and ExecuTorch, and let them run what is exported.
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[llama-cpp,executorch]'
+	QATC_TEST_RUNTIMES=1 $(BIN)/python -m pytest tests/export/test_llama_cpp.py \
+		tests/evaluation/test_llama_cpp.py tests/export/test_executorch.py tests/export/test_pt2.py
 
 test-cuda: venv ## Install Triton, and check what is made for GPUs; none is needed.
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cuda-tests]'

@@ -15,7 +15,10 @@ def export(
     source: options.Output,
     output: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
     format: Annotated[
-        str, typer.Option(help="compressed-tensors, torchao, vllm, vllm-marlin or gguf.")
+        str,
+        typer.Option(
+            help="compressed-tensors, torchao, vllm, vllm-marlin, gguf, pt2, aoti or executorch."
+        ),
     ] = "compressed-tensors",
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -29,6 +32,8 @@ def export(
       qatc export Llama-2-7b-4-8-4 --format torchao --output for-torchao
       qatc export Llama-2-7b-4-8-4 --format vllm --output for-vllm
       qatc export Llama-2-7b-4-8-4 --format gguf --output for-llama-cpp
+      qatc export Llama-2-7b-4-8-4 --format pt2 --output for-pytorch
+      qatc export Llama-2-7b-4-8-4 --format executorch --output for-executorch
     """
     from qatc.cli import terminal
 

@@ -33,7 +33,7 @@ PIPELINE = (
         "training",
         "divided",
     ),
-    *("output", "export", "runtime", "evaluation", "sensitivity", "report", "quantize"),
+    *("output", "runtime", "export", "evaluation", "sensitivity", "report", "quantize"),
     *("estimate", "compare", "cli"),
 )
 """Packages in the order of the pipeline: one imports only those before it, and the helpers."""

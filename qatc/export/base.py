@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from qatc.errors import ConfigError
 from qatc.output import Output, QuantizedWeight, write_output
 from qatc.output.directory import copy_companions
 from qatc.output.layouts import Form
@@ -40,3 +43,32 @@ def write_with_companions(output: Output, directory: Path, form: Form) -> None:
     copy_companions(output.place, directory)  # the generation config among them, byte for byte
     plain = replace(output, generation_config=None)
     write_output(directory, plain, form=form)
+
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def copy_tokenizer(output: Output, directory: Path) -> None:
+    """Copy the tokenizer of an opened output, as far as it has one."""
+    for name in _TOKENIZER:
+        if (output.place / name).is_file():
+            shutil.copyfile(output.place / name, directory / name)
+
+
+def end_tokens(output: Output) -> list[int]:
+    """The tokens that a text of the model ends with."""
+    for source in (output.generation_config, output.config):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return sorted(found) if isinstance(found, list) else [found]
+    return []
+
+
+def refuse_windows(config: Any, runtime: str) -> None:
+    """Raise ``ConfigError`` if layers forget what lies behind a window, or keep no KV cache."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise ConfigError(
+            f"its layers have {', '.join(sorted(kinds))}, and qatc writes caches that hold every"
+            f" token for {runtime}; run it by qatc"
+        )

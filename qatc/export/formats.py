@@ -11,7 +11,9 @@ from pathlib import Path
 from qatc.errors import ConfigError
 from qatc.export.base import Format
 from qatc.export.compressed_tensors import COMPRESSED_TENSORS
+from qatc.export.executorch.format import EXECUTORCH
 from qatc.export.gguf.format import GGUF
+from qatc.export.pt2.format import AOTI, PT2
 from qatc.export.torchao import TORCHAO
 from qatc.export.vllm import VLLM, VLLM_MARLIN
 from qatc.output import Output, open_output
@@ -19,7 +21,11 @@ from qatc.storage.directories import complete_directory, refuse_existing, refuse
 from qatc.storage.locks import locked
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (COMPRESSED_TENSORS, TORCHAO, VLLM, VLLM_MARLIN, GGUF)
+    format.name: format
+    for format in (
+        *(COMPRESSED_TENSORS, TORCHAO, VLLM, VLLM_MARLIN, GGUF),
+        *(PT2, AOTI, EXECUTORCH),
+    )
 }
 """By name."""
 

@@ -20,14 +20,14 @@ _LIBRARY.define(
 )
 
 
-def _packed_embedding(
+def packed_embedding(
     ids: Tensor, packed: Tensor, scale: Tensor, width: int, spec: str, *, dtype: torch.dtype
 ) -> Tensor:
     codes = packing.unpack(F.embedding(ids, packed), read_spec_arg(spec).bits, width)
     return minmax.dequantize(codes, F.embedding(ids, scale), dtype)
 
 
-_LIBRARY.impl("packed_embedding", _packed_embedding, "CompositeImplicitAutograd")
+_LIBRARY.impl("packed_embedding", packed_embedding, "CompositeImplicitAutograd")
 
 PACKED_EMBEDDING = torch.ops.qatc.packed_embedding.default
 """``(ids [...], packed [V, bytes], scale [V, G], K, spec, *, dtype) -> [..., K]``: ``code * scale``

@@ -1,0 +1,1 @@
+"""ExecuTorch's format: see :mod:`qatc.export.executorch.format`."""

@@ -1,0 +1,228 @@
+"""ExecuTorch, which runs models on phones: a ``.pte`` for its XNNPACK backend.
+
+Weights of up to 4 bits become XNNPACK's groups of 32 (or a multiple of that), others those of 8
+bits per channel, and the embedding a table of bytes, with the codes and scales that were trained.
+Inputs of quantized linear layers are rounded to 8 bits by XNNPACK's own rule, K and V stay in
+float; :func:`notes` says what differs.
+
+It cannot hold groups that are no multiple of 32, groups of more than 4 bits, negative scales,
+activations of other bits, inputs that are rotated at run time, and layers with a sliding window:
+they are refused.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import qatc
+from qatc.errors import CheckpointError, ConfigError, DataError
+from qatc.export.base import Format, copy_tokenizer, end_tokens, refuse_windows
+from qatc.export.executorch import generate
+from qatc.export.executorch.lowering import export_step, lower, require_executorch
+from qatc.export.executorch.modules import (
+    GROUP,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    bits_of,
+    quantized_step,
+)
+from qatc.export.executorch.stored import data_of, describe, weight_in
+from qatc.models.building import build_model
+from qatc.models.cards import CARD
+from qatc.output import Output, QuantizedWeight
+from qatc.output.compressed_tensors import refuse_rotated
+from qatc.output.model_card import base_name, provenance, recipe_rows, table
+from qatc.recipe.recipe import Recipe
+from qatc.recipe.spec import spec_arg
+from qatc.storage.directories import EXPORT_FILE
+from qatc.storage.files import read_json, write_atomically, write_json
+
+FILE = "model.pte"
+SCRIPT = Path(generate.__file__)
+
+LONGEST = 2048
+"""Tokens that a cache has room for, at most: it is a part of the memory that a program plans."""
+
+CHUNK = 128
+"""Tokens that a call takes at most; memory is planned for so many."""
+
+
+def write(output: Output, directory: Path) -> None:
+    """Write an opened output into an empty directory."""
+    _refuse_unheld(output)
+    slots = slots_of(output)
+    step = quantized_step(output, slots)
+    ends = end_tokens(output)
+    constants = {
+        **{"get_max_seq_len": min(CHUNK, slots), "get_max_context_len": slots},
+        **{"use_kv_cache": True, "get_eos_ids": ends},
+        "get_vocab_size": output.config.get_text_config().vocab_size,
+    }
+    content = lower(export_step(step, min(CHUNK, slots)), constants)
+    weights = {
+        name: describe(module) | {"spec": spec_arg(own.spec), "width": own.codes.shape[1]}
+        for path, module in step.model.named_modules()
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding)
+        and (own := output.weights.get(name := f"{path}.weight")) is not None
+    }
+    _require_held(content, weights)
+    write_atomically(directory / FILE, content)
+    told = {
+        "format": EXECUTORCH.name,
+        "files": [FILE],
+        "recipe": output.recipe.to_dict(),
+        "qatc_version": qatc.__version__,
+        "slots": slots,
+        "chunk": min(CHUNK, slots),
+        "ends": ends,
+        "weights": weights,
+    }
+    write_json(directory / EXPORT_FILE, told)
+    copy_tokenizer(output, directory)
+    shutil.copyfile(SCRIPT, directory / SCRIPT.name)
+    write_atomically(directory / CARD, _card(output).encode(errors="backslashreplace"))
+
+
+def _require_held(content: bytes, weights: dict[str, dict[str, Any]]) -> None:
+    """Raise ``ConfigError`` if a product was not handed to XNNPACK with the very codes."""
+    data = data_of(content)
+    missing = [n for n, own in weights.items() if not {own["codes"], own["scale"]} <= data.keys()]
+    if missing:
+        raise ConfigError(
+            f"ExecuTorch did not take {len(missing)} weights as they are, among them {missing[0]};"
+            " this version of it looks for other operators: install the one that qatc is tested"
+            " with"
+        )
+
+
+def slots_of(output: Output) -> int:
+    """Tokens that the cache has room for."""
+    known = getattr(output.config.get_text_config(), "max_position_embeddings", None)
+    return min(LONGEST, known or LONGEST)
+
+
+def read(directory: Path) -> dict[str, QuantizedWeight]:
+    """The quantized weights of a directory that :func:`write` wrote, by name.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    require_executorch()
+    try:
+        told = read_json(directory / EXPORT_FILE)
+        data = data_of((directory / FILE).read_bytes())
+        return {name: weight_in(data, own) for name, own in told["weights"].items()}
+    except (DataError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} is damaged, or holds no .pte of qatc ({error}); export it again"
+        ) from error
+
+
+def _refuse_unheld(output: Output) -> None:
+    require_executorch()
+    recipe = output.recipe
+    refuse_rotated(recipe, "ExecuTorch")
+    refuse_windows(output.config, "ExecuTorch")
+    inputs = recipe.activations
+    if inputs.quantizes and inputs.bits != 8:
+        raise ConfigError(
+            f"XNNPACK rounds inputs of linear layers to 8 bits, where this model was trained with"
+            f" {inputs.bits}; run it by qatc, or quantize it again with --bits 4-8-16"
+        )
+    if inputs.quantizes and not recipe.weights.quantizes:
+        raise ConfigError(
+            "XNNPACK rounds inputs of linear layers only where their weights are quantized, and"
+            " here those are in float; run it by qatc"
+        )
+    skeleton = build_model(
+        output.config, torch.float32, device="meta", trust_remote_code=output.trust_remote_code
+    )
+    for name, weight in output.weights.items():
+        module = skeleton.get_submodule(name.rpartition(".")[0])
+        obstacle = None if isinstance(module, nn.Embedding) else _obstacle(weight)
+        if obstacle is not None:
+            raise ConfigError(f"ExecuTorch's XNNPACK cannot hold {name}: {obstacle}")
+
+
+def _obstacle(weight: QuantizedWeight) -> str | None:
+    """Why XNNPACK cannot multiply by a weight, and the way out; None if it can."""
+    group, bits = weight.spec.group_size, weight.spec.bits
+    if bits_of(weight.spec) == 4:
+        if group is not None and group % GROUP:
+            return (
+                f"it has groups of {group}, and XNNPACK takes multiples of {GROUP}; quantize it"
+                f" again with --group-size {GROUP}"
+            )
+    elif group is not None:
+        return (
+            f"it has {bits} bits in groups, and more than 4 bits have one scale per channel there;"
+            " quantize it again without --group-size, or run it by qatc"
+        )
+    if bool((weight.scale < 0).any()):
+        return (
+            "it has negative scales, as the signed range makes them, and XNNPACK takes positive"
+            " ones; quantize it again with the restricted range (--preset paper)"
+        )
+    return None
+
+
+def notes(output: Output) -> list[str]:
+    """What ExecuTorch computes in another way than the model was trained for, and what else is so.
+
+    Raises as :func:`write` does.
+    """
+    _refuse_unheld(output)
+    recipe, slots = output.recipe, slots_of(output)
+    found = [f"the cache holds {slots} tokens, and a call takes at most {min(CHUNK, slots)}"]
+    if output.weights:
+        found.append(
+            "XNNPACK rounds the inputs of quantized weights to 8 bits with a scale and a zero point"
+            f" per token, where this model was trained with {_inputs_in_words(recipe)}"
+        )
+    if recipe.kv.quantizes:
+        found.append(
+            f"K and V stay in float, where this model was trained with {recipe.kv_bits} bits"
+        )
+    odd = sorted({w.spec.bits for w in output.weights.values()} - {4, 8})
+    if odd:
+        found.append(
+            f"weights of {' and '.join(map(str, odd))} bits take 4 (up to 4) or 8 bits each"
+        )
+    return found
+
+
+def _inputs_in_words(recipe: Recipe) -> str:
+    inputs = recipe.activations
+    if not inputs.quantizes:
+        return "inputs in float"
+    return "one scale per " + (f"{inputs.group_size} values" if inputs.group_size else "token")
+
+
+def _card(output: Output) -> str:
+    metadata, recipe = output.metadata, output.recipe
+    sections = [
+        f"# {base_name(metadata)} at {recipe.bits}, ExecuTorch",
+        f"`{FILE}` holds the codes and scales that qatc made, for ExecuTorch's XNNPACK backend;"
+        f" `{SCRIPT.name}` shows how it is called.",
+        "## How to run it\n\n```\npip install executorch tokenizers\n"
+        f'python {SCRIPT.name} "Once upon a time"\n```',
+        "\n".join(f"- {note}" for note in notes(output)),
+        "## What is quantized",
+        table([["", ""], *recipe_rows(recipe.to_dict())]),
+        *provenance(metadata),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def commands(output: Output, directory: Path) -> list[str]:
+    """How the program is run."""
+    return [f'python {shlex.quote(str(directory / SCRIPT.name))} "Once upon a time"']
+
+
+EXECUTORCH = Format("executorch", "ExecuTorch", write, read, notes, commands)

@@ -1,0 +1,76 @@
+"""From a model to a ``.pte``: exported, products handed to XNNPACK, the rest to kernels of C."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch._dynamo import config as dynamo_config
+from torch.export import Dim, ExportedProgram
+
+from qatc.errors import CaptureError, ConfigError
+from qatc.export.executorch.modules import Step
+
+
+def require_executorch() -> None:
+    """Raise ``ConfigError`` where the package is missing."""
+    try:
+        import executorch.exir  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"the format executorch needs the package executorch ({error}); pip install executorch"
+        ) from error
+
+
+def export_step(step: Step, chunk: int) -> ExportedProgram:
+    """A step as a program of torch, for up to ``chunk`` tokens at once.
+
+    Raises:
+        CaptureError: torch cannot export the model.
+    """
+    # Registers the operators of quantized embeddings.
+    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
+
+    tokens = Dim("tokens", max=chunk)
+    example = (torch.zeros((1, 3), dtype=torch.long), torch.arange(3))
+    shapes = ({1: tokens}, {0: tokens})
+    try:
+        with torch.no_grad(), dynamo_config.patch(fake_tensor_cache_enabled=False):
+            return torch.export.export(step, example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises many kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise CaptureError(
+            f"torch cannot export the model as one graph: {type(error).__name__}:"
+            f" {reason.strip()[:400]}; run it by qatc.load"
+        ) from error
+
+
+def lower(exported: ExportedProgram, constants: dict[str, Any]) -> bytes:
+    """The content of a ``.pte``.
+
+    Args:
+        exported: the program.
+        constants: methods without arguments, by name, and what they give.
+    """
+    # Registers the kernels of quantized embeddings.
+    import executorch.kernels.quantized  # noqa: F401
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import (
+        EdgeCompileConfig,
+        ExecutorchBackendConfig,
+        to_edge_transform_and_lower,
+    )
+
+    # Two operators are of this backend, none of the set that is checked for.
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own deprecations; and caches begin empty
+        edge = to_edge_transform_and_lower(
+            exported,
+            partitioner=[XnnpackPartitioner()],
+            compile_config=config,
+            constant_methods=constants,
+        )
+        content: bytes = edge.to_executorch(ExecutorchBackendConfig()).buffer
+    return content

@@ -1,0 +1,1 @@
+"""PyTorch's own format: see :mod:`qatc.export.pt2.format`."""

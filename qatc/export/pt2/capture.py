@@ -1,0 +1,160 @@
+"""A whole model on integers as one graph: tokens, positions and a cache in, logits out.
+
+What is captured is the model of :func:`qatc.load`, with the graphs of its layers as they are
+lowered, so that the numbers are those of qatc. Around them stands transformers' own code: the
+embedding, the rotary factors, the last norm and the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from qatc.errors import CaptureError
+from qatc.export.base import refuse_windows
+from qatc.export.pt2.portable import PlainInterpreter, use_torch_alone
+from qatc.graph.capture import Template
+from qatc.output import Output
+from qatc.runtime.cache import SLOTS, cache_tensors
+from qatc.runtime.forward import LoweredForward, runtime_of, take_out
+from qatc.runtime.model import load
+
+PHASES = {"prefill": 8, "decode": 1}
+"""The programs of a model, and the tokens of their examples."""
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """One tensor of a KV cache: ``[1, heads, slots, width]``."""
+
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+    def empty(self, slots: int) -> Tensor:
+        """It with room for so many tokens."""
+        return torch.zeros((1, self.heads, slots, self.width), dtype=self.dtype)
+
+
+class Steps:
+    """The steps of an output as programs of torch.
+
+    Attributes:
+        cache: the tensors of the cache, layer after layer.
+        dtype: of what is not quantized.
+
+    Raises:
+        ConfigError: layers have a sliding window, or operators that torch has not.
+    """
+
+    def __init__(self, output: Output) -> None:
+        refuse_windows(output.config, "torch")
+        model = load(output, compile=False, decode_program=False, kernels="qatc")
+        runtime = runtime_of(model)
+        self.dtype = runtime.dtype
+        templates = [runtime.cached.of(forward)[0] for forward in runtime.forwards]
+        shapes = [_cache_of(template) for template in templates]
+        self.cache = [tensor for of_layer in shapes for tensor in of_layer]
+        inputs, first = _Inputs(), 0
+        for forward, template, of_layer in zip(runtime.forwards, templates, shapes, strict=True):
+            mine = slice(first, first := first + len(of_layer))
+            forward.module.forward = _Layer(forward, template, inputs, mine)
+        for end in runtime.ends:
+            end.module.forward = _Layer(end, end.store.of(end)[0])
+        for module in model.modules():  # shared codes are a part of the state, stored once
+            module._non_persistent_buffers_set.clear()
+        self._step = _Step(model, inputs)
+
+    def program(self, phase: str) -> ExportedProgram:
+        """A step as a program ``(ids, positions, cache) -> logits``.
+
+        ``ids`` and ``positions`` are int64 ``[1, T]``, with T 1 for ``decode`` and at least 2 for
+        ``prefill``; ``cache`` is a list of tensors as :attr:`cache` says, of any number of slots,
+        changed in place; ``logits`` ``[1, V]`` are those behind the last token.
+
+        Raises:
+            CaptureError: torch cannot export the model.
+            ConfigError: an operator has no counterpart in torch.
+        """
+        count = PHASES[phase]
+        ids, cache = torch.zeros((1, count), dtype=torch.long), [c.empty(SLOTS) for c in self.cache]
+        tokens = {1: Dim("tokens", min=2)} if count > 1 else {}
+        slots = {2: Dim("slots", min=2)}
+        shapes = (tokens, tokens, [slots] * len(cache))
+        try:
+            # As in qatc.graph.capture: symbols of an earlier capture are none of this one.
+            with torch.no_grad(), dynamo_config.patch(fake_tensor_cache_enabled=False):
+                exported = torch.export.export(
+                    self._step,
+                    (ids, torch.arange(count)[None], cache),
+                    dynamic_shapes=shapes,
+                    strict=False,
+                )
+        except Exception as error:  # torch.export raises many kinds
+            reason = next((line for line in str(error).splitlines() if line.strip()), "")
+            raise CaptureError(
+                f"torch cannot export the model as one graph: {type(error).__name__}:"
+                f" {reason.strip()[:400]}; run it by qatc.load"
+            ) from error
+        use_torch_alone(exported)
+        return exported
+
+
+def _cache_of(template: Template) -> list[CacheTensor]:
+    return [CacheTensor(*sizes, dtype) for sizes, dtype in cache_tensors(template)]
+
+
+class _Inputs:
+    """What the layers read besides their arguments, while the model is captured."""
+
+    positions: Tensor
+    cache: list[Tensor]
+
+
+class _Step(nn.Module):
+    """A model as a function of tokens, their positions and its cache."""
+
+    def __init__(self, model: Any, inputs: _Inputs) -> None:
+        super().__init__()
+        self.model, self._inputs = model, inputs
+
+    def forward(self, ids: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
+        self._inputs.positions, self._inputs.cache = positions, cache
+        result = self.model(
+            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1
+        )
+        logits: Tensor = result.logits[:, -1]
+        return logits
+
+
+class _Layer:
+    """The forward of a layer while the model is captured: its graph, on its part of the cache.
+
+    An end of the model is one without a cache.
+    """
+
+    def __init__(
+        self,
+        forward: LoweredForward,
+        template: Template,
+        inputs: _Inputs | None = None,
+        mine: slice = slice(0),
+    ) -> None:
+        self._forward, self._template, self._inputs = forward, template, inputs
+        self._mine = mine
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs, _, _ = take_out(args, kwargs)
+        leaves, _ = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+        template, inputs = self._template, self._inputs
+        given = [*self._forward.parameters(template), *(leaves[i] for i in template.inputs)]
+        if inputs is not None:
+            given += [*inputs.cache[self._mine], inputs.positions]
+        outputs = PlainInterpreter(template.graph_module).run(*given)
+        return pytree.tree_unflatten(list(outputs), template.out_spec)

@@ -1,0 +1,85 @@
+"""Write on from a prompt with the programs beside this file: ``python generate.py "Once upon"``.
+
+It needs torch and tokenizers, and neither qatc nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Model:
+    """The programs of a directory, and a cache that holds what they were given.
+
+    Args:
+        directory: what ``qatc export`` wrote.
+        slots: tokens that there is room for.
+    """
+
+    def __init__(self, directory: Path, slots: int) -> None:
+        told = json.loads((directory / "qatc-export.json").read_text(encoding="utf-8"))
+        self.prefill, self.decode = load_programs(directory, told["format"])
+        self.cache = [
+            torch.zeros((1, heads, slots, width), dtype=getattr(torch, dtype))
+            for heads, width, dtype in told["cache"]
+        ]
+        self.ends = set(told["ends"])
+        self.slots, self.held = slots, 0
+
+    def __call__(self, ids: list[int]) -> Tensor:
+        """Logits ``[1, V]`` of the token behind ``ids``, which stand behind what is held."""
+        if self.held + len(ids) > self.slots:
+            raise ValueError(f"{self.held + len(ids)} tokens are more than {self.slots} slots hold")
+        positions = torch.arange(self.held, self.held + len(ids))
+        program = self.decode if len(ids) == 1 else self.prefill
+        with torch.no_grad():
+            logits: Tensor = program(torch.tensor([ids]), positions[None], self.cache)
+        self.held += len(ids)
+        return logits
+
+
+def load_programs(directory: Path, format: str) -> list[Any]:
+    """The program for several tokens at once, and that for one.
+
+    Each is called as ``(ids [1, T], positions [1, T], cache)``, changes the cache in place and
+    gives the logits ``[1, V]`` of the next token.
+    """
+    names = ("prefill", "decode")
+    if format == "aoti":
+        from torch.export.pt2_archive._package import load_pt2
+
+        package = load_pt2(str(directory / "model.pt2"), load_weights_from_disk=True)
+        return [package.aoti_runners[name] for name in names]
+    return [torch.export.load(directory / f"{name}.pt2").module() for name in names]
+
+
+def main() -> None:
+    """Write the most likely tokens behind a prompt."""
+    from tokenizers import Tokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="write at most so many")
+    given = parser.parse_args()
+    directory = Path(__file__).parent
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ids = tokenizer.encode(given.prompt).ids
+    model = Model(directory, len(ids) + given.tokens)
+    logits = model(ids)
+    for _ in range(given.tokens):
+        token = int(logits.argmax())
+        if token in model.ends:
+            break
+        ids.append(token)
+        logits = model([token])
+    print(tokenizer.decode(ids))
+
+
+if __name__ == "__main__":
+    main()

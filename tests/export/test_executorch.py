@@ -1,0 +1,166 @@
+"""ExecuTorch itself runs what is exported, by its own rule, with the codes that were trained.
+
+Skipped where it is not installed; ``make test-runtimes`` installs it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qatc.errors import CheckpointError, ConfigError
+from qatc.export import FORMATS, export
+from qatc.export.executorch.generate import Model
+from qatc.output import QuantizedWeight, load_codes, load_reference, open_output
+from qatc.output.directory import with_tied
+from qatc.recipe.recipe import Recipe
+from qatc.recipe.spec import QuantSpec
+from tests.conftest import make_llama, make_output, make_small
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("executorch") is None,
+    reason="executorch is not installed; make test-runtimes installs it",
+)
+
+RECIPES = {
+    "groups": Recipe.from_bits("4-8-16", group_size=32),
+    "channels": Recipe.from_bits(
+        "4-8-4", head_bits=8, embedding_bits=8, weight_bits=(("*v_proj*", 8), ("*k_proj*", 3))
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], Path]:
+    """Makes, once, the output of a recipe, ``source``, and its export, ``out``, in a directory."""
+    root, done = tmp_path_factory.mktemp("executorch"), set[str]()
+
+    def make(name: str) -> Path:
+        if name not in done:
+            model = make_llama(
+                hidden_size=64,
+                intermediate_size=96 if name == "groups" else 72,
+                num_hidden_layers=1,
+                attention_bias=True,
+            )
+            make_output(root / name / "source", RECIPES[name], model, tokenizer)
+            export(root / name / "source", root / name / "out", format="executorch")
+            done.add(name)
+        return root / name
+
+    return make
+
+
+def linear_of_xnnpack(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """A linear layer with its inputs rounded to 8 bits, a scale and a zero point per token."""
+    rows = x.numpy().reshape(-1, x.shape[-1])
+    low, high = (np.minimum(rows.min(1), 0)[:, None], np.maximum(rows.max(1), 0)[:, None])
+    scale = np.maximum((high - low) / np.float32(255), np.float32(2.0**-23))
+    nearer = -128 + low / scale + 127 + high / scale > 0
+    zero = np.round(np.clip(np.where(nearer, -128 - low / scale, 127 - high / scale), -128, 127))
+    codes = np.clip(np.round(rows / scale) + zero, -128, 127)
+    values = torch.from_numpy((codes - zero) * scale).reshape(x.shape)
+    return F.linear(values, weight.dequantize(), bias)
+
+
+def expected(source: Path, ids: Tensor) -> Tensor:
+    """Log-probabilities ``[T, V]`` of the model under XNNPACK's rule."""
+    reference: Any = load_reference(source)
+    codes = with_tied(load_codes(source), reference.all_tied_weights_keys)
+    for name, weight in codes.items():
+        layer = reference.get_submodule(name.removesuffix(".weight"))
+        if isinstance(layer, torch.nn.Linear):
+            run = partial(linear_of_xnnpack, weight=weight, bias=layer.bias)
+            object.__setattr__(layer, "forward", run)
+    with torch.no_grad():
+        return reference(ids).logits[0].log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_computes_the_model_by_its_own_rule(name: str, exported: Callable[[str], Path]) -> None:
+    """A prompt in two calls, tokens one by one, and several at once behind them."""
+    directory = exported(name)
+    ids = torch.randint(2, 112, (1, 18), generator=torch.Generator().manual_seed(1))
+    wanted = expected(directory / "source", ids)
+    model = Model(directory / "out")
+    model.chunk, held, worst = 6, 0, []
+    for part in ids[0].split([9, 1, 1, 1, 1, 5]):
+        held += len(part)
+        found = model(part.tolist())[0].log_softmax(-1)
+        worst.append(float((found - wanted[held - 1]).abs().max()))
+    # A code that lies on a tie may be rounded to either side, and moves what is behind it.
+    assert worst[0] < 1e-4 and max(worst) < 0.15
+    with pytest.raises(ValueError, match="146 tokens are more than 128 slots hold"):
+        model([0] * 128)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_codes_are_in_the_file(name: str, exported: Callable[[str], Path]) -> None:
+    directory = exported(name)
+    wanted, found = load_codes(directory / "source"), FORMATS["executorch"].read(directory / "out")
+    assert found.keys() == wanted.keys() and found
+    for weight, own in wanted.items():
+        assert torch.equal(found[weight].codes, own.codes)
+        assert torch.equal(found[weight].scale, own.scale) and found[weight].spec == own.spec
+
+
+def test_it_writes_text_without_qatc(exported: Callable[[str], Path], tokenizer: Any) -> None:
+    directory, prompt = exported("channels"), "The old fox"
+    code = (
+        "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "assert not {'qatc', 'transformers'} & sys.modules.keys()"
+    )
+    script = str(directory / "out" / "generate.py")
+    command = [sys.executable, "-c", code, script, prompt, "--tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].startswith(prompt)
+
+
+def test_it_says_what_differs(exported: Callable[[str], Path]) -> None:
+    notes = FORMATS["executorch"].notes(open_output(exported("channels") / "source"))
+    assert notes[0] == "the cache holds 128 tokens, and a call takes at most 128"
+    assert notes[1].endswith("where this model was trained with one scale per token")
+    assert notes[2] == "K and V stay in float, where this model was trained with 4 bits"
+    assert notes[3] == "weights of 3 bits take 4 (up to 4) or 8 bits each"
+
+
+UNHELD = {
+    "rounds inputs of linear layers to 8 bits": Recipe.from_bits("4-6-16"),
+    "here those are in float": Recipe.from_bits("16-8-16", head_bits=8),
+    "groups of 16, and XNNPACK takes multiples of 32": Recipe.from_bits("4-8-16", group_size=16),
+    "has 8 bits in groups": Recipe.from_bits("8-8-16", group_size=32),
+    "has negative scales": Recipe(QuantSpec(4, range="signed"), QuantSpec(8), QuantSpec()),
+    "rotates inputs": Recipe.from_bits("4-8-4", rotate_inputs=("*.down_proj.weight",)),
+}
+
+
+@pytest.mark.parametrize("reason", UNHELD)
+def test_what_it_cannot_hold(reason: str, tmp_path: Path) -> None:
+    made = make_output(tmp_path / "source", UNHELD[reason])
+    with pytest.raises(ConfigError, match=reason):
+        export(made, tmp_path / "out", format="executorch")
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_are_refused(tmp_path: Path) -> None:
+    windows = make_small("gemma3_text", sliding_window=8, layer_types=["sliding_attention"] * 2)
+    made = make_output(tmp_path / "source", RECIPES["channels"], windows)
+    with pytest.raises(ConfigError, match="caches that hold every token for ExecuTorch"):
+        FORMATS["executorch"].notes(open_output(made))
+
+
+def test_a_damaged_file(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="export it again"):
+        FORMATS["executorch"].read(tmp_path)

@@ -1,0 +1,196 @@
+"""Programs of torch: the numbers of qatc.load, without qatc, and the codes that were trained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qatc.errors import ConfigError
+from qatc.export import FORMATS, export
+from qatc.export.pt2 import portable
+from qatc.export.pt2.capture import PHASES, Steps
+from qatc.export.pt2.generate import Model
+from qatc.graph import compilation
+from qatc.numerics import minmax, packing
+from qatc.output import load_codes, open_output
+from qatc.recipe.recipe import Recipe
+from qatc.recipe.spec import QuantSpec, spec_arg
+from qatc.runtime.model import load
+from tests.conftest import make_llama, make_output, make_small
+
+SLOTS = 64
+"""As many as qatc reads for so few tokens: sums over more of them may round otherwise."""
+
+RECIPES = {
+    "several bits": Recipe.from_bits("8-8-8", weight_bits=(("*down_proj*", 3), ("*k_proj*", 6))),
+    "float products": Recipe.from_bits("4-16-16", group_size=16),
+}
+
+LAYERS = {"several bits": 2, "float products": 1}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """An output, ``source``, and its export, ``out``, in a directory."""
+    root, recipe = (
+        tmp_path_factory.mktemp("pt2"),
+        Recipe.from_bits("4-8-4", head_bits=8, embedding_bits=8),
+    )
+    make_output(
+        root / "source", recipe, make_llama(num_hidden_layers=1, attention_bias=True), tokenizer
+    )
+    export(root / "source", root / "out", format="pt2")
+    return root
+
+
+def in_parts(ask: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Logits ``[1, V]`` behind a prompt, single tokens, and several once more."""
+    ids = torch.randint(0, 112, (1, 18), generator=torch.Generator().manual_seed(1))
+    return [ask(part) for part in ids.split([9, 1, 1, 1, 1, 5], 1)]
+
+
+def by_qatc(source: Path) -> list[Tensor]:
+    """What the uncompiled model of ``qatc.load`` gives."""
+    from transformers import DynamicCache
+
+    model, cache = load(source, compile=False), DynamicCache()
+
+    def ask(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+    return in_parts(ask)
+
+
+def test_it_computes_what_qatc_does(exported: Path) -> None:
+    """Bit for bit, as all products are of integers."""
+    model = Model(exported / "out", SLOTS)
+    found = in_parts(lambda ids: model(ids[0].tolist()))
+    for mine, wanted in zip(found, by_qatc(exported / "source"), strict=True):
+        assert torch.equal(mine, wanted)
+    with pytest.raises(ValueError, match="65 tokens are more than 64 slots hold"):
+        model([0] * 47)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_as_programs_recipes_compute_what_qatc_does(name: str, tmp_path: Path) -> None:
+    """But for floats, which qatc sums in C, in another order."""
+    source = make_output(
+        tmp_path / "source", RECIPES[name], make_llama(num_hidden_layers=LAYERS[name])
+    )
+    steps = Steps(open_output(source))
+    programs = [steps.program(phase).module() for phase in PHASES]
+    cache, held = [own.empty(SLOTS) for own in steps.cache], 0
+
+    def ask(ids: Tensor) -> Tensor:
+        nonlocal held
+        positions = torch.arange(held, held := held + ids.shape[1])[None]
+        return programs[ids.shape[1] == 1](ids, positions, cache)
+
+    for mine, wanted in zip(in_parts(ask), by_qatc(source), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=2e-6)
+
+
+def test_the_codes_come_back(exported: Path) -> None:
+    wanted, found = load_codes(exported / "source"), FORMATS["pt2"].read(exported / "out")
+    assert found.keys() == wanted.keys() and len(found) == 8
+    for weight, own in wanted.items():
+        assert torch.equal(found[weight].codes, own.codes)
+        assert torch.equal(found[weight].scale, own.scale) and found[weight].spec == own.spec
+
+
+def test_torch_alone_writes_the_same_text(exported: Path, tokenizer: Any) -> None:
+    """In a process that has neither qatc nor transformers."""
+    prompt = "The old fox"
+    code = (
+        "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "assert not {'qatc', 'transformers', 'torchao'} & sys.modules.keys()"
+    )
+    script = str(exported / "out" / "generate.py")
+    command = [sys.executable, "-c", code, script, prompt, "--tokens", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=exported)
+    assert done.returncode == 0, done.stderr
+    model: Any = load(exported / "source", compile=False)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
+    assert done.stdout == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("width", [5003, 5004])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_products_are_exact(bits: int, rows: int, width: int) -> None:
+    """At sizes whose sums fp32 would round, of the largest codes."""
+    outputs = 7
+    spec, inputs = QuantSpec(bits, range="full"), QuantSpec(8, range="full")
+    generator = torch.Generator().manual_seed(bits)
+    least, most = spec.code_min, spec.code_max
+    codes = torch.randint(least, most + 1, (outputs, width), generator=generator).to(torch.int8)
+    codes[0] = most  # whose products are odd: fp32 sums of them are not exact
+    x = torch.randn(rows, width, generator=generator)
+    x[0] = 1.0
+    scale = torch.rand(outputs, 1, generator=generator)
+    args = (width, spec_arg(inputs), spec_arg(spec))
+    found = portable.linear(x, packing.pack(codes, bits), scale, None, *args)
+    x_codes, x_scale = minmax.quantize(x, inputs)
+    sums = x_codes.numpy().astype(np.int64) @ codes.numpy().astype(np.int64).T
+    wanted = sums.astype(np.float32) * x_scale.numpy() * scale.numpy().T
+    assert np.abs(sums).max() > (2**24 if bits == 8 else 2**19)
+    assert torch.equal(found, torch.from_numpy(wanted))
+
+
+def test_compiled_a_single_row_is_exact() -> None:
+    """Inductor compiles ``torch._int_mm`` to wrong results there."""
+    x = torch.randn(1, 1, 70)
+    codes = torch.randint(-7, 8, (33, 70), dtype=torch.int8)
+    scale = torch.rand(33, 1)
+
+    def both(x: Tensor) -> list[Tensor]:
+        return [
+            portable.linear(x, packing.pack(codes, b), scale, None, 70, "int8", f"int{b}")
+            for b in (4, 8)
+        ]
+
+    for mine, wanted in zip(torch.compile(both)(x), both(x), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=2e-7, atol=0)
+
+
+@pytest.mark.skipif(
+    "QATC_TEST_RUNTIMES" not in os.environ,
+    reason="AOTInductor compiles for a minute; make test-runtimes lets it",
+)
+def test_compiled_it_computes_what_qatc_does(tmp_path: Path) -> None:
+    recipe = Recipe.from_bits("4-8-4", weight_bits=(("*down_proj*", 8), ("*k_proj*", 3)))
+    source = make_output(tmp_path / "source", recipe, make_llama(num_hidden_layers=1))
+    model = Model(export(source, tmp_path / "out", format="aoti"), SLOTS)
+    found = in_parts(lambda ids: model(ids[0].tolist()))
+    for mine, wanted in zip(found, by_qatc(source), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=2e-6)
+    codes, back = load_codes(source), FORMATS["aoti"].read(tmp_path / "out")
+    assert codes.keys() == back.keys()
+    assert all(torch.equal(own.codes, back[name].codes) for name, own in codes.items())
+    assert all(torch.equal(own.scale, back[name].scale) for name, own in codes.items())
+
+
+def test_what_it_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotated = Recipe.from_bits("4-8-4", rotate_inputs=("*.down_proj.weight",))
+    with pytest.raises(ConfigError, match="rotates inputs"):
+        FORMATS["pt2"].notes(open_output(make_output(tmp_path / "rotated", rotated)))
+    windows = make_small("gemma3_text", sliding_window=8, layer_types=["sliding_attention"] * 2)
+    made = make_output(tmp_path / "windows", Recipe.from_bits("4-8-4"), windows)
+    with pytest.raises(ConfigError, match="caches that hold every token"):
+        export(made, tmp_path / "out", format="pt2")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(compilation, "obstacle", lambda: "there is no compiler")
+    plain = open_output(make_output(tmp_path / "plain", Recipe.from_bits("4-8-4")))
+    with pytest.raises(ConfigError, match="there is no compiler; --format pt2 takes none"):
+        FORMATS["aoti"].notes(plain)
