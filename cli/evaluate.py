@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A qatc output, or any full-precision model.")],
+    model: Annotated[
+        str, typer.Argument(help="A qatc output, any full-precision model, or a GGUF file.")
+    ],
     text: Annotated[
         Path | None,
         typer.Option(

@@ -72,3 +72,12 @@ def test_every_result_is_on_the_page() -> None:
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     results = (ROOT / "benchmarks/results").glob("*.json")
     assert not [path.name for path in results if f"`{path.name}`" not in page]
+
+
+def test_examples_are_shown() -> None:
+    """A formatter that takes a marker for Python puts spaces into it, and nothing is shown."""
+    page = (ROOT / "docs/guide/python.md").read_text(encoding="utf-8")
+    shown = {*re.findall(r'^--8<-- "examples/([\w.]+)"$', page, re.M)}
+    assert shown == {path.name for path in (ROOT / "examples").glob("*.py")} - {
+        "train_demo_model.py"  # which made the model beside them
+    }

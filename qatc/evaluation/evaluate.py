@@ -67,6 +67,11 @@ class Evaluated:
             raise ConfigError(f"{self.model} is quantized already; leave out --bits")
         if self.runtime not in get_args(Runtime):
             raise ConfigError(f"the runtime is trained, packed or llama.cpp; got {self.runtime!r}")
+        if Path(self.model).suffix == ".gguf" and self.runtime != "llama.cpp":
+            raise ConfigError(
+                f"{self.model} is a GGUF file, which llama.cpp runs; add --runtime llama.cpp, and"
+                " --teacher with the model that it was made from"
+            )
         if self.runtime == "packed" and not self.is_output:
             raise ConfigError(
                 f"{self.model} is no output of qatc quantize, so that there is nothing packed to"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from qatc.errors import ConfigError
 from qatc.models import is_transformers_model
 from qatc.models.preparation import prepared_state, quantized_specs, restore
 from qatc.models.scales import of_weight
+from qatc.models.support import has_adapters
 from qatc.output import Output, QuantizedWeight, write_output
 from qatc.recipe.spec import QuantSpec
 from qatc.storage.directories import complete_directory, refuse_existing
@@ -47,6 +49,11 @@ def save(
         CheckpointError: it cannot be written.
     """
     directory = Path(directory)
+    if has_adapters(model):
+        raise ConfigError(
+            "the model has adapters (LoRA, say), which an output has no place for; merge them into"
+            " its weights first, by peft's merge_and_unload()"
+        )
     if not is_transformers_model(model):
         raise ConfigError(
             "an output is a transformers model, and this module is none; take its codes by"
@@ -58,6 +65,7 @@ def save(
         output = _take_output(model, specs)
         with complete_directory(directory, overwrite=overwrite) as staging:
             write_output(staging, output, tokenizer=tokenizer)
+        restore(model)  # now that nothing can be lost any more
     return directory
 
 
@@ -79,7 +87,7 @@ def trained_specs(model: nn.Module) -> dict[str, QuantSpec]:
 
 
 def _take_output(model: Any, specs: dict[str, QuantSpec]) -> Output:
-    """The output of a model, which is a plain one afterwards."""
+    """The output of a model, which stays as it is."""
     recipe, state = prepared_state(model).recipe, model.state_dict()
     weights = {
         name: QuantizedWeight.from_state(state, name, spec).cpu() for name, spec in specs.items()
@@ -89,7 +97,17 @@ def _take_output(model: Any, specs: dict[str, QuantSpec]) -> Output:
         for name, value in state.items()
         if name not in weights and not of_weight(name)
     }
-    restore(model)
     source = str(model.config.name_or_path)
     metadata = {"model": source, "model_is_directory": Path(source).is_dir()} if source else {}
-    return Output(model.config, recipe, weights, floats, metadata, model.generation_config)
+    config = _plain_config(model)
+    return Output(config, recipe, weights, floats, metadata, model.generation_config)
+
+
+def _plain_config(model: Any) -> Any:
+    """The model's configuration as it was before it was prepared."""
+    copies: dict[int, Any] = {}
+    config = copy.deepcopy(model.config, copies)
+    for own, value in prepared_state(model).use_cache:
+        if id(own) in copies:
+            copies[id(own)].use_cache = value
+    return config

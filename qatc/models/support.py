@@ -204,9 +204,14 @@ def _layer_weights(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.P
                 yield full, parameter
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers of a model are wrapped by adapters, as peft does it."""
+    return any("base_layer" in module._modules for module in model.modules())
+
+
 def refuse_adapters(model: nn.Module) -> None:
     """Raise ``ConfigError`` if a model has adapters already."""
-    if any("base_layer" in module._modules for module in model.modules()):
+    if has_adapters(model):
         raise ConfigError(
             "the model has adapters (LoRA, say), which would be quantized like its own weights;"
             " prepare it first and add them then: get_peft_model(qatc.prepare(model, recipe), ...)"

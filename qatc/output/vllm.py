@@ -91,10 +91,20 @@ def why_not(recipe: Recipe, form: Form) -> str | None:
 def _why_not_alone(recipe: Recipe) -> str | None:
     """The same of weights whose inputs are in float."""
     if (widest := _widest(recipe)) <= PACKED_BITS:
-        return None
+        return _not_such_groups(recipe)
     return (
         f"vLLM has no kernel for weights of {widest} bits in this layout behind activations of 16;"
         " quantize the activations to 8 bits, or the weights to 4"
+    )
+
+
+def _not_such_groups(recipe: Recipe) -> str | None:
+    group = recipe.weights.group_size
+    if group in _MARLIN_GROUPS:
+        return None
+    return (
+        f"Marlin has groups of 32, 64 or 128 weights, and this model has {group}; quantize with one"
+        " of those, or without --group-size"
     )
 
 
@@ -112,11 +122,8 @@ def _why_not_marlin(recipe: Recipe) -> str | None:
             f"Marlin multiplies 8-bit activations by weights of 4 bits, and here are some of"
             f" {widest}; take --format vllm"
         )
-    if weights.group_size not in _MARLIN_GROUPS:
-        return (
-            f"Marlin has groups of 32, 64 or 128 weights, and this model has {weights.group_size};"
-            " quantize with one of those, or without --group-size"
-        )
+    if (reason := _not_such_groups(recipe)) is not None:
+        return reason
     if weights.group_size is not None and weights.range == "signed":
         return (
             "Marlin takes the scales of groups for positive, and those of signed codes are not;"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,19 @@ def test_a_damaged_file_is_no_crash(root: Path, tmp_path: Path) -> None:
         llama_cpp.LlamaFile(tmp_path / "x.gguf", 8)
 
 
+@pytest.mark.parametrize("content", [b"", b"no GGUF file", b"GGUF\x03\0\0\0"])
+def test_what_is_no_gguf_file_is_said(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match="copy or export it again"):
+        llama_cpp.open_gguf(tmp_path / "x.gguf", 8)
+
+
+def test_a_gguf_file_is_for_llama_cpp() -> None:
+    for runtime in ("trained", "packed"):
+        with pytest.raises(ConfigError, match="add --runtime llama.cpp"):
+            AssessConfig("x.gguf", text=Path("t.txt"), runtime=runtime)
+
+
 def test_without_a_binding_it_says_what_to_install(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,3 +167,12 @@ def test_k_and_v_have_the_nearest_types() -> None:
     mixed = Recipe.from_bits("4-8-8", value_bits=3)
     assert cache_types(mixed, 64) == ("q8_0", "q4_0") and "-k q8_0" in cache_options(mixed, 64)
     assert cache_types(mixed, 24) == ("f16", "f16") and cache_options(mixed, 24) == ""
+
+
+@needs_llama
+def test_an_output_is_what_is_run_whatever_lies_in_it(root: Path, tmp_path: Path) -> None:
+    """Not a GGUF file that somebody put beside it."""
+    shutil.copytree(root / "4-8-8", tmp_path / "out")
+    (tmp_path / "out" / "other.gguf").write_bytes(b"")
+    model, notes = llama_cpp.open_in_llama(tmp_path / "out", 8)
+    assert notes and model.scratch is not None

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import qatc
-from qatc.errors import ConfigError
+from qatc.errors import CheckpointError, ConfigError
+from qatc.export import prepared
 from qatc.output import QuantizedWeight, read_metadata
 from qatc.recipe.recipe import Recipe
 from tests.conftest import make_llama, make_tokenizer
@@ -71,3 +72,33 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         qatc.save(model.eval(), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
     qatc.restore(model)  # it is still prepared
+
+
+def test_adapters_are_to_be_merged_first(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = trained(Recipe.from_bits("4-8-16"))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    wrapped = peft.get_peft_model(model, config)
+    for one in (wrapped, model):
+        with pytest.raises(ConfigError, match="merge them into its weights first"):
+            qatc.save(one, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned scales are still there, and a second call writes them."""
+    model = trained(Recipe.from_bits("4-8-4", preset="best"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with monkeypatch.context() as patched:
+        patched.setattr(prepared, "write_output", full)
+        with pytest.raises((OSError, CheckpointError)):
+            qatc.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    qatc.save(model, tmp_path / "out")

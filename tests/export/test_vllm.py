@@ -108,6 +108,7 @@ INPUTS = QuantSpec(8, 32)
         ("vllm", Recipe(QuantSpec(4), INPUTS, QuantSpec()), "groups of 32; quantize with --target"),
         ("vllm", Recipe.from_bits("4-8-16", group_size=16), "16; .* or take --format vllm-marlin"),
         ("vllm", Recipe.from_bits("8-8-16", group_size=16), "without --group-size$"),
+        ("vllm", Recipe.from_bits("4-16-16", group_size=16), "32, 64 or 128 .* has 16"),
         ("vllm-marlin", Recipe.from_bits("4-16-16"), "take --format vllm$"),
         ("vllm-marlin", Recipe(QuantSpec(4), INPUTS, QuantSpec()), "one scale per token"),
         ("vllm-marlin", Recipe.from_bits("8-8-16"), "here are some of 8; take --format vllm$"),

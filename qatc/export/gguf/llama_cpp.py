@@ -259,7 +259,12 @@ def open_gguf(path: Path, slots: int) -> LlamaModel:
 def _types_in(path: Path) -> tuple[str, str]:
     import gguf
 
-    fields = gguf.GGUFReader(path).fields
+    try:
+        fields = gguf.GGUFReader(path).fields
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is no GGUF file, or a damaged one ({error}); copy or export it again"
+        ) from error
     if "qatc.recipe" not in fields:
         return "f16", "f16"
     own = fields["general.architecture"].contents()
@@ -280,7 +285,8 @@ def open_in_llama(
     Raises:
         QatcError: it cannot be exported, or as of :func:`open_gguf`.
     """
-    if (file := find_gguf(source)) is not None:
+    file = None if (source / "qatc.json").exists() else find_gguf(source)
+    if file is not None:
         return open_gguf(file, slots), []
     from qatc.export.gguf.format import notes_of, write_plan
     from qatc.export.gguf.plan import make_plan
