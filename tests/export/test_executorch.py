@@ -27,6 +27,7 @@ from qatc.output.directory import with_tied
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from tests.conftest import make_llama, make_output, make_small
+from tests.export.conftest import WINDOWS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None,
@@ -154,11 +155,18 @@ def test_what_it_cannot_hold(reason: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_windows_are_refused(tmp_path: Path) -> None:
-    windows = make_small("gemma3_text", sliding_window=8, layer_types=["sliding_attention"] * 2)
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_are_refused(kind: str, tmp_path: Path) -> None:
+    windows = make_small(kind, **WINDOWS[kind])
     made = make_output(tmp_path / "source", RECIPES["channels"], windows)
     with pytest.raises(ConfigError, match="caches that hold every token for ExecuTorch"):
         FORMATS["executorch"].notes(open_output(made))
+
+
+def test_windows_that_its_cache_ends_within_are_none(tmp_path: Path) -> None:
+    model = make_small("mistral", sliding_window=2048, max_position_embeddings=4096)
+    made = make_output(tmp_path / "source", RECIPES["channels"], model)
+    assert FORMATS["executorch"].notes(open_output(made))
 
 
 def test_a_damaged_file(exported: Callable[[str], Path], tmp_path: Path) -> None:

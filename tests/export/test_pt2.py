@@ -26,6 +26,7 @@ from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec, spec_arg
 from qatc.runtime.model import load
 from tests.conftest import make_llama, make_output, make_small
+from tests.export.conftest import WINDOWS
 
 SLOTS = 64
 """As many as qatc reads for so few tokens: sums over more of them may round otherwise."""
@@ -181,15 +182,26 @@ def test_compiled_it_computes_what_qatc_does(tmp_path: Path) -> None:
     assert all(torch.equal(own.scale, back[name].scale) for name, own in codes.items())
 
 
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_are_refused(kind: str, tmp_path: Path) -> None:
+    made = make_output(
+        tmp_path / "source", Recipe.from_bits("4-8-4"), make_small(kind, **WINDOWS[kind])
+    )
+    with pytest.raises(ConfigError, match="caches that hold every token for torch"):
+        export(made, tmp_path / "out", format="pt2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_that_no_text_reaches_are_none(tmp_path: Path) -> None:
+    model = make_small("mistral", sliding_window=64)  # as many tokens as its longest text
+    made = make_output(tmp_path / "source", Recipe.from_bits("4-8-4"), model)
+    assert FORMATS["pt2"].notes(open_output(made))
+
+
 def test_what_it_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rotated = Recipe.from_bits("4-8-4", rotate_inputs=("*.down_proj.weight",))
     with pytest.raises(ConfigError, match="rotates inputs"):
         FORMATS["pt2"].notes(open_output(make_output(tmp_path / "rotated", rotated)))
-    windows = make_small("gemma3_text", sliding_window=8, layer_types=["sliding_attention"] * 2)
-    made = make_output(tmp_path / "windows", Recipe.from_bits("4-8-4"), windows)
-    with pytest.raises(ConfigError, match="caches that hold every token"):
-        export(made, tmp_path / "out", format="pt2")
-    assert not (tmp_path / "out").exists()
     monkeypatch.setattr(compilation, "obstacle", lambda: "there is no compiler")
     plain = open_output(make_output(tmp_path / "plain", Recipe.from_bits("4-8-4")))
     with pytest.raises(ConfigError, match="there is no compiler; --format pt2 takes none"):

@@ -22,7 +22,7 @@ from torch import nn
 
 import qatc
 from qatc.errors import CheckpointError, ConfigError, DataError
-from qatc.export.base import Format, copy_tokenizer, end_tokens, refuse_windows
+from qatc.export.base import Format, context_of, copy_tokenizer, end_tokens, refuse_windows
 from qatc.export.executorch import generate
 from qatc.export.executorch.lowering import export_step, lower, require_executorch
 from qatc.export.executorch.modules import (
@@ -103,8 +103,7 @@ def _require_held(content: bytes, weights: dict[str, dict[str, Any]]) -> None:
 
 def slots_of(output: Output) -> int:
     """Tokens that the cache has room for."""
-    known = getattr(output.config.get_text_config(), "max_position_embeddings", None)
-    return min(LONGEST, known or LONGEST)
+    return min(LONGEST, context_of(output) or LONGEST)
 
 
 def read(directory: Path) -> dict[str, QuantizedWeight]:
@@ -128,7 +127,7 @@ def _refuse_unheld(output: Output) -> None:
     require_executorch()
     recipe = output.recipe
     refuse_rotated(recipe, "ExecuTorch")
-    refuse_windows(output.config, "ExecuTorch")
+    refuse_windows(output, "ExecuTorch", slots_of(output))
     inputs = recipe.activations
     if inputs.quantizes and inputs.bits != 8:
         raise ConfigError(

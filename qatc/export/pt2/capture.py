@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from qatc.errors import CaptureError
-from qatc.export.base import refuse_windows
+from qatc.export.base import context_of, refuse_windows
 from qatc.export.pt2.portable import PlainInterpreter, use_torch_alone
 from qatc.graph.capture import Template
 from qatc.output import Output
@@ -54,7 +54,7 @@ class Steps:
     """
 
     def __init__(self, output: Output) -> None:
-        refuse_windows(output.config, "torch")
+        refuse_windows(output, "torch", context_of(output))
         model = load(output, compile=False, decode_program=False, kernels="qatc")
         runtime = runtime_of(model)
         self.dtype = runtime.dtype

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import qatc
 from qatc.errors import CheckpointError, ConfigError, DataError
-from qatc.export.base import Format, copy_tokenizer, end_tokens, refuse_windows
+from qatc.export.base import Format, context_of, copy_tokenizer, end_tokens, refuse_windows
 from qatc.export.pt2 import generate
 from qatc.export.pt2.capture import PHASES, Steps
 from qatc.graph import compilation
@@ -121,7 +121,7 @@ def _card(output: Output, format: str) -> str:
 
 def _notes(output: Output, format: str) -> list[str]:
     refuse_rotated(output.recipe, "a program of torch")
-    refuse_windows(output.config, "torch")
+    refuse_windows(output, "torch", context_of(output))
     found = ["one sequence at a time; as many tokens as the cache that it is given has slots"]
     if format == "pt2":
         return [*found, "each of the two programs holds all weights"]
