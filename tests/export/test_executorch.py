@@ -21,8 +21,10 @@ from torch import Tensor
 
 from qatc.errors import CheckpointError, ConfigError
 from qatc.export import FORMATS, export
+from qatc.export.executorch import format
 from qatc.export.executorch.generate import Model
-from qatc.output import QuantizedWeight, load_codes, load_reference, open_output
+from qatc.export.executorch.modules import Step, quantized_step
+from qatc.output import Output, QuantizedWeight, load_codes, load_reference, open_output
 from qatc.output.directory import with_tied
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
@@ -143,6 +145,14 @@ UNHELD = {
     "groups of 16, and XNNPACK takes multiples of 32": Recipe.from_bits("4-8-16", group_size=16),
     "has 8 bits in groups": Recipe.from_bits("8-8-16", group_size=32),
     "has negative scales": Recipe(QuantSpec(4, range="signed"), QuantSpec(8), QuantSpec()),
+    "lm_head.weight: it has 8 bits in groups": Recipe(
+        QuantSpec(4), QuantSpec(8), QuantSpec(), head=QuantSpec(8, 32), embedding=QuantSpec(8, 32)
+    ),
+    "lm_head.weight: it has negative scales": Recipe(
+        *(QuantSpec(4), QuantSpec(8), QuantSpec()),
+        head=QuantSpec(8, range="signed"),
+        embedding=QuantSpec(8, range="signed"),
+    ),
     "rotates inputs": Recipe.from_bits("4-8-4", rotate_inputs=("*.down_proj.weight",)),
 }
 
@@ -153,6 +163,22 @@ def test_what_it_cannot_hold(reason: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=reason):
         export(made, tmp_path / "out", format="executorch")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_is_a_product_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are those of the embedding's table, which multiplies nothing."""
+
+    def step_with_float_head(output: Output, slots: int) -> Step:
+        step = quantized_step(output, slots)
+        head, weight = step.model.lm_head, output.weights["model.embed_tokens.weight"].dequantize()
+        monkeypatch.setattr(head, "forward", lambda x: F.linear(x, weight))
+        return step
+
+    monkeypatch.setattr(format, "quantized_step", step_with_float_head)
+    model = make_llama(num_hidden_layers=1)
+    made = make_output(tmp_path / "source", RECIPES["channels"], model)
+    with pytest.raises(ConfigError, match="did not take 1 weights .* lm_head.weight"):
+        export(made, tmp_path / "out", format="executorch")
 
 
 @pytest.mark.parametrize("kind", WINDOWS)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,16 @@ from qatc.export.executorch import generate
 from qatc.export.executorch.lowering import export_step, lower, require_executorch
 from qatc.export.executorch.modules import (
     GROUP,
-    QuantizedEmbedding,
     QuantizedLinear,
     bits_of,
     quantized_step,
 )
-from qatc.export.executorch.stored import data_of, describe, weight_in
+from qatc.export.executorch.stored import describe, keys_of, products_of, tables_of, weight_in
 from qatc.models.building import build_model
 from qatc.models.cards import CARD
 from qatc.output import Output, QuantizedWeight
 from qatc.output.compressed_tensors import refuse_rotated
+from qatc.output.directory import with_tied
 from qatc.output.model_card import base_name, provenance, recipe_rows, table
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import spec_arg
@@ -65,13 +66,13 @@ def write(output: Output, directory: Path) -> None:
         "get_vocab_size": output.config.get_text_config().vocab_size,
     }
     content = lower(export_step(step, min(CHUNK, slots)), constants)
+    codes = with_tied(output.weights, step.model.all_tied_weights_keys)
+    modules = {name: _owner(step.model, name) for name in codes}
+    _require_held(content, modules)
     weights = {
-        name: describe(module) | {"spec": spec_arg(own.spec), "width": own.codes.shape[1]}
-        for path, module in step.model.named_modules()
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding)
-        and (own := output.weights.get(name := f"{path}.weight")) is not None
+        name: describe(modules[name]) | {"spec": spec_arg(own.spec), "width": own.codes.shape[1]}
+        for name, own in output.weights.items()
     }
-    _require_held(content, weights)
     write_atomically(directory / FILE, content)
     told = {
         "format": EXECUTORCH.name,
@@ -89,10 +90,23 @@ def write(output: Output, directory: Path) -> None:
     write_atomically(directory / CARD, _card(output).encode(errors="backslashreplace"))
 
 
-def _require_held(content: bytes, weights: dict[str, dict[str, Any]]) -> None:
-    """Raise ``ConfigError`` if a product was not handed to XNNPACK with the very codes."""
-    data = data_of(content)
-    missing = [n for n, own in weights.items() if not {own["codes"], own["scale"]} <= data.keys()]
+def _owner(model: Any, weight: str) -> Any:
+    """The module that a weight is of."""
+    return model.get_submodule(weight.rpartition(".")[0])
+
+
+def _require_held(content: bytes, modules: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` if a product was not handed to XNNPACK with the very codes.
+
+    A table of an embedding counts for no product, though a tied head may have the same bytes.
+    """
+    products = products_of(content)
+    places = {True: products, False: products | tables_of(content)}
+    missing = [
+        name
+        for name, module in modules.items()
+        if not keys_of(module) <= places[isinstance(module, QuantizedLinear)].keys()
+    ]
     if missing:
         raise ConfigError(
             f"ExecuTorch did not take {len(missing)} weights as they are, among them {missing[0]};"
@@ -115,7 +129,8 @@ def read(directory: Path) -> dict[str, QuantizedWeight]:
     require_executorch()
     try:
         told = read_json(directory / EXPORT_FILE)
-        data = data_of((directory / FILE).read_bytes())
+        content = (directory / FILE).read_bytes()
+        data = products_of(content) | tables_of(content)
         return {name: weight_in(data, own) for name, own in told["weights"].items()}
     except (DataError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(
@@ -142,9 +157,9 @@ def _refuse_unheld(output: Output) -> None:
     skeleton = build_model(
         output.config, torch.float32, device="meta", trust_remote_code=output.trust_remote_code
     )
-    for name, weight in output.weights.items():
-        module = skeleton.get_submodule(name.rpartition(".")[0])
-        obstacle = None if isinstance(module, nn.Embedding) else _obstacle(weight)
+    for name, weight in with_tied(output.weights, skeleton.all_tied_weights_keys).items():
+        is_table = isinstance(_owner(skeleton, name), nn.Embedding)
+        obstacle = None if is_table else _obstacle(weight)
         if obstacle is not None:
             raise ConfigError(f"ExecuTorch's XNNPACK cannot hold {name}: {obstacle}")
 
