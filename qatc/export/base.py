@@ -44,12 +44,15 @@ def write_with_companions(output: Output, directory: Path, form: Form) -> None:
     write_output(directory, plain, form=form)
 
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER = "tokenizer.json"
+"""What the package tokenizers reads."""
+
+_COMPANIONS = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja")
 
 
 def copy_tokenizer(output: Output, directory: Path) -> None:
     """Copy the tokenizer of an opened output, as far as it has one."""
-    for name in _TOKENIZER:
+    for name in _COMPANIONS:
         if (output.place / name).is_file():
             shutil.copyfile(output.place / name, directory / name)
 

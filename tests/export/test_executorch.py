@@ -6,6 +6,7 @@ Skipped where it is not installed; ``make test-runtimes`` installs it.
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qatc.errors import CheckpointError, ConfigError
+from qatc.errors import CaptureError, CheckpointError, ConfigError
 from qatc.export import FORMATS, export
 from qatc.export.executorch import format
 from qatc.export.executorch.generate import Model
+from qatc.export.executorch.lowering import lower
 from qatc.export.executorch.modules import Step, quantized_step
 from qatc.output import Output, QuantizedWeight, load_codes, load_reference, open_output
 from qatc.output.directory import with_tied
@@ -129,6 +131,33 @@ def test_it_writes_text_without_qatc(exported: Callable[[str], Path], tokenizer:
     done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith(prompt)
+
+
+def test_a_prompt_longer_than_the_cache(
+    exported: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = str(exported("channels") / "out" / "generate.py")
+    monkeypatch.setattr("sys.argv", [script, "x " * 128])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(script, run_name="__main__")
+    assert left.value.code == 2 and "tokens, and the cache holds 128" in capsys.readouterr().err
+
+
+def test_its_card_names_all_packages(exported: Callable[[str], Path]) -> None:
+    card = (exported("channels") / "out" / "README.md").read_text()
+    assert "\npip install executorch torch tokenizers\npython generate.py " in card
+
+
+def test_what_cannot_be_lowered_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("executorch.exir.to_edge_transform_and_lower", fail)
+    exported: Any = None
+    with pytest.raises(CaptureError, match="cannot lower the model: RuntimeError: no such oper"):
+        lower(exported, {})
 
 
 def test_it_says_what_differs(exported: Callable[[str], Path]) -> None:

@@ -12,8 +12,6 @@ they are refused.
 
 from __future__ import annotations
 
-import shlex
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import qatc
 from qatc.errors import CheckpointError, ConfigError, DataError
-from qatc.export.base import Format, context_of, copy_tokenizer, end_tokens, refuse_windows
+from qatc.export.base import Format, context_of, end_tokens, refuse_windows
 from qatc.export.executorch import generate
 from qatc.export.executorch.lowering import export_step, lower, require_executorch
 from qatc.export.executorch.modules import (
@@ -33,19 +30,17 @@ from qatc.export.executorch.modules import (
     quantized_step,
 )
 from qatc.export.executorch.stored import describe, keys_of, products_of, tables_of, weight_in
+from qatc.export.programs import card_of, commands, notes_on_text, write_beside
 from qatc.models.building import build_model
-from qatc.models.cards import CARD
 from qatc.output import Output, QuantizedWeight
 from qatc.output.compressed_tensors import refuse_rotated
 from qatc.output.directory import with_tied
-from qatc.output.model_card import base_name, provenance, recipe_rows, table
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import spec_arg
 from qatc.storage.directories import EXPORT_FILE
-from qatc.storage.files import read_json, write_atomically, write_json
+from qatc.storage.files import read_json, write_atomically
 
 FILE = "model.pte"
-SCRIPT = Path(generate.__file__)
 
 LONGEST = 2048
 """Tokens that a cache has room for, at most: it is a part of the memory that a program plans."""
@@ -56,13 +51,12 @@ CHUNK = 128
 
 def write(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory."""
-    _refuse_unheld(output)
+    known = notes(output)  # refuses before what takes time
     slots = slots_of(output)
     step = quantized_step(output, slots)
-    ends = end_tokens(output)
     constants = {
         **{"get_max_seq_len": min(CHUNK, slots), "get_max_context_len": slots},
-        **{"use_kv_cache": True, "get_eos_ids": ends},
+        **{"use_kv_cache": True, "get_eos_ids": end_tokens(output)},
         "get_vocab_size": output.config.get_text_config().vocab_size,
     }
     content = lower(export_step(step, min(CHUNK, slots)), constants)
@@ -76,18 +70,18 @@ def write(output: Output, directory: Path) -> None:
     write_atomically(directory / FILE, content)
     told = {
         "format": EXECUTORCH.name,
-        "files": [FILE],
-        "recipe": output.recipe.to_dict(),
-        "qatc_version": qatc.__version__,
         "slots": slots,
         "chunk": min(CHUNK, slots),
-        "ends": ends,
         "weights": weights,
     }
-    write_json(directory / EXPORT_FILE, told)
-    copy_tokenizer(output, directory)
-    shutil.copyfile(SCRIPT, directory / SCRIPT.name)
-    write_atomically(directory / CARD, _card(output).encode(errors="backslashreplace"))
+    card = card_of(
+        output,
+        kind="ExecuTorch",
+        about=f"`{FILE}` holds the codes and scales that qatc made, for its XNNPACK backend",
+        packages=["executorch", "torch"],
+        notes=known,
+    )
+    write_beside(output, directory, Path(generate.__file__), told, card)
 
 
 def _owner(model: Any, weight: str) -> Any:
@@ -208,7 +202,7 @@ def notes(output: Output) -> list[str]:
         found.append(
             f"weights of {' and '.join(map(str, odd))} bits take 4 (up to 4) or 8 bits each"
         )
-    return found
+    return [*found, *notes_on_text(output)]
 
 
 def _inputs_in_words(recipe: Recipe) -> str:
@@ -216,27 +210,6 @@ def _inputs_in_words(recipe: Recipe) -> str:
     if not inputs.quantizes:
         return "inputs in float"
     return "one scale per " + (f"{inputs.group_size} values" if inputs.group_size else "token")
-
-
-def _card(output: Output) -> str:
-    metadata, recipe = output.metadata, output.recipe
-    sections = [
-        f"# {base_name(metadata)} at {recipe.bits}, ExecuTorch",
-        f"`{FILE}` holds the codes and scales that qatc made, for ExecuTorch's XNNPACK backend;"
-        f" `{SCRIPT.name}` shows how it is called.",
-        "## How to run it\n\n```\npip install executorch tokenizers\n"
-        f'python {SCRIPT.name} "Once upon a time"\n```',
-        "\n".join(f"- {note}" for note in notes(output)),
-        "## What is quantized",
-        table([["", ""], *recipe_rows(recipe.to_dict())]),
-        *provenance(metadata),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def commands(output: Output, directory: Path) -> list[str]:
-    """How the program is run."""
-    return [f'python {shlex.quote(str(directory / SCRIPT.name))} "Once upon a time"']
 
 
 EXECUTORCH = Format("executorch", "ExecuTorch", write, read, notes, commands)
