@@ -32,7 +32,7 @@ def capture_errors(failure: str, way_out: str) -> Iterator[None]:
     """Raise what torch and its like raise, which is of many kinds, as ``CaptureError``.
 
     Args:
-        failure: what did not work, for the message.
+        failure: what did not work, with a colon, for the message.
         way_out: what to do instead, likewise.
     """
     try:
@@ -42,7 +42,7 @@ def capture_errors(failure: str, way_out: str) -> Iterator[None]:
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise CaptureError(
-            f"{failure}: {type(error).__name__}: {reason.strip()[:400]}; {way_out}"
+            f"{failure} {type(error).__name__}: {reason.strip()[:400]}; {way_out}"
         ) from error
 
 
@@ -59,7 +59,7 @@ def capture(
     Raises:
         CaptureError: torch cannot export the module.
     """
-    failure = "torch cannot export the model as one graph"
+    failure = "torch cannot export the model as one graph:"
     # As in qatc.graph.capture: symbols of an earlier capture are none of this one.
     fresh = dynamo_config.patch(fake_tensor_cache_enabled=False)
     with capture_errors(failure, "run it by qatc.load"), torch.no_grad(), fresh:

@@ -63,8 +63,8 @@ def test_without_a_tokenizer_no_command_reads_a_prompt(tokenizer: bool, tmp_path
 def test_errors_of_others_are_errors_to_act_on() -> None:
     with (
         pytest.raises(CaptureError, match=r"it fails: KeyError: 'x'; go there"),
-        capture_errors("it fails", "go there"),
+        capture_errors("it fails:", "go there"),
     ):
         raise KeyError("x")
-    with pytest.raises(ConfigError, match="mine"), capture_errors("it fails", "go there"):
+    with pytest.raises(ConfigError, match="mine"), capture_errors("it fails:", "go there"):
         raise ConfigError("mine")

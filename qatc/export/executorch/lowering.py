@@ -59,7 +59,7 @@ def lower(exported: ExportedProgram, constants: dict[str, Any]) -> bytes:
 
     # Two operators are of this backend, none of the set that is checked for.
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
-    failure = "ExecuTorch cannot lower the model"
+    failure = "ExecuTorch cannot lower the model:"
     with capture_errors(failure, "run it by qatc.load"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations; and caches begin empty
         edge = to_edge_transform_and_lower(

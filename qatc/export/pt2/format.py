@@ -55,7 +55,7 @@ def write_compiled(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory, compiled; the weights are stored once."""
     notes = _notes(output, "aoti")  # refuses before what takes minutes
     steps = Steps(output)
-    with capture_errors("AOTInductor cannot compile the model", "--format pt2 compiles nothing"):
+    with capture_errors("AOTInductor cannot compile the model:", "--format pt2 compiles nothing"):
         _compile(steps, directory / _PACKAGE)
     _write_beside(output, steps, directory, "aoti", notes)
 
