@@ -109,7 +109,7 @@ def card_of(
         install += f' tokenizers\npython {SCRIPT} "Once upon a time"'
     sections = [
         f"# {base_name(metadata)} at {recipe.bits}, {kind}",
-        f"{about}; `{SCRIPT}` shows how to call it.",
+        f"{about}; `{SCRIPT}` shows the calls.",
         f"## How to run it\n\n```\n{install}\n```",
         "\n".join(f"- {note}" for note in notes),
         "## What is quantized",

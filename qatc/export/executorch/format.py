@@ -94,12 +94,12 @@ def _require_held(content: bytes, modules: Mapping[str, Any]) -> None:
 
     A table of an embedding counts for no product, though a tied head may have the same bytes.
     """
-    products = products_of(content)
-    places = {True: products, False: products | tables_of(content)}
+    products = products_of(content).keys()
+    constants = products | tables_of(content).keys()
     missing = [
         name
         for name, module in modules.items()
-        if not keys_of(module) <= places[isinstance(module, QuantizedLinear)].keys()
+        if not keys_of(module) <= (products if isinstance(module, QuantizedLinear) else constants)
     ]
     if missing:
         raise ConfigError(
