@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qatc.errors import ConfigError
 from qatc.output import Output, QuantizedWeight, write_output
@@ -45,12 +44,15 @@ def write_with_companions(output: Output, directory: Path, form: Form) -> None:
     write_output(directory, plain, form=form)
 
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER = "tokenizer.json"
+"""What the package tokenizers reads."""
+
+_COMPANIONS = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja")
 
 
 def copy_tokenizer(output: Output, directory: Path) -> None:
     """Copy the tokenizer of an opened output, as far as it has one."""
-    for name in _TOKENIZER:
+    for name in _COMPANIONS:
         if (output.place / name).is_file():
             shutil.copyfile(output.place / name, directory / name)
 
@@ -64,10 +66,27 @@ def end_tokens(output: Output) -> list[int]:
     return []
 
 
-def refuse_windows(config: Any, runtime: str) -> None:
-    """Raise ``ConfigError`` if layers forget what lies behind a window, or keep no KV cache."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
+def context_of(output: Output) -> int | None:
+    """Tokens that the model's texts have at most, if its config says so."""
+    known: int | None = getattr(output.config.get_text_config(), "max_position_embeddings", None)
+    return known
+
+
+def refuse_windows(output: Output, runtime: str, longest: int | None) -> None:
+    """Raise ``ConfigError`` if layers forget what lies behind a window, or keep no KV cache.
+
+    Args:
+        output: opened.
+        runtime: what it is for, in words.
+        longest: tokens of the longest text that it will hold, if that is known.
+    """
+    config = output.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    # Without kinds of layers, as in Mistral, the window alone makes the mask of all of them.
+    if not kinds and window is not None and (longest is None or window < longest):
+        kinds = {f"a sliding window of {window} tokens"}
+    if kinds := kinds - {"full_attention"}:
         raise ConfigError(
             f"its layers have {', '.join(sorted(kinds))}, and qatc writes caches that hold every"
             f" token for {runtime}; run it by qatc"

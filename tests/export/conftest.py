@@ -1,4 +1,4 @@
-"""Recipes for torchao, and what it computes, written again in numpy."""
+"""Models with windows; recipes for torchao, and what it computes, written again in numpy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from torchao.quantization import Int8Tensor
 from qatc.output import QuantizedWeight
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2},
+    "mistral": {"sliding_window": 8},  # it tells no kinds of layers
+}
+"""Architectures whose layers forget, as programs cannot, and their settings."""
 
 GROUPS = QuantSpec(4, 16)
 

@@ -6,6 +6,7 @@ Skipped where it is not installed; ``make test-runtimes`` installs it.
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,14 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qatc.errors import CheckpointError, ConfigError
+from qatc.errors import CaptureError, CheckpointError, ConfigError
 from qatc.export import FORMATS, export
+from qatc.export.executorch import format
 from qatc.export.executorch.generate import Model
-from qatc.output import QuantizedWeight, load_codes, load_reference, open_output
+from qatc.export.executorch.lowering import lower
+from qatc.export.executorch.modules import Step, quantized_step
+from qatc.output import Output, QuantizedWeight, load_codes, load_reference, open_output
 from qatc.output.directory import with_tied
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from tests.conftest import make_llama, make_output, make_small
+from tests.export.conftest import WINDOWS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None,
@@ -128,6 +133,33 @@ def test_it_writes_text_without_qatc(exported: Callable[[str], Path], tokenizer:
     assert done.stdout.strip().splitlines()[-1].startswith(prompt)
 
 
+def test_a_prompt_longer_than_the_cache(
+    exported: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = str(exported("channels") / "out" / "generate.py")
+    monkeypatch.setattr("sys.argv", [script, "x " * 128])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(script, run_name="__main__")
+    assert left.value.code == 2 and "tokens, and the cache holds 128" in capsys.readouterr().err
+
+
+def test_its_card_names_all_packages(exported: Callable[[str], Path]) -> None:
+    card = (exported("channels") / "out" / "README.md").read_text()
+    assert "\npip install executorch torch tokenizers\npython generate.py " in card
+
+
+def test_what_cannot_be_lowered_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("executorch.exir.to_edge_transform_and_lower", fail)
+    exported: Any = None
+    with pytest.raises(CaptureError, match="cannot lower the model: RuntimeError: no such oper"):
+        lower(exported, {})
+
+
 def test_it_says_what_differs(exported: Callable[[str], Path]) -> None:
     notes = FORMATS["executorch"].notes(open_output(exported("channels") / "source"))
     assert notes[0] == "the cache holds 128 tokens, and a call takes at most 128"
@@ -142,6 +174,14 @@ UNHELD = {
     "groups of 16, and XNNPACK takes multiples of 32": Recipe.from_bits("4-8-16", group_size=16),
     "has 8 bits in groups": Recipe.from_bits("8-8-16", group_size=32),
     "has negative scales": Recipe(QuantSpec(4, range="signed"), QuantSpec(8), QuantSpec()),
+    "lm_head.weight: it has 8 bits in groups": Recipe(
+        QuantSpec(4), QuantSpec(8), QuantSpec(), head=QuantSpec(8, 32), embedding=QuantSpec(8, 32)
+    ),
+    "lm_head.weight: it has negative scales": Recipe(
+        *(QuantSpec(4), QuantSpec(8), QuantSpec()),
+        head=QuantSpec(8, range="signed"),
+        embedding=QuantSpec(8, range="signed"),
+    ),
     "rotates inputs": Recipe.from_bits("4-8-4", rotate_inputs=("*.down_proj.weight",)),
 }
 
@@ -154,11 +194,34 @@ def test_what_it_cannot_hold(reason: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_windows_are_refused(tmp_path: Path) -> None:
-    windows = make_small("gemma3_text", sliding_window=8, layer_types=["sliding_attention"] * 2)
+def test_a_tied_head_is_a_product_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are those of the embedding's table, which multiplies nothing."""
+
+    def step_with_float_head(output: Output, slots: int) -> Step:
+        step = quantized_step(output, slots)
+        head, weight = step.model.lm_head, output.weights["model.embed_tokens.weight"].dequantize()
+        monkeypatch.setattr(head, "forward", lambda x: F.linear(x, weight))
+        return step
+
+    monkeypatch.setattr(format, "quantized_step", step_with_float_head)
+    model = make_llama(num_hidden_layers=1)
+    made = make_output(tmp_path / "source", RECIPES["channels"], model)
+    with pytest.raises(ConfigError, match="did not take 1 weights .* lm_head.weight"):
+        export(made, tmp_path / "out", format="executorch")
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_are_refused(kind: str, tmp_path: Path) -> None:
+    windows = make_small(kind, **WINDOWS[kind])
     made = make_output(tmp_path / "source", RECIPES["channels"], windows)
     with pytest.raises(ConfigError, match="caches that hold every token for ExecuTorch"):
         FORMATS["executorch"].notes(open_output(made))
+
+
+def test_windows_that_its_cache_ends_within_are_none(tmp_path: Path) -> None:
+    model = make_small("mistral", sliding_window=2048, max_position_embeddings=4096)
+    made = make_output(tmp_path / "source", RECIPES["channels"], model)
+    assert FORMATS["executorch"].notes(open_output(made))
 
 
 def test_a_damaged_file(exported: Callable[[str], Path], tmp_path: Path) -> None:

@@ -7,25 +7,27 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from qatc.errors import ConfigError
+from qatc.errors import CaptureError, ConfigError
 from qatc.export import FORMATS, export
-from qatc.export.pt2 import portable
+from qatc.export.pt2 import format, portable
 from qatc.export.pt2.capture import PHASES, Steps
 from qatc.export.pt2.generate import Model
 from qatc.graph import compilation
 from qatc.numerics import minmax, packing
-from qatc.output import load_codes, open_output
+from qatc.output import Output, load_codes, open_output
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec, spec_arg
 from qatc.runtime.model import load
 from tests.conftest import make_llama, make_output, make_small
+from tests.export.conftest import WINDOWS
 
 SLOTS = 64
 """As many as qatc reads for so few tokens: sums over more of them may round otherwise."""
@@ -34,6 +36,8 @@ RECIPES = {
     "several bits": Recipe.from_bits("8-8-8", weight_bits=(("*down_proj*", 3), ("*k_proj*", 6))),
     "float products": Recipe.from_bits("4-16-16", group_size=16),
 }
+
+PACK = "torch._inductor.package.package.package_aoti"
 
 LAYERS = {"several bits": 2, "float products": 1}
 
@@ -181,16 +185,73 @@ def test_compiled_it_computes_what_qatc_does(tmp_path: Path) -> None:
     assert all(torch.equal(own.scale, back[name].scale) for name, own in codes.items())
 
 
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_are_refused(kind: str, tmp_path: Path) -> None:
+    made = make_output(
+        tmp_path / "source", Recipe.from_bits("4-8-4"), make_small(kind, **WINDOWS[kind])
+    )
+    with pytest.raises(ConfigError, match="caches that hold every token for torch"):
+        export(made, tmp_path / "out", format="pt2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_that_no_text_reaches_are_none(tmp_path: Path) -> None:
+    model = make_small("mistral", sliding_window=64)  # as many tokens as its longest text
+    made = make_output(tmp_path / "source", Recipe.from_bits("4-8-4"), model)
+    assert FORMATS["pt2"].notes(open_output(made))
+
+
 def test_what_it_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rotated = Recipe.from_bits("4-8-4", rotate_inputs=("*.down_proj.weight",))
     with pytest.raises(ConfigError, match="rotates inputs"):
         FORMATS["pt2"].notes(open_output(make_output(tmp_path / "rotated", rotated)))
-    windows = make_small("gemma3_text", sliding_window=8, layer_types=["sliding_attention"] * 2)
-    made = make_output(tmp_path / "windows", Recipe.from_bits("4-8-4"), windows)
-    with pytest.raises(ConfigError, match="caches that hold every token"):
-        export(made, tmp_path / "out", format="pt2")
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(compilation, "obstacle", lambda: "there is no compiler")
-    plain = open_output(make_output(tmp_path / "plain", Recipe.from_bits("4-8-4")))
+    obstacles = {"cpu": "there is no compiler", "auto": None}  # as where there is a GPU
+    monkeypatch.setattr(compilation, "obstacle", lambda kind="auto": obstacles[kind])
+    monkeypatch.setattr(format, "Steps", lambda output: pytest.fail("it was captured"))
+    plain = make_output(tmp_path / "plain", Recipe.from_bits("4-8-4"))
     with pytest.raises(ConfigError, match="there is no compiler; --format pt2 takes none"):
-        FORMATS["aoti"].notes(plain)
+        export(plain, tmp_path / "out", format="aoti")
+
+
+class NoSteps:
+    """Programs that only what replaces the compiler is given."""
+
+    cache: ClassVar[list[Any]] = []
+
+    def __init__(self, output: Output) -> None: ...
+
+    def program(self, phase: str) -> Any:
+        return SimpleNamespace(example_inputs=(), module=lambda: None)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """AOTInductor, which compiles nothing and packs it."""
+    monkeypatch.setattr(compilation, "obstacle", lambda kind="auto": None)
+    monkeypatch.setattr(format, "Steps", NoSteps)
+    monkeypatch.setattr("torch._inductor.aot_compile", lambda *args, **options: [])
+    monkeypatch.setattr(PACK, lambda path, files: Path(path).touch())
+    return monkeypatch
+
+
+@pytest.mark.parametrize("broken", ["torch._inductor.aot_compile", PACK])
+def test_what_cannot_be_compiled_is_said(
+    broken: str, compiler: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no headers")
+
+    compiler.setattr(broken, fail)
+    made = make_output(tmp_path / "source", Recipe.from_bits("4-8-4"))
+    with pytest.raises(CaptureError, match="cannot compile the model: RuntimeError: no headers; -"):
+        export(made, tmp_path / "out", format="aoti")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compiled_package_is_for_one_torch(
+    compiler: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Any
+) -> None:
+    made = make_output(tmp_path / "source", Recipe.from_bits("4-8-4"), tokenizer=tokenizer)
+    card = (export(made, tmp_path / "out", format="aoti") / "README.md").read_text()
+    version = torch.__version__.partition("+")[0]
+    assert f"\npip install torch=={version} tokenizers\n" in card

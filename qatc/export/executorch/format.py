@@ -12,39 +12,35 @@ they are refused.
 
 from __future__ import annotations
 
-import shlex
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import qatc
 from qatc.errors import CheckpointError, ConfigError, DataError
-from qatc.export.base import Format, copy_tokenizer, end_tokens, refuse_windows
+from qatc.export.base import Format, context_of, end_tokens, refuse_windows
 from qatc.export.executorch import generate
 from qatc.export.executorch.lowering import export_step, lower, require_executorch
 from qatc.export.executorch.modules import (
     GROUP,
-    QuantizedEmbedding,
     QuantizedLinear,
     bits_of,
     quantized_step,
 )
-from qatc.export.executorch.stored import data_of, describe, weight_in
+from qatc.export.executorch.stored import describe, keys_of, products_of, tables_of, weight_in
+from qatc.export.programs import card_of, commands, notes_on_text, write_beside
 from qatc.models.building import build_model
-from qatc.models.cards import CARD
 from qatc.output import Output, QuantizedWeight
 from qatc.output.compressed_tensors import refuse_rotated
-from qatc.output.model_card import base_name, provenance, recipe_rows, table
+from qatc.output.directory import with_tied
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import spec_arg
 from qatc.storage.directories import EXPORT_FILE
-from qatc.storage.files import read_json, write_atomically, write_json
+from qatc.storage.files import read_json, write_atomically
 
 FILE = "model.pte"
-SCRIPT = Path(generate.__file__)
 
 LONGEST = 2048
 """Tokens that a cache has room for, at most: it is a part of the memory that a program plans."""
@@ -55,44 +51,56 @@ CHUNK = 128
 
 def write(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory."""
-    _refuse_unheld(output)
+    known = notes(output)  # refuses before what takes time
     slots = slots_of(output)
     step = quantized_step(output, slots)
-    ends = end_tokens(output)
     constants = {
         **{"get_max_seq_len": min(CHUNK, slots), "get_max_context_len": slots},
-        **{"use_kv_cache": True, "get_eos_ids": ends},
+        **{"use_kv_cache": True, "get_eos_ids": end_tokens(output)},
         "get_vocab_size": output.config.get_text_config().vocab_size,
     }
     content = lower(export_step(step, min(CHUNK, slots)), constants)
+    codes = with_tied(output.weights, step.model.all_tied_weights_keys)
+    modules = {name: _owner(step.model, name) for name in codes}
+    _require_held(content, modules)
     weights = {
-        name: describe(module) | {"spec": spec_arg(own.spec), "width": own.codes.shape[1]}
-        for path, module in step.model.named_modules()
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding)
-        and (own := output.weights.get(name := f"{path}.weight")) is not None
+        name: describe(modules[name]) | {"spec": spec_arg(own.spec), "width": own.codes.shape[1]}
+        for name, own in output.weights.items()
     }
-    _require_held(content, weights)
     write_atomically(directory / FILE, content)
     told = {
         "format": EXECUTORCH.name,
-        "files": [FILE],
-        "recipe": output.recipe.to_dict(),
-        "qatc_version": qatc.__version__,
         "slots": slots,
         "chunk": min(CHUNK, slots),
-        "ends": ends,
         "weights": weights,
     }
-    write_json(directory / EXPORT_FILE, told)
-    copy_tokenizer(output, directory)
-    shutil.copyfile(SCRIPT, directory / SCRIPT.name)
-    write_atomically(directory / CARD, _card(output).encode(errors="backslashreplace"))
+    card = card_of(
+        output,
+        kind="ExecuTorch",
+        about=f"`{FILE}` holds the codes and scales that qatc made, for its XNNPACK backend",
+        packages=["executorch", "torch"],
+        notes=known,
+    )
+    write_beside(output, directory, Path(generate.__file__), told, card)
 
 
-def _require_held(content: bytes, weights: dict[str, dict[str, Any]]) -> None:
-    """Raise ``ConfigError`` if a product was not handed to XNNPACK with the very codes."""
-    data = data_of(content)
-    missing = [n for n, own in weights.items() if not {own["codes"], own["scale"]} <= data.keys()]
+def _owner(model: Any, weight: str) -> Any:
+    """The module that a weight is of."""
+    return model.get_submodule(weight.rpartition(".")[0])
+
+
+def _require_held(content: bytes, modules: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` if a product was not handed to XNNPACK with the very codes.
+
+    A table of an embedding counts for no product, though a tied head may have the same bytes.
+    """
+    products = products_of(content).keys()
+    constants = products | tables_of(content).keys()
+    missing = [
+        name
+        for name, module in modules.items()
+        if not keys_of(module) <= (products if isinstance(module, QuantizedLinear) else constants)
+    ]
     if missing:
         raise ConfigError(
             f"ExecuTorch did not take {len(missing)} weights as they are, among them {missing[0]};"
@@ -103,8 +111,7 @@ def _require_held(content: bytes, weights: dict[str, dict[str, Any]]) -> None:
 
 def slots_of(output: Output) -> int:
     """Tokens that the cache has room for."""
-    known = getattr(output.config.get_text_config(), "max_position_embeddings", None)
-    return min(LONGEST, known or LONGEST)
+    return min(LONGEST, context_of(output) or LONGEST)
 
 
 def read(directory: Path) -> dict[str, QuantizedWeight]:
@@ -116,7 +123,8 @@ def read(directory: Path) -> dict[str, QuantizedWeight]:
     require_executorch()
     try:
         told = read_json(directory / EXPORT_FILE)
-        data = data_of((directory / FILE).read_bytes())
+        content = (directory / FILE).read_bytes()
+        data = products_of(content) | tables_of(content)
         return {name: weight_in(data, own) for name, own in told["weights"].items()}
     except (DataError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(
@@ -128,7 +136,7 @@ def _refuse_unheld(output: Output) -> None:
     require_executorch()
     recipe = output.recipe
     refuse_rotated(recipe, "ExecuTorch")
-    refuse_windows(output.config, "ExecuTorch")
+    refuse_windows(output, "ExecuTorch", slots_of(output))
     inputs = recipe.activations
     if inputs.quantizes and inputs.bits != 8:
         raise ConfigError(
@@ -143,9 +151,9 @@ def _refuse_unheld(output: Output) -> None:
     skeleton = build_model(
         output.config, torch.float32, device="meta", trust_remote_code=output.trust_remote_code
     )
-    for name, weight in output.weights.items():
-        module = skeleton.get_submodule(name.rpartition(".")[0])
-        obstacle = None if isinstance(module, nn.Embedding) else _obstacle(weight)
+    for name, weight in with_tied(output.weights, skeleton.all_tied_weights_keys).items():
+        is_table = isinstance(_owner(skeleton, name), nn.Embedding)
+        obstacle = None if is_table else _obstacle(weight)
         if obstacle is not None:
             raise ConfigError(f"ExecuTorch's XNNPACK cannot hold {name}: {obstacle}")
 
@@ -194,7 +202,7 @@ def notes(output: Output) -> list[str]:
         found.append(
             f"weights of {' and '.join(map(str, odd))} bits take 4 (up to 4) or 8 bits each"
         )
-    return found
+    return [*found, *notes_on_text(output)]
 
 
 def _inputs_in_words(recipe: Recipe) -> str:
@@ -202,27 +210,6 @@ def _inputs_in_words(recipe: Recipe) -> str:
     if not inputs.quantizes:
         return "inputs in float"
     return "one scale per " + (f"{inputs.group_size} values" if inputs.group_size else "token")
-
-
-def _card(output: Output) -> str:
-    metadata, recipe = output.metadata, output.recipe
-    sections = [
-        f"# {base_name(metadata)} at {recipe.bits}, ExecuTorch",
-        f"`{FILE}` holds the codes and scales that qatc made, for ExecuTorch's XNNPACK backend;"
-        f" `{SCRIPT.name}` shows how it is called.",
-        "## How to run it\n\n```\npip install executorch tokenizers\n"
-        f'python {SCRIPT.name} "Once upon a time"\n```',
-        "\n".join(f"- {note}" for note in notes(output)),
-        "## What is quantized",
-        table([["", ""], *recipe_rows(recipe.to_dict())]),
-        *provenance(metadata),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def commands(output: Output, directory: Path) -> list[str]:
-    """How the program is run."""
-    return [f'python {shlex.quote(str(directory / SCRIPT.name))} "Once upon a time"']
 
 
 EXECUTORCH = Format("executorch", "ExecuTorch", write, read, notes, commands)

@@ -1,6 +1,6 @@
 """Write on from a prompt with the model beside this file: ``python generate.py "Once upon"``.
 
-It needs executorch and tokenizers, and neither qatc nor transformers.
+It needs executorch, torch and tokenizers, and neither qatc nor transformers.
 """
 
 from __future__ import annotations
@@ -43,24 +43,34 @@ class Model:
         return logits
 
 
+def open_model(directory: Path, tokens: int) -> Model:
+    """The model of a directory; its room was settled by the export, however many are wanted."""
+    return Model(directory)
+
+
 def main() -> None:
     """Write the most likely tokens behind a prompt."""
-    from tokenizers import Tokenizer
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=64, help="write at most so many")
     given = parser.parse_args()
     directory = Path(__file__).parent
+    if not (directory / "tokenizer.json").is_file():
+        parser.error("no tokenizer.json is beside this file; call its Model with ids of tokens")
+    from tokenizers import Tokenizer
+
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    model, ids = Model(directory), tokenizer.encode(given.prompt).ids
-    logits = model(ids)
+    ids = tokenizer.encode(given.prompt).ids
+    if not ids:
+        parser.error("the prompt has no tokens; give some text")
+    model = open_model(directory, len(ids) + max(given.tokens, 0))
+    if len(ids) > model.slots:
+        parser.error(f"the prompt has {len(ids)} tokens, and the cache holds {model.slots}")
     for _ in range(min(given.tokens, model.slots - len(ids))):
-        token = int(logits.argmax())
+        token = int(model(ids[model.held :]).argmax())
         if token in model.ends:
             break
         ids.append(token)
-        logits = model([token]) if model.held < model.slots else logits
     print(tokenizer.decode(ids))
 
 

@@ -6,11 +6,11 @@ import warnings
 from typing import Any
 
 import torch
-from torch._dynamo import config as dynamo_config
 from torch.export import Dim, ExportedProgram
 
-from qatc.errors import CaptureError, ConfigError
+from qatc.errors import ConfigError
 from qatc.export.executorch.modules import Step
+from qatc.export.programs import capture, capture_errors
 
 
 def require_executorch() -> None:
@@ -35,15 +35,7 @@ def export_step(step: Step, chunk: int) -> ExportedProgram:
     tokens = Dim("tokens", max=chunk)
     example = (torch.zeros((1, 3), dtype=torch.long), torch.arange(3))
     shapes = ({1: tokens}, {0: tokens})
-    try:
-        with torch.no_grad(), dynamo_config.patch(fake_tensor_cache_enabled=False):
-            return torch.export.export(step, example, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch.export raises many kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise CaptureError(
-            f"torch cannot export the model as one graph: {type(error).__name__}:"
-            f" {reason.strip()[:400]}; run it by qatc.load"
-        ) from error
+    return capture(step, example, shapes)
 
 
 def lower(exported: ExportedProgram, constants: dict[str, Any]) -> bytes:
@@ -52,6 +44,9 @@ def lower(exported: ExportedProgram, constants: dict[str, Any]) -> bytes:
     Args:
         exported: the program.
         constants: methods without arguments, by name, and what they give.
+
+    Raises:
+        CaptureError: ExecuTorch cannot lower the program.
     """
     # Registers the kernels of quantized embeddings.
     import executorch.kernels.quantized  # noqa: F401
@@ -64,7 +59,8 @@ def lower(exported: ExportedProgram, constants: dict[str, Any]) -> bytes:
 
     # Two operators are of this backend, none of the set that is checked for.
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
-    with warnings.catch_warnings():
+    failure = "ExecuTorch cannot lower the model:"
+    with capture_errors(failure, "run it by qatc.load"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations; and caches begin empty
         edge = to_edge_transform_and_lower(
             exported,

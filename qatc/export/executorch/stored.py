@@ -39,18 +39,31 @@ def _key(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def data_of(content: bytes) -> dict[str, bytes]:
-    """What a file stores, by its digests."""
+def keys_of(module: QuantizedLinear | QuantizedEmbedding) -> set[str]:
+    """The digests of a module's codes and scales."""
+    told = describe(module)
+    return {told["codes"], told["scale"]}
+
+
+def products_of(content: bytes) -> dict[str, bytes]:
+    """What a file stores for XNNPACK, by its digests."""
     from executorch.exir._serialize._program import deserialize_pte_binary
 
-    file = deserialize_pte_binary(content)
-    found: dict[str, bytes] = {}
-    if file.named_data is not None:
-        for key, entry in file.named_data.pte_data.items():
-            found[key.removeprefix("scale_")] = file.named_data.buffers[entry.buffer_index]
-    for buffer in file.program.constant_buffer:
-        found[hashlib.sha256(buffer.storage).hexdigest()] = buffer.storage
-    return found
+    data = deserialize_pte_binary(content).named_data
+    if data is None:
+        return {}
+    return {
+        key.removeprefix("scale_"): data.buffers[entry.buffer_index]
+        for key, entry in data.pte_data.items()
+    }
+
+
+def tables_of(content: bytes) -> dict[str, bytes]:
+    """The constants of a file's program, by their digests."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    buffers = deserialize_pte_binary(content).program.constant_buffer
+    return {hashlib.sha256(own.storage).hexdigest(): own.storage for own in buffers}
 
 
 def weight_in(data: Mapping[str, bytes], told: Mapping[str, Any]) -> QuantizedWeight:

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qatc.errors import CaptureError
-from qatc.export.base import refuse_windows
+from qatc.export.base import context_of, refuse_windows
+from qatc.export.programs import capture
 from qatc.export.pt2.portable import PlainInterpreter, use_torch_alone
 from qatc.graph.capture import Template
 from qatc.output import Output
@@ -54,7 +53,7 @@ class Steps:
     """
 
     def __init__(self, output: Output) -> None:
-        refuse_windows(output.config, "torch")
+        refuse_windows(output, "torch", context_of(output))
         model = load(output, compile=False, decode_program=False, kernels="qatc")
         runtime = runtime_of(model)
         self.dtype = runtime.dtype
@@ -87,21 +86,8 @@ class Steps:
         tokens = {1: Dim("tokens", min=2)} if count > 1 else {}
         slots = {2: Dim("slots", min=2)}
         shapes = (tokens, tokens, [slots] * len(cache))
-        try:
-            # As in qatc.graph.capture: symbols of an earlier capture are none of this one.
-            with torch.no_grad(), dynamo_config.patch(fake_tensor_cache_enabled=False):
-                exported = torch.export.export(
-                    self._step,
-                    (ids, torch.arange(count)[None], cache),
-                    dynamic_shapes=shapes,
-                    strict=False,
-                )
-        except Exception as error:  # torch.export raises many kinds
-            reason = next((line for line in str(error).splitlines() if line.strip()), "")
-            raise CaptureError(
-                f"torch cannot export the model as one graph: {type(error).__name__}:"
-                f" {reason.strip()[:400]}; run it by qatc.load"
-            ) from error
+        example = (ids, torch.arange(count)[None], cache)
+        exported = capture(self._step, example, shapes)
         use_torch_alone(exported)
         return exported
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,24 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import qatc
 from qatc.errors import CheckpointError, ConfigError, DataError
-from qatc.export.base import Format, copy_tokenizer, end_tokens, refuse_windows
+from qatc.export.base import Format, context_of, refuse_windows
+from qatc.export.programs import capture_errors, card_of, commands, notes_on_text, write_beside
 from qatc.export.pt2 import generate
 from qatc.export.pt2.capture import PHASES, Steps
 from qatc.graph import compilation
-from qatc.models.cards import CARD
 from qatc.numerics import packing
 from qatc.numerics.minmax import COMPILE_OPTIONS
 from qatc.output import Output, QuantizedWeight
 from qatc.output.compressed_tensors import refuse_rotated
-from qatc.output.model_card import base_name, provenance, recipe_rows, table
 from qatc.passes.lower_linear import PACKED, SCALE
 from qatc.recipe.spec import read_spec_arg, spec_arg
 from qatc.storage.directories import EXPORT_FILE
-from qatc.storage.files import read_json, write_atomically, write_json
+from qatc.storage.files import read_json
 
-SCRIPT = Path(generate.__file__)
 _PACKAGE = "model.pt2"
 _PREFIX = "model."
 """Before the names of tensors in a program: the module that is captured holds the model."""
@@ -49,18 +44,26 @@ _PREFIX = "model."
 
 def write_exported(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory, as it is captured."""
+    notes = _notes(output, "pt2")
     steps = Steps(output)
     for phase in PHASES:
         torch.export.save(steps.program(phase), directory / f"{phase}.pt2")
-    _write_rest(output, steps, directory, "pt2")
+    _write_beside(output, steps, directory, "pt2", notes)
 
 
 def write_compiled(output: Output, directory: Path) -> None:
     """Write an opened output into an empty directory, compiled; the weights are stored once."""
+    notes = _notes(output, "aoti")  # refuses before what takes minutes
+    steps = Steps(output)
+    with capture_errors("AOTInductor cannot compile the model:", "--format pt2 compiles nothing"):
+        _compile(steps, directory / _PACKAGE)
+    _write_beside(output, steps, directory, "aoti", notes)
+
+
+def _compile(steps: Steps, path: Path) -> None:
     from torch._inductor import aot_compile
     from torch._inductor.package.package import package_aoti
 
-    steps = Steps(output)
     options = {
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,
@@ -72,63 +75,50 @@ def write_compiled(output: Output, directory: Path) -> None:
         for phase in PHASES:
             program = steps.program(phase)
             assert program.example_inputs is not None
-            files[phase] = aot_compile(
-                program.module(),
-                *program.example_inputs,
-                options=options,
-            )
-    package_aoti(str(directory / _PACKAGE), files)
-    _write_rest(output, steps, directory, "aoti")
+            files[phase] = aot_compile(program.module(), *program.example_inputs, options=options)
+    package_aoti(str(path), files)
 
 
-def _write_rest(output: Output, steps: Steps, directory: Path, format: str) -> None:
-    """What the programs need besides: how they are called, the tokenizer, the card."""
+def _write_beside(
+    output: Output, steps: Steps, directory: Path, format: str, notes: Sequence[str]
+) -> None:
     told = {
         "format": format,
-        "files": sorted(path.name for path in directory.iterdir()),
-        "recipe": output.recipe.to_dict(),
-        "qatc_version": qatc.__version__,
         "torch_version": torch.__version__,
         "cache": [[c.heads, c.width, str(c.dtype).removeprefix("torch.")] for c in steps.cache],
-        "ends": end_tokens(output),
         "weights": {
             name: [spec_arg(weight.spec), weight.codes.shape[1]]
             for name, weight in output.weights.items()
         },
     }
-    write_json(directory / EXPORT_FILE, told)
-    copy_tokenizer(output, directory)
-    shutil.copyfile(SCRIPT, directory / SCRIPT.name)
-    write_atomically(directory / CARD, _card(output, format).encode(errors="backslashreplace"))
+    compiled = format == "aoti"
+    card = card_of(
+        output,
+        kind="compiled by AOTInductor" if compiled else "exported by torch.export",
+        about=f"Programs of torch {torch.__version__} with the codes and scales that qatc made",
+        packages=[f"torch=={_torch_version()}" if compiled else "torch"],
+        notes=notes,
+    )
+    write_beside(output, directory, Path(generate.__file__), told, card)
 
 
-def _card(output: Output, format: str) -> str:
-    metadata, recipe = output.metadata, output.recipe
-    kind = "compiled by AOTInductor" if format == "aoti" else "exported by torch.export"
-    sections = [
-        f"# {base_name(metadata)} at {recipe.bits}, {kind}",
-        f"Programs of torch {torch.__version__} with the codes and scales that qatc made;"
-        f" `{SCRIPT.name}` shows how they are called.",
-        f'## How to run it\n\n```\npip install torch tokenizers\npython {SCRIPT.name} "Once upon a'
-        ' time"\n```',
-        "\n".join(f"- {note}" for note in _notes(output, format)),
-        "## What is quantized",
-        table([["", ""], *recipe_rows(recipe.to_dict())]),
-        *provenance(metadata),
-    ]
-    return "\n\n".join(sections) + "\n"
+def _torch_version() -> str:
+    """Without what it was built for."""
+    return torch.__version__.partition("+")[0]
 
 
 def _notes(output: Output, format: str) -> list[str]:
     refuse_rotated(output.recipe, "a program of torch")
-    refuse_windows(output.config, "torch")
-    found = ["one sequence at a time; as many tokens as the cache that it is given has slots"]
+    refuse_windows(output, "torch", context_of(output))
+    found = [
+        "one sequence at a time; as many tokens as the cache that it is given has slots",
+        *notes_on_text(output),
+    ]
     if format == "pt2":
         return [*found, "each of the two programs holds all weights"]
-    if (obstacle := compilation.obstacle()) is not None:
+    if (obstacle := compilation.obstacle("cpu")) is not None:
         raise ConfigError(f"AOTInductor cannot compile here: {obstacle}; --format pt2 takes none")
-    version = torch.__version__.partition("+")[0]
-    return [*found, f"compiled for this machine's processor, and for torch {version}"]
+    return [*found, f"compiled for this machine's processor, and for torch {_torch_version()}"]
 
 
 def read(directory: Path) -> dict[str, QuantizedWeight]:
@@ -172,11 +162,6 @@ def _of_package(path: Path) -> dict[str, Tensor]:
         name: torch.load(io.BytesIO(files[name])).as_strided(*how)
         for name, (_, *how) in places.items()
     }
-
-
-def commands(output: Output, directory: Path) -> list[str]:
-    """How the programs are run."""
-    return [f'python {shlex.quote(str(directory / SCRIPT.name))} "Once upon a time"']
 
 
 PT2 = Format("pt2", "torch", write_exported, read, partial(_notes, format="pt2"), commands)

@@ -59,25 +59,34 @@ def load_programs(directory: Path, format: str) -> list[Any]:
     return [torch.export.load(directory / f"{name}.pt2").module() for name in names]
 
 
+def open_model(directory: Path, tokens: int) -> Model:
+    """The model of a directory with room for so many tokens."""
+    return Model(directory, tokens)
+
+
 def main() -> None:
     """Write the most likely tokens behind a prompt."""
-    from tokenizers import Tokenizer
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=64, help="write at most so many")
     given = parser.parse_args()
     directory = Path(__file__).parent
+    if not (directory / "tokenizer.json").is_file():
+        parser.error("no tokenizer.json is beside this file; call its Model with ids of tokens")
+    from tokenizers import Tokenizer
+
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     ids = tokenizer.encode(given.prompt).ids
-    model = Model(directory, len(ids) + given.tokens)
-    logits = model(ids)
-    for _ in range(given.tokens):
-        token = int(logits.argmax())
+    if not ids:
+        parser.error("the prompt has no tokens; give some text")
+    model = open_model(directory, len(ids) + max(given.tokens, 0))
+    if len(ids) > model.slots:
+        parser.error(f"the prompt has {len(ids)} tokens, and the cache holds {model.slots}")
+    for _ in range(min(given.tokens, model.slots - len(ids))):
+        token = int(model(ids[model.held :]).argmax())
         if token in model.ends:
             break
         ids.append(token)
-        logits = model([token])
     print(tokenizer.decode(ids))
 
 
