@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qatc.errors import CaptureError
 from qatc.graph.capture import Template, capture
 from qatc.passes import Canonicalize
-from qatc.runtime.cache import PackedLayer, packed_layer, round_up
+from qatc.runtime.cache import PackedLayer, packed_layer, round_up, windows_of
 from qatc.runtime.forward import LoweredForward, Runtime, take_out
 from qatc.runtime.program import Op, Program, Steps, obstacle, per_call
 from qatc.runtime.translation import Translator
@@ -237,6 +237,11 @@ class DecodeForward:
         self.reason: str | None = None
         functools.update_wrapper(self, type(model).forward.__get__(model))
 
+    @functools.cached_property
+    def windows(self) -> list[int | None] | None:
+        """Those of the model's layers, see :func:`qatc.runtime.cache.windows_of`."""
+        return windows_of(self.model.config)
+
     def program(self) -> DecodeProgram | None:
         """The program, made when it is first asked for."""
         if not self._tried:
@@ -256,7 +261,7 @@ class DecodeForward:
         self._tried = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = _step_of(self.model, args, kwargs)
+        step = _step_of(self, args, kwargs)
         if step is not None:
             program = self.program()
             if program is not None and program.applies() and step.token < program.vocabulary:
@@ -275,9 +280,11 @@ class _Step:
     cache: Cache
 
 
-def _step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
+def _step_of(
+    decode: DecodeForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Step | None:
     """The step that a call asks for, if that is one token of one row behind what a cache holds."""
-    found = tokens_behind(model, args, kwargs)
+    found = tokens_behind(decode, args, kwargs)
     if found is None or found[0].shape[0] != 1:
         return None
     ids, cache = found
@@ -292,11 +299,12 @@ def _step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step
 
 
 def tokens_behind(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    decode: DecodeForward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Cache] | None:
     """The tokens ``[B, 1]`` and the cache of a call for the logits of one new token of every row.
 
-    Nothing of a tensor but its shape is looked at. None for any other call.
+    Nothing of a tensor but its shape is looked at. None for any other call, and for a cache of
+    other windows than the model's, which are then in the model's own mask alone.
     """
     if len(args) > 1 or (args and "input_ids" in kwargs):
         return None
@@ -306,9 +314,9 @@ def tokens_behind(
     others = (value for name, value in kwargs.items() if name not in _PLAIN)
     if any(value is not None and value is not False for value in others):
         return None
-    if not isinstance(cache, Cache) or not _holds_rows(cache, ids.shape[0]):
+    if not isinstance(cache, Cache) or not _holds_rows(cache, ids.shape[0], decode.windows):
         return None
-    return (ids, cache) if _wants_logits_alone(model, kwargs, ids.device.type) else None
+    return (ids, cache) if _wants_logits_alone(decode.model, kwargs, ids.device.type) else None
 
 
 def _wants_logits_alone(model: Any, kwargs: dict[str, Any], device: str) -> bool:
@@ -320,9 +328,10 @@ def _wants_logits_alone(model: Any, kwargs: dict[str, Any], device: str) -> bool
     return bool(plain and kept and caches and not more and not torch.is_autocast_enabled(device))
 
 
-def _holds_rows(cache: Cache, rows: int) -> bool:
+def _holds_rows(cache: Cache, rows: int, windows: list[int | None] | None) -> bool:
     layers = cache.layers
-    return bool(layers) and all(
+    return bool(windows and len(layers) == len(windows)) and all(
         isinstance(layer, PackedLayer) and layer.length and layer.tensors[0].shape[0] == rows
-        for layer in layers
-    )
+        and layer.window == window
+        for layer, window in zip(layers, windows or (), strict=True)
+    )  # fmt: skip

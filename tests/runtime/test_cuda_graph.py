@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import qatc
 from qatc.recipe.recipe import Recipe
@@ -184,6 +185,16 @@ def test_windows_are_replayed_while_all_is_in_sight(tmp_path: Path) -> None:
     ids = IDS[:2] % 40
     assert torch.equal(steps(model, ids, 5), steps(plain, ids, 5))
     assert forward.recorded == 2 and forward.replayed == 5  # of 12 tokens, the first 5 a prompt
+
+
+def test_a_cache_that_knows_no_window_gets_the_models_own_steps(tmp_path: Path) -> None:
+    small = make_small("mistral", sliding_window=12)
+    model, forward, plain = graphed_and_plain(make_output(tmp_path / "o", Recipe(), small))
+    ids = IDS[:2] % 40
+    wanted = steps(plain, ids, 5)
+    torch.testing.assert_close(steps(model, ids, 5, DynamicCache()), wanted, rtol=0.1, atol=0.1)
+    assert torch.equal(steps(model, ids, 5, DynamicCache()), steps(plain, ids, 5, DynamicCache()))
+    assert forward.recorded == 0 and forward.reason is None
 
 
 def test_what_cannot_be_recorded_is_not_replayed(tmp_path: Path) -> None:

@@ -191,6 +191,20 @@ def test_what_a_program_does_not_do_goes_to_the_graphs(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
+def test_a_cache_that_knows_no_window_goes_to_the_graphs(tmp_path: Path) -> None:
+    output = make_output(tmp_path / "o", Recipe.from_bits("4-8-4"), make("mistral", sliding_window=12))
+    found = []
+    for wanted in (False, True):
+        model: Any = qatc.load(output, compile=False, decode_program=wanted)
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            outs = [model(input_ids=IDS[:, :10], past_key_values=cache, use_cache=True)]
+            for new in IDS[:, 10:30].split(1, 1):
+                outs.append(model(input_ids=new, past_key_values=cache, use_cache=True))
+        found.append(torch.cat([out.logits for out in outs], 1))
+    assert torch.equal(*found)
+
+
 def test_generate_is_the_same(tmp_path: Path) -> None:
     output = make_output(tmp_path / "o", Recipe.from_bits("8-8-8"))
     options: dict[str, Any] = {"max_new_tokens": 90, "do_sample": False, "eos_token_id": None}

@@ -62,7 +62,7 @@ class GraphedForward(DecodeForward):
         self.recorded = self.replayed = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = None if self.reason is not None else _step_of(self.model, args, kwargs)
+        step = None if self.reason is not None else _step_of(self, args, kwargs)
         if step is not None:
             with self._lock, self._recorder.turn():
                 output = self._step(step, args, kwargs)
@@ -196,13 +196,15 @@ class _Step:
     cache: Cache
 
 
-def _step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
+def _step_of(
+    decode: GraphedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Step | None:
     """The step that a call asks for, if it is one token of every row behind what a cache holds.
 
     Rows have one length and nothing is hidden from them. A mask is looked at, for which the
     processor waits; whoever leaves it out, does not wait.
     """
-    found = tokens_behind(model, args, kwargs)
+    found = tokens_behind(decode, args, kwargs)
     if found is None:
         return None
     ids, cache = found
