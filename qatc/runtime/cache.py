@@ -208,10 +208,10 @@ def packed_layer(cache: Cache, number: int) -> PackedLayer:
 
 
 def windows_of(config: Any) -> list[int | None] | None:
-    """The tokens that a query of each layer sees, itself included: those of transformers' own cache.
+    """The tokens that a query of each layer sees, as transformers' own cache knows it.
 
-    A cache that was made without the config does not know them. None where transformers has no
-    cache for the config.
+    As :attr:`PackedLayer.window`; a cache that was made without the config does not know them. None
+    where transformers has no cache for the config.
     """
     try:
         layers: list[Any] = DynamicCache(config=config).layers

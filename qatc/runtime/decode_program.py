@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qatc.errors import CaptureError
 from qatc.graph.capture import Template, capture
+from qatc.graph.watch import Watch
 from qatc.passes import Canonicalize
 from qatc.runtime.cache import PackedLayer, packed_layer, round_up, windows_of
 from qatc.runtime.forward import LoweredForward, Runtime, take_out
@@ -79,10 +80,7 @@ class DecodeProgram:
         steps = Steps(torch.get_num_threads())
         self._translate(trunk, steps)
         self.program: Program = steps.finish()
-        self._watched = [(t, t.data_ptr()) for t in _tensors(model)]
-        self._hooks = [
-            hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
+        self._watch = Watch(model)
 
     def _capture(self, model: Any) -> Template:
         """The graph around the regions, in which each of those is a node."""
@@ -135,7 +133,7 @@ class DecodeProgram:
 
     def applies(self) -> bool:
         """Whether the model is still the one that was translated, and nobody listens inside."""
-        return not any(self._hooks) and all(t.data_ptr() == p for t, p in self._watched)
+        return not self._watch.overheard() and self._watch.unchanged()
 
     def __call__(self, token: int, position: int, cache: Cache) -> Tensor:
         """Logits ``[1, 1, V]`` of the next token, whose keys and values go into ``cache``."""
@@ -179,11 +177,6 @@ def _template(forward: LoweredForward, runtime: Runtime) -> Template:
     if len(found) != 1:
         raise Untranslatable(f"{forward.name} has {len(found)} graphs, not one")
     return found[0]
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """Tensors whose memory a program knows: that of all parameters and buffers."""
-    return [*model.parameters(), *model.buffers()]
 
 
 class _Logits(nn.Module):
@@ -280,9 +273,7 @@ class _Step:
     cache: Cache
 
 
-def _step_of(
-    decode: DecodeForward, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> _Step | None:
+def _step_of(decode: DecodeForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
     """The step that a call asks for, if that is one token of one row behind what a cache holds."""
     found = tokens_behind(decode, args, kwargs)
     if found is None or found[0].shape[0] != 1:
