@@ -222,6 +222,10 @@ def _programmed(lowered: Any, texts: Texts) -> None:
             steps.append((graphs, decode(new, past_key_values=own, use_cache=True).logits))
         wanted.append(torch.cat([graphs for graphs, _ in steps], 1))
         got.append(torch.cat([logits for _, logits in steps], 1))
+    if isinstance(decode, GraphedForward) and (decode.reason or not decode.replayed):
+        why = decode.reason or "the model's own steps served all of them"
+        texts.checks.append(Check("cached", f"number of {what}, not judged: {why}", 0))
+        return
     texts.judge(
         "cached", f"{what} from the graphs, step by step", torch.cat(wanted), torch.cat(got)
     )

@@ -35,17 +35,17 @@ OLDEST = 7
 def obstacle(kind: str = "auto") -> str | None:
     """Why Inductor cannot build kernels for a kind of device, or None if it can.
 
-    For a GPU it needs Triton, and a C compiler for what launches Triton's kernels; for a CPU a C++
-    compiler, which may lack its headers or half of its programs. So one kernel is built the way
-    that all are, once for each compiler and processor; the outcome is kept in the user's cache, a
-    failure for a day.
+    For ``cuda`` it needs Triton, and a C compiler for what launches Triton's kernels; for all else
+    a C++ compiler, which may lack its headers or half of its programs. So one kernel is built the
+    way that all are, once for each compiler and processor; the outcome is kept in the user's cache,
+    a failure for a day.
 
     Args:
-        kind: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
+        kind: of torch's devices, or ``auto`` for a GPU of NVIDIA if there is one.
     """
     if kind == "auto":
         return obstacle("cuda" if torch.cuda.is_available() else "cpu")
-    if kind != "cpu":
+    if kind == "cuda":
         return _obstacle_on_gpu()
     commands = _compilers()
     if not commands:

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
@@ -200,11 +201,27 @@ def packed_layer(cache: Cache, number: int) -> PackedLayer:
             f"a {type(cache).__name__} with {type(layer).__name__} cannot hold packed K and V;"
             " leave cache_implementation out, or pass an empty DynamicCache"
         )
-    window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-    packed = PackedLayer(window)
+    packed = PackedLayer(_window(layer))
     packed.record_past = getattr(layer, "record_past", False)
     layers[number] = packed
     return packed
+
+
+def windows_of(config: Any) -> list[int | None] | None:
+    """The tokens that a query of each layer sees, as transformers' own cache knows it.
+
+    As :attr:`PackedLayer.window`; a cache that was made without the config does not know them. None
+    where transformers has no cache for the config.
+    """
+    try:
+        layers: list[Any] = DynamicCache(config=config).layers
+    except KeyError:  # a kind of layer of somebody's own
+        return None
+    return [_window(layer) for layer in layers]
+
+
+def _window(layer: Any) -> int | None:
+    return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
 
 
 def cache_values(template: Template) -> list[Tensor]:

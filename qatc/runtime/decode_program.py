@@ -25,8 +25,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qatc.errors import CaptureError
 from qatc.graph.capture import Template, capture
+from qatc.graph.watch import Watch
 from qatc.passes import Canonicalize
-from qatc.runtime.cache import PackedLayer, packed_layer, round_up
+from qatc.runtime.cache import PackedLayer, packed_layer, round_up, windows_of
 from qatc.runtime.forward import LoweredForward, Runtime, take_out
 from qatc.runtime.program import Op, Program, Steps, obstacle, per_call
 from qatc.runtime.translation import Translator
@@ -79,10 +80,7 @@ class DecodeProgram:
         steps = Steps(torch.get_num_threads())
         self._translate(trunk, steps)
         self.program: Program = steps.finish()
-        self._watched = [(t, t.data_ptr()) for t in _tensors(model)]
-        self._hooks = [
-            hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
+        self._watch = Watch(model)
 
     def _capture(self, model: Any) -> Template:
         """The graph around the regions, in which each of those is a node."""
@@ -135,7 +133,7 @@ class DecodeProgram:
 
     def applies(self) -> bool:
         """Whether the model is still the one that was translated, and nobody listens inside."""
-        return not any(self._hooks) and all(t.data_ptr() == p for t, p in self._watched)
+        return not self._watch.overheard() and self._watch.unchanged()
 
     def __call__(self, token: int, position: int, cache: Cache) -> Tensor:
         """Logits ``[1, 1, V]`` of the next token, whose keys and values go into ``cache``."""
@@ -179,11 +177,6 @@ def _template(forward: LoweredForward, runtime: Runtime) -> Template:
     if len(found) != 1:
         raise Untranslatable(f"{forward.name} has {len(found)} graphs, not one")
     return found[0]
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """Tensors whose memory a program knows: that of all parameters and buffers."""
-    return [*model.parameters(), *model.buffers()]
 
 
 class _Logits(nn.Module):
@@ -237,6 +230,11 @@ class DecodeForward:
         self.reason: str | None = None
         functools.update_wrapper(self, type(model).forward.__get__(model))
 
+    @functools.cached_property
+    def windows(self) -> list[int | None] | None:
+        """Those of the model's layers, see :func:`qatc.runtime.cache.windows_of`."""
+        return windows_of(self.model.config)
+
     def program(self) -> DecodeProgram | None:
         """The program, made when it is first asked for."""
         if not self._tried:
@@ -256,7 +254,7 @@ class DecodeForward:
         self._tried = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = _step_of(self.model, args, kwargs)
+        step = _step_of(self, args, kwargs)
         if step is not None:
             program = self.program()
             if program is not None and program.applies() and step.token < program.vocabulary:
@@ -275,9 +273,9 @@ class _Step:
     cache: Cache
 
 
-def _step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
+def _step_of(decode: DecodeForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
     """The step that a call asks for, if that is one token of one row behind what a cache holds."""
-    found = tokens_behind(model, args, kwargs)
+    found = tokens_behind(decode, args, kwargs)
     if found is None or found[0].shape[0] != 1:
         return None
     ids, cache = found
@@ -292,11 +290,12 @@ def _step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step
 
 
 def tokens_behind(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    decode: DecodeForward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Cache] | None:
     """The tokens ``[B, 1]`` and the cache of a call for the logits of one new token of every row.
 
-    Nothing of a tensor but its shape is looked at. None for any other call.
+    Nothing of a tensor but its shape is looked at. None for any other call, and for a cache of
+    other windows than the model's, which are then in the model's own mask alone.
     """
     if len(args) > 1 or (args and "input_ids" in kwargs):
         return None
@@ -306,9 +305,9 @@ def tokens_behind(
     others = (value for name, value in kwargs.items() if name not in _PLAIN)
     if any(value is not None and value is not False for value in others):
         return None
-    if not isinstance(cache, Cache) or not _holds_rows(cache, ids.shape[0]):
+    if not isinstance(cache, Cache) or not _holds_rows(cache, ids.shape[0], decode.windows):
         return None
-    return (ids, cache) if _wants_logits_alone(model, kwargs, ids.device.type) else None
+    return (ids, cache) if _wants_logits_alone(decode.model, kwargs, ids.device.type) else None
 
 
 def _wants_logits_alone(model: Any, kwargs: dict[str, Any], device: str) -> bool:
@@ -320,9 +319,10 @@ def _wants_logits_alone(model: Any, kwargs: dict[str, Any], device: str) -> bool
     return bool(plain and kept and caches and not more and not torch.is_autocast_enabled(device))
 
 
-def _holds_rows(cache: Cache, rows: int) -> bool:
+def _holds_rows(cache: Cache, rows: int, windows: list[int | None] | None) -> bool:
     layers = cache.layers
-    return bool(layers) and all(
+    return bool(windows and len(layers) == len(windows)) and all(
         isinstance(layer, PackedLayer) and layer.length and layer.tensors[0].shape[0] == rows
-        for layer in layers
-    )
+        and layer.window == window
+        for layer, window in zip(layers, windows or (), strict=True)
+    )  # fmt: skip

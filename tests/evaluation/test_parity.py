@@ -19,15 +19,18 @@ from torch import Tensor
 import qatc.evaluation.parity as parity
 from qatc.errors import ParityError
 from qatc.evaluation.checks import Check, ParityReport
-from qatc.evaluation.global_parity import kl
+from qatc.evaluation.global_parity import Texts, kl
 from qatc.kernels import native, packed_linear, products, table
 from qatc.machine.toolchain import compilers
 from qatc.numerics import minmax, packing
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
+from qatc.runtime.cuda.graphed import GraphedForward
+from qatc.runtime.forward import runtime_of
 from qatc.runtime.model import load
 from tests.conftest import make_llama, make_output
 from tests.evaluation.planting import LOWERED, Module, broken, rounded_scale
+from tests.runtime.replaying import Again
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 
@@ -276,3 +279,22 @@ def test_a_failure_leaves_no_output(
     assert not config.output.exists() and config.partial.exists()
     monkeypatch.undo()
     assert load(quantize(config).output, compile=False) is not None
+
+
+@torch.no_grad()
+def test_steps_that_were_not_replayed_have_not_passed(tmp_path: Path) -> None:
+    class Refuses(Again):
+        def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            raise RuntimeError("no")
+
+    model: Any = load(make_output(tmp_path / "o", Recipe()), dtype=torch.float32, compile=False)
+    ids = torch.randint(112, (2, 16), generator=torch.Generator().manual_seed(0))
+    for recorder, judged, says in (
+        (Again(), True, "replayed steps from the graphs"),
+        (Refuses(), False, "number of replayed steps, not judged: recording LlamaForCausalLM"),
+    ):
+        runtime_of(model).decode = GraphedForward(model, runtime_of(model), recorder)
+        texts = Texts(ids, 0.05)
+        parity._programmed(model, texts)
+        (check,) = texts.checks
+        assert says in check.what and (check.limit is not None) is judged, check

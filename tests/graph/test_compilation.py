@@ -55,7 +55,8 @@ def test_a_compiler_without_its_headers_is_tried_once(machine: Path) -> None:
     log = write(machine, "echo 'x.cpp:1:10: fatal error: cmath: No such file' >&2; exit 1")
     reason = compilation.obstacle()
     assert reason is not None and "fatal error: cmath" in reason and "\n" not in reason
-    assert not preparation.can_compile()
+    assert not preparation.can_compile() and not preparation.can_compile("cpu")
+    assert compilation.obstacle("mps") == reason  # which is no GPU of Triton
     attempts = log.read_text()
     assert attempts
     assert ask_again() == reason and log.read_text() == attempts

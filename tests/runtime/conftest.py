@@ -15,6 +15,8 @@ from qatc.models.preparation import prepare
 from qatc.output import load_reference, open_output
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
+from qatc.runtime.cache import PackedLayer
+from qatc.runtime.cuda import arena
 from tests.conftest import make_output
 
 RECIPES = {
@@ -82,3 +84,12 @@ def left_padded(lengths: list[int]) -> dict[str, Tensor]:
     return {
         "input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)
     }  # fmt: skip
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few slots, and as many for the model's own steps, whose sums are then the very same."""
+    monkeypatch.setattr(arena, "FIRST_BUCKET", 8)
+    monkeypatch.setattr(
+        PackedLayer, "slots_read", lambda self, new: arena.bucket(self.length + new)
+    )

@@ -2,76 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import nn
+from transformers import DynamicCache
 
-import qatc
 from qatc.recipe.recipe import Recipe
 from qatc.report.usage import decoding_report
-from qatc.runtime.cache import PackedLayer
 from qatc.runtime.cuda import arena, graphed
-from qatc.runtime.cuda.graphed import GraphedForward
-from qatc.runtime.forward import runtime_of
 from tests.conftest import make_llama, make_output, make_small
 from tests.runtime.conftest import RECIPES
+from tests.runtime.replaying import IDS, graphed_and_plain, steps
 
-IDS = torch.randint(2, 112, (3, 40), generator=torch.Generator().manual_seed(3))
-
-
-class Again:
-    """Takes a recorded step anew when it is replayed, into the memory that it gave at first."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def turn(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        result = step()
-        self.steps += 1
-
-        def replay() -> Tensor:
-            with torch.no_grad():
-                return result.copy_(step())
-
-        return replay
-
-
-@pytest.fixture(autouse=True)
-def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few slots, and as many for the model's own steps, whose sums are then the very same."""
-    monkeypatch.setattr(arena, "FIRST_BUCKET", 8)
-    monkeypatch.setattr(
-        PackedLayer, "slots_read", lambda self, new: arena.bucket(self.length + new)
-    )
-
-
-def graphed_and_plain(directory: Path) -> tuple[Any, GraphedForward, Any]:
-    """A model whose steps are replayed, what replays them, and the same model without that."""
-    model: Any = qatc.load(directory, dtype=torch.float32, compile=False, decode_program=False)
-    plain = copy.copy(model)  # of the very same modules
-    forward = GraphedForward(model, runtime_of(model), Again())
-    model.forward, runtime_of(model).decode = forward, forward
-    return model, forward, plain
-
-
-@torch.no_grad()
-def steps(model: Any, ids: Tensor, prompt: int, cache: Any = None, **options: Any) -> Tensor:
-    """The logits of the tokens behind a prompt, one after the other."""
-    out = model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
-    found = []
-    for new in ids[:, prompt:].split(1, 1):
-        out = model(input_ids=new, past_key_values=out.past_key_values, use_cache=True, **options)
-        found.append(out.logits)
-    return torch.cat(found, 1)
+pytestmark = pytest.mark.usefixtures("small_buckets")
 
 
 def test_buckets_are_few_and_waste_little() -> None:
@@ -116,7 +62,7 @@ def test_caches_that_live_side_by_side_do_not_mix(tmp_path: Path) -> None:
                     for m, cache in ((model, mine), (plain, others))
                 )
                 assert torch.equal(got, wanted)
-    # Three caches for two places: recording them again and again is given up.
+    # Three caches for two places: recording them again and again is given up for a while.
     assert forward.reason is not None and "more often" in forward.reason
     assert "no CUDA graph: caches change" in decoding_report(model)
 
@@ -186,52 +132,14 @@ def test_windows_are_replayed_while_all_is_in_sight(tmp_path: Path) -> None:
     assert forward.recorded == 2 and forward.replayed == 5  # of 12 tokens, the first 5 a prompt
 
 
-def test_what_cannot_be_recorded_is_not_replayed(tmp_path: Path) -> None:
-    model, forward, plain = graphed_and_plain(make_output(tmp_path / "o", Recipe()))
-
-    class Refuses(Again):
-        def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-            step()
-            raise RuntimeError("CUDA error: operation not permitted\nmore")
-
-    forward._recorder = Refuses()
-    assert torch.equal(steps(model, IDS, 5), steps(plain, IDS, 5))
-    assert forward.reason == (
-        "recording LlamaForCausalLM failed: RuntimeError: CUDA error: operation not permitted"
-    )
-    assert graphed.why_not_replayed(model) == forward.reason
-
-
-def test_a_model_that_counts_its_positions_itself_is_not_replayed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A recorded step knows neither how many tokens are held nor that there will be more."""
-    model, forward, plain = graphed_and_plain(make_output(tmp_path / "o", Recipe()))
-    inner = type(model.model).forward
-
-    def asks(*args: Any, **kwargs: Any) -> Any:
-        held, new = kwargs["past_key_values"].get_seq_length(), kwargs["input_ids"].shape[1]
-        kwargs["position_ids"] = torch.arange(held, held + new)[None]
-        return inner(model.model, *args, **kwargs)
-
-    cache = plain(input_ids=IDS[:1, :5], use_cache=True).past_key_values
-    monkeypatch.setattr(model.model, "forward", asks)
-    wanted = steps(plain, IDS[:1, 5:20], 1, copy.deepcopy(cache))
-    assert torch.equal(steps(model, IDS[:1, 5:20], 1, cache), wanted)
-    assert forward.reason == "LlamaForCausalLM asks its cache where a token is"
-
-
-def test_a_replay_that_gives_something_else_is_not_used(tmp_path: Path) -> None:
-    model, forward, plain = graphed_and_plain(make_output(tmp_path / "o", Recipe()))
-
-    class Wrong(Again):
-        def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-            replay = super().record(step)
-            return lambda: replay().roll(1)
-
-    forward._recorder = Wrong()
-    assert torch.equal(steps(model, IDS, 5), steps(plain, IDS, 5))
-    assert forward.reason is not None and forward.replayed == 0
+def test_a_cache_that_knows_no_window_gets_the_models_own_steps(tmp_path: Path) -> None:
+    small = make_small("mistral", sliding_window=12)
+    model, forward, plain = graphed_and_plain(make_output(tmp_path / "o", Recipe(), small))
+    ids = IDS[:2] % 40
+    wanted = steps(plain, ids, 5)
+    torch.testing.assert_close(steps(model, ids, 5, DynamicCache()), wanted, rtol=0.1, atol=0.1)
+    assert torch.equal(steps(model, ids, 5, DynamicCache()), steps(plain, ids, 5, DynamicCache()))
+    assert forward.recorded == 0 and forward.reason is None
 
 
 def test_moved_parameters_are_recorded_anew(tmp_path: Path) -> None:
@@ -241,6 +149,24 @@ def test_moved_parameters_are_recorded_anew(tmp_path: Path) -> None:
     model.model.norm.weight.data = 2 * model.model.norm.weight.data
     assert torch.equal(steps(model, IDS[:1, :20], 5), steps(plain, IDS[:1, :20], 5))
     assert forward.recorded == 2 * recorded
+
+
+@torch.no_grad()
+def test_replaced_parts_are_recorded_anew(tmp_path: Path) -> None:
+    model, forward, plain = graphed_and_plain(make_output(tmp_path / "o", Recipe()))
+    steps(model, IDS[:1, :12], 5)
+    norm, recorded = model.model.norm, forward.recorded
+    other = copy.deepcopy(norm)
+    other.weight.mul_(2)
+    twice = {"weight": 3 * norm.weight}
+    for replace in (
+        lambda: setattr(norm, "weight", nn.Parameter(2 * norm.weight, requires_grad=False)),
+        lambda: norm.load_state_dict(twice, assign=True),
+        lambda: setattr(model.model, "norm", other),
+    ):
+        replace()
+        assert torch.equal(steps(model, IDS[:1, :12], 5), steps(plain, IDS[:1, :12], 5))
+    assert forward.recorded == 4 * recorded
 
 
 def test_hooks_are_heard(tmp_path: Path) -> None:

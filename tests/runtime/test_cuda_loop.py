@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from qatc.recipe.recipe import Recipe
-from qatc.runtime.cuda.loop import decoding_loop
+from qatc.runtime.cuda.loop import Arrival, decoding_loop
 from qatc.runtime.generate_text import Writer
 from tests.conftest import make_output
 
@@ -63,3 +65,33 @@ def test_nothing_is_computed_behind_the_last_token(output: Path) -> None:
         with_kwargs=True,
     )
     assert one.write("The old fox").new_tokens == 20 and calls[1:] == [1] * 19
+
+
+def test_the_copy_is_waited_for_on_the_tokens_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one."""
+    waited: list[str] = []
+
+    class Event:
+        def __init__(self, device: str = "the current one") -> None:
+            self.device = device
+
+        def record(self) -> None:
+            """On the current stream of the current device."""
+
+        def synchronize(self) -> None:
+            waited.append(self.device)
+
+    class Token:
+        is_cuda, device = True, torch.device("cuda:1")
+
+        def __getitem__(self, row: int) -> torch.Tensor:
+            return torch.tensor([7])
+
+    def current_stream(device: Any = None) -> Any:
+        return SimpleNamespace(record_event=lambda: Event(str(device)))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    token: Any = Token()
+    assert Arrival(token, torch.zeros(1, dtype=torch.long)).wait() == 7
+    assert waited == ["cuda:1"]

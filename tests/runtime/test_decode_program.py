@@ -191,6 +191,44 @@ def test_what_a_program_does_not_do_goes_to_the_graphs(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
+def test_a_cache_that_knows_no_window_goes_to_the_graphs(tmp_path: Path) -> None:
+    output = make_output(
+        tmp_path / "o", Recipe.from_bits("4-8-4"), make("mistral", sliding_window=12)
+    )
+    found = []
+    for wanted in (False, True):
+        model: Any = qatc.load(output, compile=False, decode_program=wanted)
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            outs = [model(input_ids=IDS[:, :10], past_key_values=cache, use_cache=True)]
+            for new in IDS[:, 10:30].split(1, 1):
+                outs.append(model(input_ids=new, past_key_values=cache, use_cache=True))
+        found.append(torch.cat([out.logits for out in outs], 1))
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_program_of_other_parameters_is_not_used(tmp_path: Path) -> None:
+    model: Any = qatc.load(
+        make_output(tmp_path / "o", Recipe.from_bits("4-8-4")), compile=False, decode_program=True
+    )
+    own, norm = copy.copy(model), model.model.norm
+    own.__dict__.pop("forward")
+    cache = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
+    model(input_ids=IDS[:, 5:6], past_key_values=cache, use_cache=True)
+    for replace in (
+        lambda: norm.load_state_dict({"weight": 2 * norm.weight}, assign=True),
+        lambda: setattr(model.model, "norm", copy.deepcopy(norm).requires_grad_(False)),
+    ):
+        replace()
+        model.model.norm.weight.mul_(2)
+        one, other = (
+            m(input_ids=IDS[:, 6:7], past_key_values=copy.deepcopy(cache), use_cache=True).logits
+            for m in (model, own)
+        )
+        assert torch.equal(one, other)
+
+
 def test_generate_is_the_same(tmp_path: Path) -> None:
     output = make_output(tmp_path / "o", Recipe.from_bits("8-8-8"))
     options: dict[str, Any] = {"max_new_tokens": 90, "do_sample": False, "eos_token_id": None}

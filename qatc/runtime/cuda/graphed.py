@@ -9,7 +9,8 @@ slots read (:func:`qatc.runtime.cuda.arena.bucket`). All other calls go to the m
 
 from __future__ import annotations
 
-import threading
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qatc.graph.watch import Watch
 from qatc.runtime.cache import PackedLayer, packed_layer
 from qatc.runtime.cuda.arena import Arena, bucket
 from qatc.runtime.cuda.recorder import CudaRecorder, Recorder
@@ -30,10 +32,13 @@ ARENAS = 2
 FUTILE = 16
 """Recordings after which there must have been more replays than recordings."""
 
+PAUSE = 1000
+"""Calls after which what may have passed, as a lack of memory, is tried again."""
+
 SAME = 0.1
-"""How far a replayed step may be from the model's own, relative to the logits: it sums other slots
-in another order, and a code on a rounding tie may fall the other way. What it must not do is to
-compute something else."""
+"""How far a replayed step may be from the model's own: the norm of the difference, relative to that
+of the logits. It sums other slots in another order, and a code on a rounding tie may fall the other
+way. What it must not do is to compute something else."""
 
 UNMOVED = 0.02
 """How far it may be from itself where its cache claims to hold more: it does the very same."""
@@ -45,26 +50,30 @@ class GraphedForward(DecodeForward):
     Args:
         model: a model of :func:`qatc.load`.
         runtime: its own.
-        recorder: records the steps; ``None`` for CUDA graphs on the model's device.
+        recorder: records the steps; ``None`` for CUDA graphs on the device of its parameters.
 
     Attributes:
-        reason: why steps are not replayed, once that was tried; None where they are.
+        reason: why steps are not replayed, for good or for some calls; None where they are. Said
+            as a ``RuntimeWarning``, too.
         recorded: how many steps have been recorded.
         replayed: how many times one was replayed.
     """
 
     def __init__(self, model: Any, runtime: Runtime, recorder: Recorder | None = None) -> None:
         super().__init__(model, runtime)
-        self._recorder = recorder or CudaRecorder(torch.device(runtime.device))
+        self._recorder = recorder or CudaRecorder(next(model.parameters()).device)
         self._arenas: list[Arena] = []
-        self._lock = threading.RLock()
-        self._watched: list[tuple[Tensor, int]] | None = None
+        self._watch: Watch | None = None
         self.recorded = self.replayed = 0
+        self._before = 0, 0  # both, when the last pause ended
+        self._pause: int | None = None  # calls that are left of it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = None if self.reason is not None else _step_of(self.model, args, kwargs)
+        if self._pause is not None:
+            self._go_on_later()
+        step = None if self.reason is not None else _step_of(self, args, kwargs)
         if step is not None:
-            with self._lock, self._recorder.turn():
+            with self._recorder.turn():
                 output = self._step(step, args, kwargs)
             if output is not None:
                 return output
@@ -93,7 +102,10 @@ class GraphedForward(DecodeForward):
         layers = [packed_layer(step.cache, number) for number in numbers]
         held = layers[0].length
         slots = bucket(held + 1)
-        arena = self._arena(layers, slots)
+        try:
+            arena = self._arena(layers, slots)
+        except torch.OutOfMemoryError as error:
+            return self._give_up(_line(error), None, PAUSE)
         kind = slots, 1 if step.positions is None else len(step.positions)
         if kind not in arena.graphs:
             return self._record(step, arena, kind, self._own(*args, **kwargs))
@@ -138,8 +150,10 @@ class GraphedForward(DecodeForward):
             ).logits  # fmt: skip
             return logits
 
-        if self.recorded >= FUTILE and self.recorded > self.replayed:
-            return self._give_up("caches change more often than steps are replayed", output)
+        recorded, replayed = self.recorded - self._before[0], self.replayed - self._before[1]
+        if recorded >= FUTILE and recorded > replayed:
+            reason = "caches change more often than steps are replayed"
+            return self._give_up(reason, output, PAUSE)
         held = packed_layer(step.cache, 0).length - 1
         fixed: list[Any] = cache.layers
         arena.fill(step.ids, step.positions, held)
@@ -150,37 +164,44 @@ class GraphedForward(DecodeForward):
                 claimed_less = taken()
                 for layer in fixed:
                     layer.length = slots
+                # What runs while it is recorded and not when it is replayed must show: it gets
+                # other tokens, and what it gave is overwritten.
+                arena.ids.copy_(step.ids == 0)
                 replay = self._recorder.record(taken)
+                replay().fill_(math.nan)
+                arena.ids.copy_(step.ids)
                 logits = replay()
         except Exception as error:  # whatever keeps it from being recorded, is why it is not
-            line = (str(error).strip().splitlines() or [""])[0]
-            return self._give_up(
-                f"recording {type(model).__name__} failed: {type(error).__name__}: {line}", output
-            )
-        if not _agree(logits, claimed_less, UNMOVED):
-            return self._give_up(f"{type(model).__name__} asks its cache where a token is", output)
-        if not _agree(logits, output.logits, SAME):
+            reason = f"recording {type(model).__name__} failed: {_line(error)}"
+            return self._give_up(reason, output, PAUSE if _is_for_memory(error) else None)
+        same = _agree(logits, output.logits, SAME)
+        if not same and _agree(claimed_less, output.logits, SAME):
             return self._give_up("what was recorded computes something else", output)
+        if not same or not _agree(logits, claimed_less, UNMOVED):
+            return self._give_up(f"{type(model).__name__} asks its cache where a token is", output)
         self.recorded += 1
         arena.graphs[kind] = replay
         return output
 
-    def _give_up(self, reason: str, output: Any) -> Any:
-        self.reason, self._arenas = reason, []
+    def _give_up(self, reason: str, output: Any, calls: int | None = None) -> Any:
+        """Replay nothing for so many calls, or for good."""
+        self._arenas, self._pause = [], calls
+        later = "" if calls is None else f", tried again after {calls:,} calls"
+        self.reason = reason + later
+        warnings.warn(f"decoding steps are not replayed: {self.reason}", RuntimeWarning, 2)
         return output
+
+    def _go_on_later(self) -> None:
+        self._pause = (self._pause or 0) - 1
+        if self._pause <= 0:
+            self._before = self.recorded, self.replayed
+            self.reason = self._pause = None
 
     def _is_what_was_recorded(self) -> bool:
         """Whether nobody listens inside the model; steps over other tensors are dropped."""
-        if self._watched is None:
-            self._hooks = [
-                hooks
-                for module in self.model.modules()
-                for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            ]
-        if self._watched is None or any(t.data_ptr() != place for t, place in self._watched):
-            tensors = (*self.model.parameters(), *self.model.buffers())
-            self._watched, self._arenas = [(t, t.data_ptr()) for t in tensors], []
-        return not any(self._hooks)
+        if self._watch is None or not self._watch.unchanged():
+            self._watch, self._arenas = Watch(self.model), []
+        return not self._watch.overheard()
 
 
 def why_not_replayed(model: Any) -> str | None:
@@ -196,13 +217,13 @@ class _Step:
     cache: Cache
 
 
-def _step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
+def _step_of(decode: GraphedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
     """The step that a call asks for, if it is one token of every row behind what a cache holds.
 
     Rows have one length and nothing is hidden from them. A mask is looked at, for which the
     processor waits; whoever leaves it out, does not wait.
     """
-    found = tokens_behind(model, args, kwargs)
+    found = tokens_behind(decode, args, kwargs)
     if found is None:
         return None
     ids, cache = found
@@ -217,6 +238,18 @@ def _step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step
     if mask is not None and (mask.shape != (rows, held + 1) or not bool(mask.all())):
         return None
     return _Step(ids, positions, cache)
+
+
+def _line(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _is_for_memory(error: BaseException | None) -> bool:
+    """Whether a lack of memory is behind an error: what ends a recording may hide it."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
 
 
 def _agree(logits: Tensor, wanted: Tensor, limit: float) -> bool:

@@ -24,9 +24,9 @@ class Arrival:
     def __init__(self, token: Tensor, buffer: Tensor) -> None:
         self._buffer = buffer
         buffer.copy_(token[0], non_blocking=True)
-        self._copied = torch.cuda.Event() if token.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
+        self._copied: torch.cuda.Event | None = None
+        if token.is_cuda:  # on the stream of the copy, whichever GPU is the current one
+            self._copied = torch.cuda.current_stream(token.device).record_event()
 
     def wait(self) -> int:
         """The token, once it is here: what was launched after it is not waited for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ class Recorder(Protocol):
         """
 
     def turn(self) -> AbstractContextManager[None]:
-        """Inside the block, the device does what it is given behind what earlier blocks gave it.
+        """One block at a time; the device does what it is given there behind earlier blocks' work.
 
         Blocks may be those of threads with streams of their own.
         """
@@ -32,17 +33,18 @@ class CudaRecorder:
     """Records steps as CUDA graphs, which share their memory.
 
     Args:
-        device: the GPU.
+        device: the GPU, with its number: each thread has a current one of its own.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
         self._last: torch.cuda.Event | None = None
+        self._lock = threading.RLock()  # of all who record into one memory
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        with torch.cuda.device(self._device):
+        with self._lock, torch.cuda.device(self._device):
             if self._last is None:
                 self._last = torch.cuda.Event()
             self._last.wait()
