@@ -50,6 +50,29 @@ def visible(positions: Tensor, slots: int, mask: Tensor | None) -> Tensor:
     return every <= own if mask is None else ((every <= own) & mask) | (every == own)
 
 
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`qatc.kernels.cached_attention.cached_attention` in torch's operators alone.
+
+    It is by SDPA for one query as for many, on every device.
+    """
+    write(key_cache, key, positions)
+    write(value_cache, value, positions)
+    seen = visible(positions, key_cache.shape[2], mask)
+    return F.scaled_dot_product_attention(
+        query, key_cache, value_cache, attn_mask=seen, scale=scale, enable_gqa=True
+    )
+
+
 def _anywhere(
     query: Tensor,
     key: Tensor,
@@ -59,12 +82,7 @@ def _anywhere(
     positions: Tensor,
     scale: float,
 ) -> Tensor:
-    write(key_cache, key, positions)
-    write(value_cache, value, positions)
-    mask = visible(positions, key_cache.shape[2], None)
-    out = F.scaled_dot_product_attention(
-        query, key_cache, value_cache, attn_mask=mask, scale=scale, enable_gqa=True
-    )
+    out = attend(query, key, value, key_cache, value_cache, positions, scale=scale)
     return out.contiguous()
 
 

@@ -24,7 +24,7 @@ from qatc.kernels.cached_attention import cached_attention
 from qatc.kernels.integer_linear import EXACT_FP32, scale_sums
 from qatc.kernels.packed_embedding import PACKED_EMBEDDING, packed_embedding
 from qatc.kernels.packed_linear import PACKED_LINEAR
-from qatc.kernels.row_attention import visible, write
+from qatc.kernels.row_attention import attend
 from qatc.kernels.site import Site, needs_integers
 from qatc.numerics import minmax, packing
 from qatc.numerics.fake_quant import FAKE_QUANTIZE
@@ -81,26 +81,6 @@ def _float_product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float().t()
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    positions: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    """:func:`qatc.kernels.cached_attention.cached_attention` by SDPA, for one query as for many."""
-    write(key_cache, key, positions)
-    write(value_cache, value, positions)
-    seen = visible(positions, key_cache.shape[2], mask)
-    return F.scaled_dot_product_attention(
-        query, key_cache, value_cache, attn_mask=seen, scale=scale, enable_gqa=True
-    )
-
-
 def fake_quantize(x: Tensor, spec: str, **options: Any) -> Tensor:
     """``torch.ops.qatc.fake_quantize`` of what is not learned; see there."""
     read = read_spec_arg(spec)
@@ -116,7 +96,7 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
     PACKED_LINEAR: linear,
     PACKED_EMBEDDING: packed_embedding,
     FAKE_QUANTIZE: fake_quantize,
-    cached_attention: attention,
+    cached_attention: attend,  # for one query as for many
 }
 
 
