@@ -58,7 +58,7 @@ class VllmModel(nn.Module):
         slots: tokens of a row, at most.
         kv_type: of K and V, as ``--kv-cache-dtype`` has it.
         backend: of linear layers, as ``--linear-backend`` has it.
-        dtype: to compute in; ``auto`` as ``vllm serve`` does: fp32 checkpoints run in fp16.
+        dtype: to compute in; ``auto`` as ``vllm serve`` does, so fp32 checkpoints in half of it.
         environment: variables for vLLM.
         trust_remote_code: run code that comes with the model.
 
@@ -208,13 +208,14 @@ def form_for(recipe: Recipe) -> Form:
 
 
 def open_in_vllm(
-    source: Path, slots: int, *, trust_remote_code: bool = False
+    source: Path, slots: int, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[VllmModel, list[str]]:
     """An output of qatc in vLLM, by an export that is deleted with it, or another model.
 
     Args:
         source: directory of an output, of an export of one, or of any model that vLLM loads.
         slots: tokens of a row, at most.
+        dtype: as of :class:`VllmModel`.
         trust_remote_code: run code that comes with the model.
 
     Returns:
@@ -225,7 +226,8 @@ def open_in_vllm(
     """
     require_vllm()
     if not (source / "qatc.json").exists():
-        return VllmModel(source, slots, trust_remote_code=trust_remote_code), []
+        found = VllmModel(source, slots, dtype=dtype, trust_remote_code=trust_remote_code)
+        return found, []
     output = open_output(source, trust_remote_code=trust_remote_code)
     vllm.refuse_unheld(output.recipe, form := form_for(output.recipe))
     scratch = TemporaryDirectory(prefix="qatc-vllm-")
@@ -236,6 +238,7 @@ def open_in_vllm(
         slots,
         kv_type="auto" if on_cpu else vllm.kv_type(output.recipe),
         backend="auto" if on_cpu else vllm.backend(output.recipe, form),
+        dtype=dtype,
         environment=vllm.environment(form),
         trust_remote_code=trust_remote_code,
     )
