@@ -60,9 +60,8 @@ def refuse_tasks(runtime: Runtime) -> None:
         )
     if runtime == "vllm":
         raise ConfigError(
-            "vLLM is asked for the logits of a text only; leave out --runtime, or export the"
-            " output (--format vllm) and ask lm-eval itself, which knows vLLM: lm_eval --model vllm"
-            " --model_args pretrained=DIRECTORY"
+            "vLLM is asked for the logits of a text only; leave out --runtime, or serve an export"
+            " with vLLM, and let lm-eval ask that: lm_eval --model local-completions"
         )
 
 

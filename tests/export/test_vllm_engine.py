@@ -248,7 +248,7 @@ def test_what_differs_on_a_cpu_is_said(
 def test_where_it_does_not_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = str(make_output(tmp_path / "out", Recipe.from_bits("4-8-8"), small_model()))
     monkeypatch.setattr(engine, "is_installed", lambda: True)
-    with pytest.raises(ConfigError, match="lm_eval --model vllm"):
+    with pytest.raises(ConfigError, match="lm_eval --model local-completions"):
         TasksConfig(out, runtime="vllm", tasks=("piqa",))
     text: dict[str, Any] = {"text": tmp_path / "text.txt", "runtime": "vllm"}
     with pytest.raises(ConfigError, match="quantize it first"):
