@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ from qatc.recipe.spec import QuantSpec
 from qatc.runtime.model import load
 from tests.conftest import make_llama, make_output, make_small
 from tests.export.conftest import WINDOWS
-from tests.numerics.test_affine import on_ties, random
+from tests.numerics.test_affine import by_xnnpack, on_ties, random, with_zero_on_a_tie
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None,
@@ -76,12 +75,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callab
 
 def linear_of_xnnpack(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """A linear layer with its inputs rounded to 8 bits, a scale and a zero point per token."""
-    rows = x.numpy().reshape(-1, x.shape[-1])
-    low, high = (np.minimum(rows.min(1), 0)[:, None], np.maximum(rows.max(1), 0)[:, None])
-    scale = np.maximum((high - low) / np.float32(255), np.float32(2.0**-23))
-    nearer = -128 + low / scale + 127 + high / scale > 0
-    zero = np.round(np.clip(np.where(nearer, -128 - low / scale, 127 - high / scale), -128, 127))
-    codes = np.clip(np.round(rows / scale) + zero, -128, 127)
+    codes, scale, zero = by_xnnpack(x.numpy().reshape(-1, x.shape[-1]))
     values = torch.from_numpy((codes - zero) * scale).reshape(x.shape)
     return F.linear(values, weight.dequantize(), bias)
 
@@ -140,7 +134,8 @@ def test_what_is_trained_for_it_is_what_it_computes(exported: Callable[[str], Pa
 def test_its_rule_is_the_one_that_it_is_trained_by(tmp_path: Path) -> None:
     """Through a product with the identity come the very values that the codes stand for."""
     weight = QuantizedWeight(torch.eye(64, dtype=torch.int8), torch.ones(64, 1), QuantSpec(8))
-    rows = torch.cat([on_ties(1500), random(500, 64, shift=0.5), random(500, 64).abs()])
+    zeros = F.pad(with_zero_on_a_tie(500), (0, 62))
+    rows = torch.cat([on_ties(1500), zeros, random(500, 64, shift=0.5), random(500, 64).abs()])
     program = torch.export.export(QuantizedLinear(weight, None), (rows,))
     (tmp_path / "identity.pte").write_bytes(lower(program, {}))
     method = runtime_of_executorch(tmp_path / "identity.pte")

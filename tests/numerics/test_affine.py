@@ -48,11 +48,23 @@ def on_ties(rows: int) -> Tensor:
     return torch.from_numpy(np.concatenate([low, high, np.clip(near, low, high)], 1))
 
 
-@pytest.mark.parametrize("kind", ["normal", "one-sided", "far from zero", "ties", "tiny", "huge"])
+def with_zero_on_a_tie(rows: int) -> Tensor:
+    """Rows whose zero point lies in the middle of two codes, seen from either end."""
+    rng = np.random.default_rng(0)
+    width = rng.random((rows, 1), np.float32) + np.float32(0.1)
+    low = -(rng.integers(1, 254, (rows, 1)) + np.float32(0.5)) * width / np.float32(255)
+    return torch.from_numpy(np.concatenate([low, low + width], 1).astype(np.float32))
+
+
+KINDS = ["normal", "one-sided", "far from zero", "ties", "zero on a tie", "tiny", "huge"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_those_of_xnnpack(kind: str) -> None:
     x = {
         "normal": random(500, 61), "far from zero": random(500, 61, shift=9.0),
         "one-sided": random(500, 61).abs() * torch.tensor([[1], [-1]] * 250), "ties": on_ties(4000),
+        "zero on a tie": with_zero_on_a_tie(4000),
         "tiny": random(500, 61, size=1e-30), "huge": random(500, 61, size=1e36),
     }[kind]  # fmt: skip
     codes, scale, zero = quantize(x, spec_of())
