@@ -29,12 +29,14 @@ from qatc.export.executorch.modules import QuantizedLinear, Step, quantized_step
 from qatc.numerics.fake_quant import fake_quantize
 from qatc.output import Output, QuantizedWeight, load_codes, load_reference, open_output
 from qatc.output.directory import with_tied
+from qatc.quantize.run import quantize
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from qatc.runtime.model import load
-from tests.conftest import make_llama, make_output, make_small
+from tests.conftest import make_llama, make_output, make_small, save
 from tests.export.conftest import WINDOWS
 from tests.numerics.test_affine import by_xnnpack, on_ties, random, with_zero_on_a_tie
+from tests.quantize.conftest import make
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None,
@@ -48,7 +50,7 @@ RECIPES = {
     ),
 }
 
-FOR_IT = {"trained for it": Recipe.from_bits("4-8-16", target="executorch", head_bits=8)}
+FOR_IT = Recipe.from_bits("4-8-16", target="executorch", head_bits=8)
 """Codes of an embedding would put inputs of the first layer on ties, as quotients of integers."""
 
 
@@ -61,11 +63,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callab
         if name not in done:
             model = make_llama(
                 hidden_size=64,
-                intermediate_size=72 if name == "channels" else 96,
+                intermediate_size=96 if name == "groups" else 72,
                 num_hidden_layers=1,
                 attention_bias=True,
             )
-            make_output(root / name / "source", (RECIPES | FOR_IT)[name], model, tokenizer)
+            make_output(root / name / "source", RECIPES[name], model, tokenizer)
             export(root / name / "source", root / name / "out", format="executorch")
             done.add(name)
         return root / name
@@ -112,22 +114,25 @@ def test_it_computes_the_model_by_its_own_rule(name: str, exported: Callable[[st
 
 
 @torch.no_grad()
-def test_what_is_trained_for_it_is_what_it_computes(exported: Callable[[str], Path]) -> None:
+def test_what_is_trained_for_it_is_what_it_computes(tmp_path: Path, tokenizer: Any) -> None:
     """The logits of the trained graph and of the packed model, to the order of float sums."""
-    directory = exported("trained for it")
-    output = open_output(directory / "source")
+    source = save(tmp_path / "model", make_llama(num_hidden_layers=1), tokenizer)
+    with torch.enable_grad():
+        quantize(make(source, tmp_path / "o", recipe=FOR_IT, verify=True))
+    export(tmp_path / "o", tmp_path / "pte", format="executorch")
+    output = open_output(tmp_path / "o")
     reference: Any = load_reference(output)
     trained = prepare_reference(reference, output, compile=False)
     ids = torch.randint(2, 112, (1, 40), generator=torch.Generator().manual_seed(1))
     packed = load(output, dtype=torch.float32, compile=False)
     wanted = [model(input_ids=ids, use_cache=False).logits[0] for model in (trained, packed)]
-    model, differences = Model(directory / "out"), []
+    model, differences = Model(tmp_path / "pte"), []
     for place, token in enumerate(ids[0].tolist()):
         found = model([token])[0]
         differences.append([float((found - own[place]).abs().max()) for own in wanted])
     typical, worst = torch.tensor(differences).median(0).values, torch.tensor(differences).max()
-    # A single code that falls the other way, as on other processors it may, is 0.07.
-    assert float(typical.max()) < 2e-6 and float(worst) < 0.15
+    # A single code that falls the other way, as on other processors it may, is 0.01 to 0.1.
+    assert float(typical.max()) < 1e-5 and float(worst) < 0.15
     assert not any("where this model was trained" in n for n in FORMATS["executorch"].notes(output))
 
 
@@ -140,7 +145,7 @@ def test_its_rule_is_the_one_that_it_is_trained_by(tmp_path: Path) -> None:
     (tmp_path / "identity.pte").write_bytes(lower(program, {}))
     method = runtime_of_executorch(tmp_path / "identity.pte")
     found = method.execute([rows])[0]
-    assert torch.equal(found, fake_quantize(rows, FOR_IT["trained for it"].activations))
+    assert torch.equal(found, fake_quantize(rows, FOR_IT.activations))
 
 
 def runtime_of_executorch(file: Path) -> Any:
