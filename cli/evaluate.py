@@ -88,7 +88,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="What runs an output: trained (the graph that was trained), packed (the integer"
-            " model) or, on a text, llama.cpp, which takes GGUF files too. Default: trained.",
+            " model) or, on a text, vllm, or llama.cpp, which takes GGUF files too. Default:"
+            " trained.",
             show_default=False,
         ),
     ] = None,
@@ -114,6 +115,8 @@ def evaluate(
       qatc evaluate ./my-model --bits 4-8-4 --text wiki.txt --teacher ./my-model
 
       qatc evaluate Llama-2-7b-4-8-4 --text wiki.txt --runtime llama.cpp
+
+      qatc evaluate Llama-2-7b-4-8-4 --text wiki.txt --runtime vllm
 
       qatc evaluate Llama-2-7b-4-8-4 --tasks paper --teacher meta-llama/Llama-2-7b-hf
     """

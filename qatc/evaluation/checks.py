@@ -14,7 +14,7 @@ class Check:
     """One comparison.
 
     Attributes:
-        point: stored, local, global or cached.
+        point: stored, local, global, cached or runtime.
         what: what was compared.
         figure: the largest difference found, in the unit that ``what`` names.
         limit: what it may be; None for a figure that is reported and not judged.

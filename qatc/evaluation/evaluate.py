@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -21,7 +21,14 @@ from qatc.evaluation.metrics import Metrics, evaluate
 from qatc.evaluation.reference import prepare_reference
 from qatc.evaluation.scores import Pairing, TaskResults, pair
 from qatc.evaluation.tasks import evaluate_tasks, load_tasks
-from qatc.export.gguf.llama_cpp import open_in_llama, require_runnable
+from qatc.export.running import (
+    FOREIGN,
+    Runtime,
+    open_foreign,
+    refuse_tasks,
+    require_readable,
+    require_runs,
+)
 from qatc.machine.device import pick_device
 from qatc.models import load_model, load_tokenizer
 from qatc.models.load import check_length
@@ -32,8 +39,6 @@ from qatc.ptq import rotate_inputs
 from qatc.recipe.recipe import Recipe
 from qatc.runtime.model import load as load_packed
 from qatc.storage.directories import recover
-
-Runtime = Literal["trained", "packed", "llama.cpp"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Evaluated:
         compile: compile the graphs; ``None``: if this machine can.
         trust_remote_code: run code that comes with the model.
         runtime: what runs an output: ``trained``, the graph that was trained, ``packed``, the
-            integer model of :func:`qatc.load`, or ``llama.cpp``, which reads a text only.
+            integer model of :func:`qatc.load`, or ``llama.cpp`` or ``vllm``, for a text only.
     """
 
     model: str
@@ -65,18 +70,8 @@ class Evaluated:
         recover(Path(self.model))
         if self.is_output and self.recipe is not None:
             raise ConfigError(f"{self.model} is quantized already; leave out --bits")
-        if self.runtime not in get_args(Runtime):
-            raise ConfigError(f"the runtime is trained, packed or llama.cpp; got {self.runtime!r}")
-        if Path(self.model).suffix == ".gguf" and self.runtime != "llama.cpp":
-            raise ConfigError(
-                f"{self.model} is a GGUF file, which llama.cpp runs; add --runtime llama.cpp, and"
-                " --teacher with the model that it was made from"
-            )
-        if self.runtime == "packed" and not self.is_output:
-            raise ConfigError(
-                f"{self.model} is no output of qatc quantize, so that there is nothing packed to"
-                " run; leave out --runtime packed, or quantize it first"
-            )
+        rounded = self.recipe is not None
+        require_runs(self.model, self.runtime, is_output=self.is_output, rounded=rounded)
 
     @property
     def is_output(self) -> bool:
@@ -138,8 +133,9 @@ class AssessConfig(Evaluated):
                 "length must be at least 4 and batch_size at least 1;"
                 f" got {self.length} and {self.batch_size}"
             )
-        if self.is_alone:
-            require_runnable(self.model, self.teacher, rounded=self.recipe is not None)
+        if not self.is_output:
+            rounded = self.recipe is not None
+            require_readable(self.model, self.teacher, self.runtime, rounded=rounded)
 
     @property
     def is_alone(self) -> bool:
@@ -153,22 +149,24 @@ class AssessConfig(Evaluated):
         return load_tokenizer(name, trust_remote_code=self.trust_remote_code)
 
     def load_by(self, observer: Observer) -> Any:
-        """The model by its runtime; what differs in llama.cpp is noted."""
-        if self.runtime != "llama.cpp":
+        """The model by its runtime; what differs in one of others is noted."""
+        if self.runtime not in FOREIGN:
             return self.load()
-        trust = self.trust_remote_code
-        model, notes = open_in_llama(Path(self.model), self.length, trust_remote_code=trust)
-        if self.is_alone:
-            model.file.require_tokens_of(self.tokenizer)
-        for note in (model.ran_by, *notes):
-            observer.note(note)
-        return model
+        return open_foreign(
+            self.runtime,
+            self.model,
+            self.length,
+            self.tokenizer,
+            observer,
+            trust_remote_code=self.trust_remote_code,
+            is_output=self.is_output,
+        )
 
 
 def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
     """Evaluate a model in fp32, with fake-quantized activations and KV if it is quantized.
 
-    In llama.cpp, with what that computes; it is told in notes.
+    In a runtime of others, with what that computes; it is told in notes.
 
     Raises:
         QatcError: something cannot be read; with the way out.
@@ -215,10 +213,7 @@ class TasksConfig(Evaluated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.runtime == "llama.cpp":
-            raise ConfigError(
-                "llama.cpp is asked for the logits of a text only; leave out --tasks, or --runtime"
-            )
+        refuse_tasks(self.runtime)
 
     @property
     def ran_by(self) -> str:

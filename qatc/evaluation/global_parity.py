@@ -97,6 +97,10 @@ class Texts:
         self._own = max(self._own, figure)
         self.checks.append(Check("global", f"the KL divergence of {what}", figure))
 
+    def tell(self, point: str, what: str, wanted: Tensor, got: Tensor) -> None:
+        """Report how far something is that is not the same."""
+        self.checks.append(Check(point, f"the KL divergence of {what}", kl(wanted, got)))
+
     def judge(self, point: str, what: str, wanted: Tensor, got: Tensor) -> None:
         """Hold what should be the same against what rounding ties explain."""
         self.checks.append(

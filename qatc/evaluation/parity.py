@@ -11,9 +11,11 @@ integers, and compares them on text that the model writes itself, in fp32 and un
 3. *global*: left to itself it is no further from the trained graph than that is from its own forms
    which sum in another order (:mod:`qatc.evaluation.global_parity`);
 4. *cached*: the same in pieces, and by the decoding program
-   (:mod:`qatc.runtime.decode_program`); and it says the same bits after a reload in a new process.
+   (:mod:`qatc.runtime.decode_program`); and it says the same bits after a reload in a new process;
+5. *runtime*: so is the runtime of others that it was trained for, by the export that it loads,
+   where that is installed (:mod:`qatc.export.consumers`).
 
-The verdict rests on the first two and the last, which hold exactly at any depth. What is compared
+The verdict rests on the first two and the reload, which hold exactly at any depth. What is compared
 from end to end is mostly a measure of the model: how much its own rounding ties move it.
 """
 
@@ -37,6 +39,7 @@ from qatc.evaluation.global_parity import Texts, exact_sums, score
 from qatc.evaluation.layer_parity import LIMITS, compare_in_float, compare_on_integers
 from qatc.evaluation.reference import prepare_reference
 from qatc.evaluation.vocabulary_parity import compare_ends
+from qatc.export.consumers import consumer_of
 from qatc.graph import captures
 from qatc.kernels.site import Kernels
 from qatc.models.pipelines import recipe_allows_integers
@@ -111,7 +114,9 @@ def verify(
         what = "the lowered graph from the trained one in float"
         texts.judge("global", what, in_float, on_integers)
         restore(reference)  # a prepared model is a cycle, which would live on
-        del reference, in_float, exact
+        del reference, exact
+        _consumed(output, texts, in_float)
+        del in_float
         _cached(lowered, texts, on_integers)
         _programmed(lowered, texts)
         checks += texts.checks
@@ -229,6 +234,31 @@ def _programmed(lowered: Any, texts: Texts) -> None:
     texts.judge(
         "cached", f"{what} from the graphs, step by step", torch.cat(wanted), torch.cat(got)
     )
+
+
+def _consumed(output: Output, texts: Texts, trained: Tensor) -> None:
+    """The runtime that it was trained for, where that is installed, beside the trained graph.
+
+    Judged is one that computes what was trained, in fp32 as the graph does, so on a CPU.
+    """
+    try:
+        runtime = consumer_of(output, texts.ids.shape[1])
+        if runtime is None:
+            return
+        try:
+            found = runtime.logits(texts.ids)
+        finally:
+            runtime.close()
+    except Exception as error:  # a fault of another's package is no verdict on the model
+        what = f"number of texts compared with {output.recipe.target}: {error}"
+        texts.checks.append(Check("runtime", what, 0))
+        return
+    what = f"{runtime.name} from the trained graph"
+    if runtime.differences or texts.ids.device.type != "cpu":
+        other = "; ".join(runtime.differences) or "in another precision"
+        texts.tell("runtime", f"{what}, with other numerics ({other})", trained.cpu(), found)
+    else:
+        texts.judge("runtime", what, trained.cpu(), found)
 
 
 _RELOAD = """

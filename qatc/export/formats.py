@@ -15,7 +15,7 @@ from qatc.export.executorch.format import EXECUTORCH
 from qatc.export.gguf.format import GGUF
 from qatc.export.pt2.format import AOTI, PT2
 from qatc.export.torchao import TORCHAO
-from qatc.export.vllm import VLLM, VLLM_MARLIN
+from qatc.export.vllm.format import VLLM, VLLM_MARLIN
 from qatc.output import Output, open_output
 from qatc.storage.directories import complete_directory, refuse_existing, refuse_overlap
 from qatc.storage.locks import locked

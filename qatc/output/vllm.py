@@ -1,7 +1,7 @@
 """What vLLM computes of quantized weights, and how it is started.
 
-All of it is by the source of vLLM 0.33; no output has been run there. Which kernel runs follows
-from what ``config.json`` declares:
+What is said of GPUs is by the source of vLLM 0.33, where no output has been run; on a CPU vLLM 0.32
+has run them. Which kernel runs follows from what ``config.json`` declares:
 
 ====================================  ==========  ==============================================
 declared                              a weight    what multiplies, and what it needs
@@ -32,11 +32,15 @@ from qatc.recipe.recipe import Recipe
 VERSION = "0.33"
 """Whose source this was read in."""
 
+RUN_ON_CPU = "0.32"
+"""That has run outputs without a GPU: int8 products by oneDNN, and weights alone."""
+
 KV_TYPE = "int8_per_token_head"
 
 MARLIN = "VLLM_MARLIN_INPUT_DTYPE=int8"
 
-HUMMING = "--linear-backend humming"
+_HUMMING = "humming"
+HUMMING = f"--linear-backend {_HUMMING}"
 
 _MARLIN_GROUPS = (None, 32, 64, 128)
 _HUMMING_INPUTS = (4, 8)
@@ -165,10 +169,38 @@ def command(place: str, recipe: Recipe, form: Form) -> str:
         recipe: what it was trained with.
         form: as of :func:`form_of`.
     """
-    before = f"{MARLIN} " if form == "vllm-marlin" else ""
+    before = "".join(f"{name}={value} " for name, value in environment(form).items())
     behind = f" {HUMMING}" if _takes_humming(recipe, form) else ""
     behind += f" --kv-cache-dtype {KV_TYPE}" if _has_cache(recipe) else ""
     return f"{before}vllm serve {shlex.quote(place)}{behind}"
+
+
+def tried(form: Form) -> str:
+    """Where vLLM has run models of this kind, in words."""
+    if form == "vllm-marlin":
+        return f"what vLLM does is by its source ({VERSION}): this layout has not been run"
+    return (
+        f"vLLM {RUN_ON_CPU} has run this layout on a CPU, whose cache is in float; what it does on"
+        f" a GPU is by its source ({VERSION}), and has not been run"
+    )
+
+
+def environment(form: Form) -> dict[str, str]:
+    """Variables of the environment that a form needs."""
+    if form != "vllm-marlin":
+        return {}
+    name, _, value = MARLIN.partition("=")
+    return {name: value}
+
+
+def kv_type(recipe: Recipe) -> str:
+    """What ``--kv-cache-dtype`` is for what was trained; ``auto`` leaves K and V in float."""
+    return KV_TYPE if _has_cache(recipe) else "auto"
+
+
+def backend(recipe: Recipe, form: Form) -> str:
+    """What ``--linear-backend`` is for what was trained."""
+    return _HUMMING if _takes_humming(recipe, form) else "auto"
 
 
 def needs(recipe: Recipe, form: Form) -> str | None:

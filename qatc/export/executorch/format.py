@@ -163,8 +163,20 @@ def notes(output: Output) -> list[str]:
     Raises as :func:`write` does.
     """
     _refuse_unheld(output)
-    recipe, slots = output.recipe, slots_of(output)
+    slots = slots_of(output)
     found = [f"the cache holds {slots} tokens, and a call takes at most {min(CHUNK, slots)}"]
+    found += differences(output)
+    odd = sorted({w.spec.bits for w in output.weights.values()} - {4, 8})
+    if odd:
+        found.append(
+            f"weights of {' and '.join(map(str, odd))} bits take 4 (up to 4) or 8 bits each"
+        )
+    return [*found, *notes_on_text(output)]
+
+
+def differences(output: Output) -> list[str]:
+    """What ExecuTorch computes in another way than the model was trained for."""
+    recipe, found = output.recipe, []
     if output.weights and not recipe.activations.affine:
         found.append(
             "XNNPACK rounds the inputs of quantized weights to 8 bits with a scale and a zero point"
@@ -175,12 +187,7 @@ def notes(output: Output) -> list[str]:
         found.append(
             f"K and V stay in float, where this model was trained with {recipe.kv_bits} bits"
         )
-    odd = sorted({w.spec.bits for w in output.weights.values()} - {4, 8})
-    if odd:
-        found.append(
-            f"weights of {' and '.join(map(str, odd))} bits take 4 (up to 4) or 8 bits each"
-        )
-    return [*found, *notes_on_text(output)]
+    return found
 
 
 def _inputs_in_words(recipe: Recipe) -> str:

@@ -88,7 +88,8 @@ class LlamaFile:
             flash_attn=_flash_attention(keys, values),
             logits_all=True, vocab_only=not slots, verbose=False,
         )  # fmt: skip
-        self.vocabulary_size, self.context = self._model.n_vocab(), self._model.n_ctx_train()
+        self.vocabulary_size = self._model.n_vocab()
+        self.context = int(llama_cpp.llama_model_n_ctx_train(self._model.model))
 
     def _open_cyllama(self, path: Path, slots: int, threads: int, keys: str, values: str) -> None:
         from cyllama.llama import llama_cpp as own

@@ -22,7 +22,7 @@ def write(output: Output, directory: Path, form: Form) -> None:
 
 
 def notes(output: Output, form: Form) -> Sequence[str]:
-    """What differs in vLLM, what it costs, and that it has not been run."""
+    """What differs in vLLM, what it costs, and where it has been run."""
     recipe, found = output.recipe, []
     vllm.refuse_unheld(recipe, form)
     if different := vllm.differences(recipe, form):
@@ -35,7 +35,7 @@ def notes(output: Output, form: Form) -> Sequence[str]:
         )
     if needed := vllm.needs(recipe, form):
         found.append(needed)
-    return [*found, f"what vLLM does is by its source ({vllm.VERSION}): it has not been run"]
+    return [*found, vllm.tried(form)]
 
 
 def commands(output: Output, directory: Path, form: Form) -> Sequence[str]:
