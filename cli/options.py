@@ -87,8 +87,8 @@ Target = Annotated[
     str | None,
     typer.Option(
         "--target",
-        help="Runtime to train for: qatc (default), transformers, torchao, vllm or llama.cpp (gguf"
-        " is the same). Sets how activations, K and V are rounded.",
+        help="Runtime to train for: qatc (default), transformers, torchao, vllm, llama.cpp (gguf is"
+        " the same) or executorch. Sets how activations, K and V are rounded.",
         show_default=False,
     ),
 ]

@@ -7,6 +7,7 @@ the export that its users load, in a directory that is deleted with it.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from qatc.export import compressed_tensors, torchao
+from qatc.export.executorch import format as executorch
+from qatc.export.executorch.generate import Model as RunnerOfExecutorch
 from qatc.export.gguf import card, llama_cpp
 from qatc.export.gguf.architectures import head_size
 from qatc.export.vllm import engine
@@ -81,6 +84,25 @@ def _in_vllm(output: Output, slots: int) -> Consumer:
     return Consumer("vLLM", tuple(notes), _asked(model), model.close)
 
 
+def _in_executorch(output: Output, slots: int) -> Consumer:
+    """Token by token: a call gives the logits of its last."""
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its interface is new
+        place = Path(stack.enter_context(TemporaryDirectory(prefix="qatc-consumer-")))
+        executorch.write(output, place)
+        model = RunnerOfExecutorch(place)
+        kept = stack.pop_all()
+
+    def logits(ids: Tensor) -> Tensor:
+        rows = []
+        for row in ids.tolist():
+            model.held = 0
+            rows.append(torch.cat([model([token]) for token in row]))
+        return torch.stack(rows)
+
+    return Consumer("ExecuTorch", tuple(executorch.differences(output)), logits, kept.close)
+
+
 def _by_transformers(
     write: Callable[[Output, Path], None], differences: Callable[[Recipe], list[str]]
 ) -> Callable[[Output, int], Consumer]:
@@ -123,5 +145,6 @@ _KINDS: Mapping[str, _Kind] = {
         lambda: _has("compressed_tensors"),
         _by_transformers(compressed_tensors.write, _in_transformers),
     ),
+    "executorch": _Kind(lambda: _has("executorch"), _in_executorch),
     "torchao": _Kind(lambda: _has("torchao"), _by_transformers(torchao.write, torchao.differences)),
 }

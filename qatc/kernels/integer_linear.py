@@ -18,6 +18,7 @@ product is computed in C, some rows at a time, or in fp32, some columns at a tim
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,14 @@ from torch import Tensor
 
 from qatc.kernels import native
 from qatc.machine import cpu
-from qatc.numerics import learned, minmax
+from qatc.numerics import affine, learned, minmax
 from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
 """An int32 holds the sum of this many products of int8 codes, whatever they are."""
+
+LARGEST_AFFINE_WIDTH = (2**31 - 1) // (255 * 128)
+"""The same of codes less their zero point, which may be as far as 255 from 0."""
 
 EXACT_FP32 = 2**24
 """fp32 holds every integer up to here, so that a float sum of integers below it is exact."""
@@ -120,20 +124,22 @@ class _IntegerLinear(torch.autograd.Function):
         specs: tuple[QuantSpec, QuantSpec],
         own_scale: Tensor | None,
     ) -> Tensor:
-        x_codes, x_scale = minmax.quantize(x.flatten(0, -2), specs[0])
+        x_codes, x_scale, zero = affine.quantize_inputs(x.flatten(0, -2), specs[0])
         if own_scale is None:
             codes, scale = minmax.quantize(weight, specs[1], snap=True)
         else:
             codes, scale = minmax.quantize_by(weight, own_scale, specs[1]), own_scale
-        ctx.save_for_backward(x_codes, x_scale, codes, scale, None if own_scale is None else weight)
+        own = None if own_scale is None else weight
+        ctx.save_for_backward(x_codes, x_scale, zero, codes, scale, own)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.spec = specs[1]
-        product = scale_sums(int_mm(x_codes, codes), x_scale, scale, bias, x.dtype)
+        sums = sums_from_zero(lambda rows: int_mm(rows, codes), x_codes, zero)
+        product = scale_sums(sums, x_scale, scale, bias, x.dtype)
         return product.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes, x_scale, codes, scale, weight = ctx.saved_tensors
+        x_codes, x_scale, zero, codes, scale, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         rows = gradient.flatten(0, -2)
         needs = ctx.needs_input_grad
@@ -142,13 +148,35 @@ class _IntegerLinear(torch.autograd.Function):
             for_x = rows @ minmax.dequantize(codes, scale, gradient.dtype)
             for_x = for_x.to(x_dtype).unflatten(0, gradient.shape[:-1])
         if needs[1] or needs[4]:
-            values = minmax.dequantize(x_codes, x_scale, gradient.dtype)
+            values = affine.dequantize(x_codes, x_scale, zero, gradient.dtype)
             for_weight = (rows.t() @ values).to(weight_dtype)
         if weight is not None and for_weight is not None:
             for_weight, for_scale = learned.gradients(for_weight, weight, codes, scale, ctx.spec)
         if needs[2]:
             for_bias = rows.sum(0).to(bias_dtype)
         return for_x, for_weight, for_bias, None, for_scale
+
+
+def sums_from_zero(
+    product: Callable[[Tensor], Tensor], codes: Tensor, zero: Tensor | None
+) -> Tensor:
+    """The sums of codes less their zero points: those of the codes, less what zero points add.
+
+    That is as many times the sum of a row of the weight, which the same product gives for a row of
+    ones, so that packed codes are nowhere unpacked for it.
+
+    Args:
+        product: of codes ``[M, K]`` with the weight: exact, ``[M, N]``.
+        codes: int8 ``[M, K]``.
+        zero: int32 ``[M, 1]``, or None for 0.
+
+    Returns:
+        Integers ``[M, N]``.
+    """
+    if zero is None:
+        return product(codes)
+    sums = product(torch.cat([codes, torch.ones_like(codes[:1])])).to(torch.int32)
+    return sums[:-1] - zero * sums[-1:]
 
 
 def scale_sums(

@@ -43,7 +43,10 @@ def needs_integers(site: Site) -> str | None:
         return "its input is not quantized"
     if site.weights.group_size or site.activations.group_size:
         return "groups have several scales in one sum"
-    if site.inputs > integer_linear.LARGEST_WIDTH:
+    largest = integer_linear.LARGEST_WIDTH
+    if site.activations.affine:
+        largest = integer_linear.LARGEST_AFFINE_WIDTH
+    if site.inputs > largest:
         return f"an int32 does not hold the sum of {site.inputs} products"
     return None
 
@@ -57,13 +60,18 @@ def needs_cpu(site: Site) -> str | None:
     return None if site.device == "cpu" else f"it is C for a CPU, and this is {site.device}"
 
 
+def needs_no_zero(site: Site) -> str | None:
+    return "its inputs have a zero point" if site.activations.affine else None
+
+
 def needs_triton(site: Site) -> str | None:
-    obstacle = launch.obstacle(site.device) or needs_integers(site)
+    obstacle = launch.obstacle(site.device) or needs_integers(site) or needs_no_zero(site)
     return obstacle or products.width_obstacle(site.inputs, site.weights.bits)
 
 
 def needs_fused(site: Site) -> str | None:
-    largest = site.inputs * 2 ** (site.activations.bits - 1) * 2**site.weights.bits
+    of_input = 2 ** (site.activations.bits - (0 if site.activations.affine else 1))
+    largest = site.inputs * of_input * 2**site.weights.bits
     if len(packing.PLANES[site.weights.bits]) > 1 or site.weights.bits == 8:
         return f"{site.weights.bits} bits are not stored in one plane of nibbles or pairs"
     if site.inputs % (8 // site.weights.bits):
@@ -112,7 +120,8 @@ def needs_int4pack(site: Site) -> str | None:
 def needs_torchao(site: Site) -> str | None:
     if site.inputs < 2 or site.inputs > torchao_linear.LARGEST_WIDTH:
         return f"it does not take rows of {site.inputs} codes"
-    return needs_integers(site) or torchao_linear.obstacle(site.device)
+    obstacle = needs_integers(site) or needs_no_zero(site)
+    return obstacle or torchao_linear.obstacle(site.device)
 
 
 def needs_da8w4(site: Site) -> str | None:

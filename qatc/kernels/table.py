@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from qatc.kernels.site import (
     needs_torchao,
     needs_triton,
 )
-from qatc.numerics import fake_quant, minmax, packing
+from qatc.numerics import affine, fake_quant, minmax, packing
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ def _run_int_mm(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
 ) -> Tensor:
     codes = packing.unpack(packed, site.weights.bits, site.inputs)
-    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
-    sums = integer_linear.int_mm(x_codes, codes)
+    x_codes, x_scale, zero = affine.quantize_inputs(x.flatten(0, -2), site.activations)
+    sums = integer_linear.sums_from_zero(
+        lambda rows: integer_linear.int_mm(rows, codes), x_codes, zero
+    )
     return _scaled(sums, x, x_scale, scale, bias, site)
 
 
@@ -86,8 +89,10 @@ def _scaled(
 def _run_native(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
 ) -> Tensor:
-    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
-    sums = products.packed_mm(x_codes, packed, site.weights.bits)
+    x_codes, x_scale, zero = affine.quantize_inputs(x.flatten(0, -2), site.activations)
+    sums = integer_linear.sums_from_zero(
+        lambda rows: products.packed_mm(rows, packed, site.weights.bits), x_codes, zero
+    )
     return _scaled(sums, x, x_scale, scale, bias, site)
 
 
@@ -110,10 +115,10 @@ def _run_fused(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, si
     """
     if any(size != 1 for size in x.shape[:-1]):
         return _run_int_mm(x, packed, scale, bias, site)
-    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
+    x_codes, x_scale, zero = affine.quantize_inputs(x.flatten(0, -2), site.activations)
     pieces = packing.parts(packed, site.weights.bits, site.inputs)
     assert pieces is not None, "checked by the table"
-    values = x_codes.float()
+    values = x_codes.float() if zero is None else (x_codes.to(torch.int32) - zero).float()
     cut = values.unsqueeze(-2).chunk(len(pieces), -1)
     products = [piece.float() * part for piece, part in zip(pieces, cut, strict=True)]
     offset = 1 << (site.weights.bits - 1)

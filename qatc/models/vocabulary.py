@@ -139,6 +139,7 @@ def head_recipe(recipe: Recipe) -> Recipe:
         rotate_keys=False,
         head=_UNQUANTIZED,
         embedding=_UNQUANTIZED,
+        target="qatc",  # its rules are in the specs, and a whole model is what a runtime holds
     )
 
 

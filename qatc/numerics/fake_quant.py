@@ -20,7 +20,7 @@ import torch
 import torch.compiler.config
 from torch import Tensor
 
-from qatc.numerics import asymmetric, learned, minmax
+from qatc.numerics import affine, asymmetric, learned, minmax
 from qatc.recipe.spec import QuantSpec, read_spec_arg, spec_arg
 
 
@@ -59,6 +59,8 @@ def _fake_quantize(
         return x.clone()
     if read.asymmetric:
         return asymmetric.fake_quantize(x, read, gain)
+    if read.affine:
+        return affine.fake_quantize(x, read)
     values = x.detach()
     scale = minmax.compute_scale(values, read, snap=snap_scale) if start is None else start
     if gain is not None:

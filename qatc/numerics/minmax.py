@@ -66,6 +66,7 @@ def compute_scale(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> Tensor:
         least :data:`MIN_SCALE`, and negative only where the range is signed. A row of zeros, or of
         less than a scale can hold, has scale 1 or -1.
     """
+    assert not spec.affine, "its codes have a zero point, see qatc.numerics.affine"
     values = _in_groups(x, spec.group_size or 0).float()
     amax = values.abs().amax(dim=-1)
     exact = amax.double() / spec.steps

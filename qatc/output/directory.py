@@ -138,7 +138,7 @@ def write_output(
     elif weights:
         inputs = QuantSpec(FLOAT_BITS) if form == "vllm-marlin" else recipe.activations
         plain_config["quantization_config"] = compressed_tensors.quantization_config(
-            replace(recipe, activations=inputs),
+            replace(recipe, activations=inputs, target="qatc"),
             ignore,
             _declared_ends(ends, weights, layouts, recipe, are_tied(ends) and bool(ties)),
             compressed_tensors.modules_by_layout(

@@ -108,11 +108,14 @@ def _differences(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     declared = vllm.form_of(Recipe.from_dict(recipe), config) != "vllm-marlin"
     if activations["bits"] != 16 and (recipe["weights"]["bits"] == 16 or not declared):
         found.append(f"no quantized inputs of linear layers ({activations['bits']} bits here)")
-    elif activations["bits"] != 16 and activations["range"] == "restricted":
+    elif activations["bits"] != 16 and activations["range"] != "full":
         largest = (1 << (activations["bits"] - 1)) - 1
+        trained = f"max / {largest}"
+        if activations["range"] == "affine":
+            trained = "a zero point beside the scale"
         found.append(
             f"another activation rule (scale = max / {largest + 0.5:g}, where this model was"
-            f" trained with max / {largest})"
+            f" trained with {trained})"
         )
     return found
 

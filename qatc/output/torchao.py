@@ -79,7 +79,8 @@ def differences(recipe: Recipe) -> list[str]:
     if recipe.kv.quantizes:
         found.append(f"no KV quantization ({recipe.kv_bits} bits here)")
     if inputs.quantizes and not rounds_like_torchao(inputs):
-        rule = "another rounding" if inputs.range == "full" else f"max / {inputs.code_max}"
+        rules = {"full": "another rounding", "affine": "a zero point beside the scale"}
+        rule = rules.get(inputs.range, f"max / {inputs.code_max}")
         found.append(
             "another activation rule (torchao has scale = max / 127.5 and multiplies by its"
             f" reciprocal, where this model was trained with {rule})"

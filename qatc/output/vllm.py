@@ -225,6 +225,8 @@ def differences(recipe: Recipe, form: Form) -> list[str]:
     found, kv = [], recipe.kv
     if recipe.activations.quantizes and recipe.activations.range == "full":
         found.append("activations scaled by max / 127 (max / 127.5 here)")
+    elif recipe.activations.affine:
+        found.append("activations scaled by max / 127 (with a zero point beside the scale here)")
     grouped = recipe.weights.group_size is not None and recipe.weights.quantizes
     if form == "vllm-marlin" and grouped:
         found.append("the scales of groups in 4,096 steps of the largest one")

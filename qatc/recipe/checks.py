@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from qatc.errors import ConfigError
-from qatc.recipe.spec import KVSite, QuantSpec
-from qatc.recipe.targets import find_target
+from qatc.recipe.spec import VALID_BITS, KVSite, QuantSpec
+from qatc.recipe.targets import Target, find_target
 from qatc.recipe.weight_bits import check_weight_bits
 
 if TYPE_CHECKING:
     from qatc.recipe.recipe import Recipe
+
+_NOT_AFFINE = {
+    "group_size": "has one scale and zero point per token",
+    "rounding": "rounds by a rule of its own",
+}
+"""Fields of activations that the affine range leaves no choice of, and why."""
 
 
 def check(recipe: Recipe) -> None:
@@ -18,7 +25,9 @@ def check(recipe: Recipe) -> None:
     target = find_target(recipe.target)
     _check_specs(recipe)
     _check_value_bits(recipe)
+    check_weight_bits(recipe.weight_bits)
     target.check(recipe.target, recipe.kv.bits)
+    _check_products(recipe, target)
     _check_keys_and_values(recipe)
     _check_patterns(recipe)
     if recipe.rotate_inputs:
@@ -51,10 +60,47 @@ def _check_specs(recipe: Recipe) -> None:
         )
     for site in ("weights", "activations", "head", "embedding"):
         if getattr(recipe, site).asymmetric:
+            other = "'affine', which has a zero point" if site == "activations" else "'signed'"
             raise ConfigError(
                 f"{site}.range is 'asymmetric', and only keys and values have an offset beside"
-                " their scale; take 'restricted', 'full' or, for weights, 'signed'"
+                f" their scale; take 'restricted', 'full' or {other}"
             )
+    for site in ("weights", "kv", "head", "embedding"):
+        if getattr(recipe, site).affine:
+            other = "'asymmetric'" if site == "kv" else "'restricted', 'full' or 'signed'"
+            raise ConfigError(
+                f"{site}.range is 'affine', and only activations have a zero point; take {other}"
+            )
+    for name, why in _NOT_AFFINE.items():
+        given = getattr(recipe.activations, name)
+        if recipe.activations.affine and given != getattr(QuantSpec, name):
+            raise ConfigError(
+                f"activations.range is 'affine', which {why}, and activations.{name} is {given!r};"
+                " leave it out"
+            )
+
+
+def _check_products(recipe: Recipe, target: Target) -> None:
+    """What the runtime of a target cannot multiply."""
+    specs = {"weights": recipe.weights, "head": recipe.head}
+    for pattern, bits in recipe.weight_bits:
+        specs[f"weight_bits of {pattern}"] = replace(recipe.weights, bits=bits)
+    quantized = {name: spec for name, spec in specs.items() if spec.quantizes}
+    for name, spec in quantized.items():
+        if obstacle := target.obstacle(spec):
+            raise ConfigError(f"the target {recipe.target} cannot hold {name}: {obstacle}")
+    inputs = recipe.activations
+    if quantized and inputs.bits not in target.input_bits:
+        valid = " or ".join(map(str, target.input_bits))
+        raise ConfigError(
+            f"the target {recipe.target} rounds inputs of quantized weights to {valid} bits, and"
+            f" {recipe.bits} leaves them at {inputs.bits}; choose {valid}, such as --bits 4-8-16"
+        )
+    if inputs.quantizes and not recipe.weights.quantizes and target.input_bits != VALID_BITS:
+        raise ConfigError(
+            f"the target {recipe.target} rounds inputs only where weights are quantized, and"
+            f" {recipe.bits} leaves those of layers in float; choose --bits 4-8-16 or the like"
+        )
 
 
 def _check_value_bits(recipe: Recipe) -> None:
@@ -109,7 +155,6 @@ def _check_patterns(recipe: Recipe) -> None:
             raise ConfigError(
                 f"{field_name} must be a tuple (in YAML a list) of name patterns; got {patterns!r}"
             )
-    check_weight_bits(recipe.weight_bits)
     if recipe.weight_bits and not recipe.weights.quantizes:
         raise ConfigError(
             "weight_bits are exceptions from the bits of weights, and those are 16, for not"

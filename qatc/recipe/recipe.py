@@ -14,7 +14,7 @@ from qatc.recipe.checks import check
 from qatc.recipe.exceptions import Exceptions
 from qatc.recipe.patterns import matches
 from qatc.recipe.spec import FLOAT_BITS, KVSite, QuantSpec
-from qatc.recipe.targets import find_target, target_name
+from qatc.recipe.targets import Target, find_target, target_name
 from qatc.recipe.weight_bits import WeightBits, first_match
 from qatc.storage.files import read_yaml
 
@@ -135,10 +135,8 @@ class Recipe:
             )
         rules = find_target(target)
         weights, activations, kv = (
-            QuantSpec(int(b), **(own if int(b) != FLOAT_BITS else {}))
-            for b, own in zip(
-                match.groups(), (rules.weights, rules.activations, rules.kv), strict=True
-            )
+            QuantSpec(int(b), **rules.rules(site, int(b)))
+            for b, site in zip(match.groups(), ("weights", "activations", "kv"), strict=True)
         )
         if preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
@@ -159,7 +157,7 @@ class Recipe:
             weights = dataclasses.replace(weights, group_size=group_size)
         for name, own_bits in (("head", head_bits), ("embedding", embedding_bits)):
             if own_bits != FLOAT_BITS:
-                changes[name] = QuantSpec(own_bits, **rules.weights)
+                changes[name] = QuantSpec(own_bits, **rules.rules("weights", own_bits))
         return cls(weights=weights, activations=activations, kv=kv, target=target, **changes)
 
     @property
@@ -242,11 +240,10 @@ class Recipe:
         values = dict(plain)
         _refuse_unknown(values, cls, "recipe")
         rules = find_target(values.get("target", "qatc"))
-        for key, rule in _SPECS.items():
-            if key in values or getattr(rules, rule):
-                default = dataclasses.asdict(getattr(cls(), key))
-                plain_spec = values.get(key, {"bits": default["bits"]})
-                values[key] = _spec_from_dict(plain_spec, f"recipe.{key}", getattr(rules, rule))
+        for key, site in _SPECS.items():
+            if key in values or getattr(rules, site):
+                plain_spec = values.get(key, {"bits": getattr(cls(), key).bits})
+                values[key] = _spec_from_dict(plain_spec, f"recipe.{key}", rules, site)
         for key in ("skip", "rotate_inputs"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
@@ -268,12 +265,13 @@ class Recipe:
         return cls.from_dict(read_yaml(Path(path), "the recipe", otherwise))
 
 
-def _spec_from_dict(plain: Any, where: str, rules: Mapping[str, Any]) -> QuantSpec:
+def _spec_from_dict(plain: Any, where: str, target: Target, site: str) -> QuantSpec:
     if not isinstance(plain, Mapping):
         raise ConfigError(f"{where} must be a mapping such as {{bits: 4}}; got {plain!r}")
     _refuse_unknown(plain, QuantSpec, where)
-    open_rules = {} if plain.get("bits") == FLOAT_BITS else dict(rules)
-    return QuantSpec(**(open_rules | dict(plain)))
+    bits = plain.get("bits", FLOAT_BITS)
+    rules = target.rules(site, bits) if isinstance(bits, int) else {}
+    return QuantSpec(**(dict(rules) | dict(plain)))
 
 
 def _refuse_unknown(plain: Mapping[str, Any], cls: type, where: str) -> None:

@@ -10,12 +10,15 @@ restricted     ``max|x| / (2**(b-1) - 1)``  ``-(2**(b-1)-1) .. 2**(b-1)-1``
 full           ``max|x| / ((2**b - 1)/2)``  ``-2**(b-1) .. 2**(b-1)-1``
 signed         ``x* / -2**(b-1)``          ``-2**(b-1) .. 2**(b-1)-1``
 asymmetric     ``(max - min)/(2**b - 1)``  ``-2**(b-1) .. 2**(b-1)-1``
+affine         ``(max - min)/(2**b - 1)``  ``-2**(b-1) .. 2**(b-1)-1``
 =============  ==========================  ===============================
 
 ``x*`` is the value of the largest magnitude with its sign, so that it gets the code ``-2**(b-1)``
 and no code is left unused: the rule of GGUF's Q4_0. The scale is negative where ``x*`` is positive.
 The asymmetric range is one of keys and values, whose codes have an offset besides their scale, so
-that they reach from the least to the greatest value: see :mod:`qatc.numerics.asymmetric`.
+that they reach from the least to the greatest value: see :mod:`qatc.numerics.asymmetric`. The
+affine range is one of activations, whose codes have a whole zero point: the code of 0, which lies
+between ``min`` and ``max`` always. It is XNNPACK's: see :mod:`qatc.numerics.affine`.
 
 ``code = round_half_to_even(x / scale)`` and the quantized value is ``code * scale``. The restricted
 range is the one of LLM-QAT (arXiv 2305.17888, equation 1); the full range is that of torchao and of
@@ -36,7 +39,7 @@ from typing import Any, Literal, get_args
 
 from qatc.errors import ConfigError
 
-Range = Literal["restricted", "full", "signed", "asymmetric"]
+Range = Literal["restricted", "full", "signed", "asymmetric", "affine"]
 
 ScaleDType = Literal["bfloat16", "float16"]
 
@@ -61,8 +64,8 @@ class QuantSpec:
         group_size: number of neighbouring values of the last dimension that share a scale, or
             ``None`` for one scale per row. A row is a token for activations, an output channel for
             weights, and a token of one head for keys and values.
-        range: ``"restricted"``, ``"full"``, ``"signed"`` or, of keys and values,
-            ``"asymmetric"``: see the module's table.
+        range: ``"restricted"``, ``"full"``, ``"signed"``, of keys and values ``"asymmetric"`` or,
+            of activations, ``"affine"``: see the module's table.
         scale_dtype: of weights: what else than fp32 must hold their scales exactly. ``"bfloat16"``
             has fp32's range. ``"float16"``, in which GGUF stores scales, ends at 65504 and has
             steps of 2^-24 below 2^-14.
@@ -129,9 +132,9 @@ class QuantSpec:
     def steps(self) -> float:
         """The number of steps from zero to ``max|x|``: 7, 7.5 or 8 for 4 bits.
 
-        Of the asymmetric range, from the least to the greatest value: 15 for 4 bits.
+        Of the asymmetric and affine ranges, from the least to the greatest value: 15 for 4 bits.
         """
-        if self.asymmetric:
+        if self.asymmetric or self.affine:
             return float((1 << self.bits) - 1)
         if self.range == "full":
             return ((1 << self.bits) - 1) / 2
@@ -141,6 +144,11 @@ class QuantSpec:
     def asymmetric(self) -> bool:
         """Whether its codes have an offset besides their scale."""
         return self.quantizes and self.range == "asymmetric"
+
+    @property
+    def affine(self) -> bool:
+        """Whether its codes have a zero point."""
+        return self.quantizes and self.range == "affine"
 
     @property
     def learned(self) -> bool:
@@ -156,6 +164,7 @@ def rule_in_words(bits: int, range_: Range) -> str:
         "full": (-half, f"max / {half - 0.5:g}"),
         "signed": (-half, f"largest value / -{half}"),
         "asymmetric": (-half, f"(max - min) / {2 * half - 1}, and an offset beside it"),
+        "affine": (-half, f"(max - min) / {2 * half - 1}, 0 between them, and a zero point"),
     }[range_]
     return f"codes {least} to {half - 1}, scale = {scale}"
 

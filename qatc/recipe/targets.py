@@ -7,12 +7,13 @@ serve the model; bits stay the user's choice. Each rule is written down with whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from qatc.errors import ConfigError
+from qatc.recipe.spec import FLOAT_BITS, VALID_BITS, QuantSpec
 
 Preset = Mapping[str, Mapping[str, Any]]
 
@@ -26,6 +27,9 @@ class Target:
         kv_bits: bits of K and V that the runtime has a symmetric cache for, 16 included.
         source: where the rules are from.
         note: what they leave open.
+        wide_weights: the rules of weights of more than 4 bits, where they are others.
+        input_bits: bits that it rounds inputs of quantized weights to, 16 included.
+        obstacle: why it cannot multiply by a weight that is quantized so, and the way out.
     """
 
     weights: Mapping[str, Any]
@@ -34,6 +38,21 @@ class Target:
     kv_bits: tuple[int, ...]
     source: str
     note: str = ""
+    wide_weights: Mapping[str, Any] | None = None
+    input_bits: tuple[int, ...] = VALID_BITS
+    obstacle: Callable[[QuantSpec], str | None] = lambda weight: None
+
+    def rules(self, site: str, bits: int) -> Mapping[str, Any]:
+        """What it decides of ``weights``, ``activations`` or ``kv`` of so many bits; of 16 nothing.
+
+        Weights are those of head and embedding, too.
+        """
+        if bits == FLOAT_BITS:
+            return _PLAIN
+        if site == "weights" and self.wide_weights is not None and bits > 4:
+            return self.wide_weights
+        rules: Mapping[str, Any] = getattr(self, site)
+        return rules
 
     def check(self, name: str, kv_bits: int) -> None:
         """Raise ``ConfigError`` if the runtime has no cache of these bits."""
@@ -45,11 +64,37 @@ class Target:
             )
 
 
-_ANY = (2, 3, 4, 5, 6, 7, 8, 16)
+def why_not_in_xnnpack(weight: QuantSpec) -> str | None:
+    """Why XNNPACK cannot multiply by a weight that is quantized so, and the way out, or None."""
+    group, bits = weight.group_size, weight.bits
+    if group is not None and bits > 4:
+        return (
+            f"it has {bits} bits in groups, and more than 4 bits have one scale per channel there;"
+            " quantize it without groups (group_size: null in a recipe), or run it by qatc"
+        )
+    if group is not None and group % XNNPACK_GROUP:
+        return (
+            f"it has groups of {group}, and XNNPACK takes multiples of {XNNPACK_GROUP}; quantize it"
+            f" with --group-size {XNNPACK_GROUP}"
+        )
+    if weight.range == "signed":
+        return (
+            "it has negative scales, as the signed range makes them, and XNNPACK takes positive"
+            " ones; quantize it with the restricted range (--preset paper)"
+        )
+    return None
+
+
+XNNPACK_GROUP = 32
+"""Weights of 4 bits that share a scale, or a multiple of it: what XNNPACK multiplies."""
+
+_ANY = VALID_BITS
 _PLAIN: Mapping[str, Any] = MappingProxyType({})
 _FULL: Mapping[str, Any] = MappingProxyType({"range": "full"})
 _TORCHAO: Mapping[str, Any] = MappingProxyType({"range": "full", "rounding": "reciprocal"})
 _BLOCKS: Mapping[str, Any] = MappingProxyType({"group_size": 32})
+_AFFINE: Mapping[str, Any] = MappingProxyType({"range": "affine"})
+_XNNPACK_GROUPS: Mapping[str, Any] = MappingProxyType({"group_size": XNNPACK_GROUP})
 _FP16_BLOCKS: Mapping[str, Any] = MappingProxyType({"group_size": 32, "scale_dtype": "float16"})
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -97,21 +142,24 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             "it rounds half away from zero, keeps the scales of activations in fp16 and rotates K"
             " and V: close, not the same",
         ),
+        "executorch": Target(
+            _XNNPACK_GROUPS,
+            _AFFINE,
+            _PLAIN,
+            (16,),
+            "XNNPACK as of ExecuTorch 1.5: inputs of linear layers in 8 bits with a scale of"
+            " (max - min) / 255 and a whole zero point per token; weights of 4 bits in groups of"
+            " 32, of 8 bits with one scale per channel",
+            wide_weights=_PLAIN,
+            input_bits=(8,),
+            obstacle=why_not_in_xnnpack,
+        ),
     }
 )
 """Targets by name."""
 
 OTHER_NAMES: Mapping[str, str] = MappingProxyType({"gguf": "llama.cpp"})
 """Formats by whose name a target may be called."""
-
-NOT_TRAINED_FOR: Mapping[str, str] = MappingProxyType(
-    {
-        "executorch": "it rounds inputs of linear layers to 8 bits with a whole zero point for each"
-        " token, and the integer products of qatc have none; torchao's QATConfig has that rule, and"
-        " examples/train_torchao_qat.py trains it by distillation",
-    }
-)
-"""Runtimes whose rules no recipe can say, and what to do."""
 
 
 def target_name(name: str) -> str:
@@ -123,8 +171,6 @@ def target_name(name: str) -> str:
     known = OTHER_NAMES.get(name, name) if isinstance(name, str) else None
     if known in TARGETS:
         return known
-    if known in NOT_TRAINED_FOR:
-        raise ConfigError(f"{known} is no target: {NOT_TRAINED_FOR[known]}")
     others = ", ".join(f"{other} for {own}" for other, own in OTHER_NAMES.items())
     raise ConfigError(f"target must be one of {', '.join(TARGETS)} ({others}); got {name!r}")
 

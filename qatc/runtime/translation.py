@@ -212,6 +212,8 @@ class Translator:
         weight_bits = site.weights.bits
         if not site.activations.quantizes:
             raise Untranslatable("linears whose inputs are not quantized")
+        if site.activations.affine:
+            raise Untranslatable("inputs with a zero point")
         if site.weights.group_size:
             raise Untranslatable("weights with several scales in a row")
         if inputs > native.MAX_WIDTH:

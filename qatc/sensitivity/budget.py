@@ -8,7 +8,7 @@ squared error of the rounded weight is: of small changes, KL is a quadratic form
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from qatc.data.corpus import Rows
 from qatc.errors import ConfigError
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import FLOAT_BITS, VALID_BITS
+from qatc.recipe.targets import find_target
 from qatc.recipe.weight_bits import WeightBits
 from qatc.sensitivity.answers import Answers
 from qatc.sensitivity.weights import divergences, find_weights, round_to_nearest, with_bits
@@ -61,6 +62,12 @@ def check_budget(budget: float, recipe: Recipe) -> None:
         raise ConfigError(
             "the recipe gives weights bits of their own (weight_bits), and a budget would choose"
             " others; leave out one of the two"
+        )
+    widest = replace(recipe.weights, bits=WIDTHS[-1])
+    if obstacle := find_target(recipe.target).obstacle(widest):
+        raise ConfigError(
+            f"a budget gives weights up to {WIDTHS[-1]} bits, and the target {recipe.target} cannot"
+            f" hold such a weight: {obstacle}"
         )
 
 

@@ -64,6 +64,7 @@ def _parts(recipe: Recipe) -> dict[str, Recipe]:
     specs = ("weights", "activations", "kv", "head", "embedding")
     off: dict[str, Any] = dict.fromkeys(specs, QuantSpec())
     off |= {"weight_bits": (), "value_bits": None, "center_keys": False, "rotate_keys": False}
+    off["target"] = "qatc"  # no runtime has one part alone; its rules are in the specs
     recipe = replace(recipe, rotate_inputs=())  # weights have not been turned
     fields = {
         "weights": ("weights", "weight_bits"),

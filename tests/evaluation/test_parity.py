@@ -20,7 +20,7 @@ import qatc.evaluation.parity as parity
 from qatc.errors import ParityError
 from qatc.evaluation.checks import Check, ParityReport
 from qatc.evaluation.global_parity import Texts, kl
-from qatc.kernels import native, packed_linear, products, table
+from qatc.kernels import integer_linear, native, packed_linear, products, table
 from qatc.machine.toolchain import compilers
 from qatc.numerics import minmax, packing
 from qatc.recipe.recipe import Recipe
@@ -224,6 +224,25 @@ def test_groups_in_the_wrong_order(
         broken_native = Module(native, scaled_product=flipped(native.scaled_product))
         monkeypatch.setattr(products, "native", broken_native)
     with pytest.raises(ParityError, match=rf"differs at .*q_proj\.weight .{phase}"):
+        verify(output).require("it")
+
+
+ZEROS = {
+    "on integers": Recipe(QuantSpec(4), QuantSpec(8, range="affine"), QuantSpec(4)),
+    "for ExecuTorch": Recipe.from_bits("4-8-16", target="executorch", head_bits=8),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_zero_points(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pass, and a product that forgets them is found."""
+    output = make_output(tmp_path / "o", ZEROS[name])
+    report = verify(output)
+    assert report.passed and len(report.checks) > 10
+    broken_sums = broken(integer_linear.sums_from_zero, zero=lambda zero: None)
+    monkeypatch.setattr(integer_linear, "sums_from_zero", broken_sums)
+    where = "self_attn.q_proj.weight" if name == "on integers" else "the end of the model"
+    with pytest.raises(ParityError, match=f"differs at .*{where}"):
         verify(output).require("it")
 
 

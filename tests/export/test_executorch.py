@@ -14,24 +14,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qatc.errors import CaptureError, CheckpointError, ConfigError
+from qatc.evaluation import parity
+from qatc.evaluation.reference import prepare_reference
 from qatc.export import FORMATS, export
+from qatc.export.consumers import consumer_of
 from qatc.export.executorch import format
 from qatc.export.executorch.generate import Model
 from qatc.export.executorch.lowering import lower
-from qatc.export.executorch.modules import Step, quantized_step
+from qatc.export.executorch.modules import QuantizedLinear, Step, quantized_step
+from qatc.numerics.fake_quant import fake_quantize
 from qatc.output import Output, QuantizedWeight, load_codes, load_reference, open_output
 from qatc.output.directory import with_tied
+from qatc.quantize.run import quantize
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
-from tests.conftest import make_llama, make_output, make_small
+from qatc.runtime.model import load
+from tests.conftest import make_llama, make_output, make_small, save
 from tests.export.conftest import WINDOWS
+from tests.numerics.test_affine import by_xnnpack, on_ties, random, with_zero_on_a_tie
+from tests.quantize.conftest import make
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None,
@@ -44,6 +51,9 @@ RECIPES = {
         "4-8-4", head_bits=8, embedding_bits=8, weight_bits=(("*v_proj*", 8), ("*k_proj*", 3))
     ),
 }
+
+FOR_IT = Recipe.from_bits("4-8-16", target="executorch", head_bits=8)
+"""Codes of an embedding would put inputs of the first layer on ties, as quotients of integers."""
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +79,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callab
 
 def linear_of_xnnpack(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """A linear layer with its inputs rounded to 8 bits, a scale and a zero point per token."""
-    rows = x.numpy().reshape(-1, x.shape[-1])
-    low, high = (np.minimum(rows.min(1), 0)[:, None], np.maximum(rows.max(1), 0)[:, None])
-    scale = np.maximum((high - low) / np.float32(255), np.float32(2.0**-23))
-    nearer = -128 + low / scale + 127 + high / scale > 0
-    zero = np.round(np.clip(np.where(nearer, -128 - low / scale, 127 - high / scale), -128, 127))
-    codes = np.clip(np.round(rows / scale) + zero, -128, 127)
+    codes, scale, zero = by_xnnpack(x.numpy().reshape(-1, x.shape[-1]))
     values = torch.from_numpy((codes - zero) * scale).reshape(x.shape)
     return F.linear(values, weight.dequantize(), bias)
 
@@ -108,6 +113,51 @@ def test_it_computes_the_model_by_its_own_rule(name: str, exported: Callable[[st
     assert worst[0] < 1e-4 and max(worst) < 0.15
     with pytest.raises(ValueError, match="146 tokens are more than 128 slots hold"):
         model([0] * 128)
+
+
+@torch.no_grad()
+def test_what_is_trained_for_it_is_what_it_computes(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits of the trained graph and of the packed model, to the order of float sums."""
+    source = save(tmp_path / "model", make_llama(num_hidden_layers=1), tokenizer)
+    with torch.enable_grad():
+        quantize(make(source, tmp_path / "o", recipe=FOR_IT))
+    output = open_output(tmp_path / "o")
+    runtime = consumer_of(output, 40)
+    assert runtime is not None and not runtime.differences
+    reference: Any = load_reference(output)
+    trained = prepare_reference(reference, output, compile=False)
+    ids = torch.randint(2, 112, (1, 40), generator=torch.Generator().manual_seed(1))
+    packed = load(output, dtype=torch.float32, compile=False)
+    wanted = [model(input_ids=ids, use_cache=False).logits[0] for model in (trained, packed)]
+    found = runtime.logits(ids)[0]
+    differences = torch.stack([(found - own).abs().amax(-1) for own in wanted])
+    # A single code that falls the other way, as on other processors it may, is 0.01 to 0.1.
+    assert float(differences.median(1).values.max()) < 1e-5 and float(differences.max()) < 0.15
+    monkeypatch.setattr(parity, "consumer_of", lambda output, slots: runtime)
+    report = parity.verify(output, reload=False)
+    (check,) = (check for check in report.checks if check.point == "runtime")
+    assert report.passed and "ExecuTorch from the trained graph" in check.what
+    assert check.limit is not None and check.figure < 1e-9
+
+
+def test_its_rule_is_the_one_that_it_is_trained_by(tmp_path: Path) -> None:
+    """Through a product with the identity come the very values that the codes stand for."""
+    weight = QuantizedWeight(torch.eye(64, dtype=torch.int8), torch.ones(64, 1), QuantSpec(8))
+    zeros = F.pad(with_zero_on_a_tie(500), (0, 62))
+    rows = torch.cat([on_ties(1500), zeros, random(500, 64, shift=0.5), random(500, 64).abs()])
+    program = torch.export.export(QuantizedLinear(weight, None), (rows,))
+    (tmp_path / "identity.pte").write_bytes(lower(program, {}))
+    method = runtime_of_executorch(tmp_path / "identity.pte")
+    found = method.execute([rows])[0]
+    assert torch.equal(found, fake_quantize(rows, FOR_IT.activations))
+
+
+def runtime_of_executorch(file: Path) -> Any:
+    from executorch.runtime import Runtime
+
+    return Runtime.get().load_program(file).load_method("forward")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -163,7 +213,7 @@ def test_what_cannot_be_lowered_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 def test_it_says_what_differs(exported: Callable[[str], Path]) -> None:
     notes = FORMATS["executorch"].notes(open_output(exported("channels") / "source"))
     assert notes[0] == "the cache holds 128 tokens, and a call takes at most 128"
-    assert notes[1].endswith("where this model was trained with one scale per token")
+    assert "where this model was trained with one scale per token; --target execu" in notes[1]
     assert notes[2] == "K and V stay in float, where this model was trained with 4 bits"
     assert notes[3] == "weights of 3 bits take 4 (up to 4) or 8 bits each"
 

@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from qatc.errors import CheckpointError, ConfigError
-from qatc.export.formats import export
-from qatc.output import Output
+from qatc.export.formats import FORMATS, export
+from qatc.export.gguf.card import differences as gguf_differences
+from qatc.output import Output, open_output
 from qatc.output import directory as directory_module
 from qatc.recipe.recipe import Recipe
+from tests.conftest import make_output
 from tests.output.conftest import make_model, make_tokenizer, write, write_whole_and_in_shards
 
 OLD = '{"format_version": 2, "recipe": {}}'
@@ -125,3 +127,21 @@ def test_a_failed_export_leaves_the_output_as_it_was(
         export(pristine / "one", out, overwrite=True)
     assert snapshot(out) == {"qatc.json": OLD.encode()}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_other_formats_say_that_they_have_no_zero_points(tmp_path: Path) -> None:
+    recipes = {bits: Recipe.from_bits(bits, target="executorch") for bits in ("4-8-16", "8-8-16")}
+    bytes_alone, groups = (
+        open_output(make_output(tmp_path / bits, recipes[bits])) for bits in ("8-8-16", "4-8-16")
+    )
+    said = {name: " ".join(FORMATS[name].notes(bytes_alone)) for name in ("torchao", "vllm")}
+    assert "this model was trained with a zero point beside the scale)" in said["torchao"]
+    assert "max / 127 (with a zero point beside the scale here)" in said["vllm"]
+    in_gguf = gguf_differences(groups.recipe, 64)[0]
+    assert "trained with 8 bits and one scale and zero point per token; --target llama" in in_gguf
+    for name in ("torchao", "vllm"):
+        with pytest.raises(ConfigError, match="groups of 32"):
+            FORMATS[name].notes(groups)
+    card = (tmp_path / "4-8-16" / "README.md").read_text()
+    assert card.count("max / 127.5, where this model was trained with a zero point") == 2
+    assert "scale = (max - min) / 255, 0 between them, and a zero point |" in card

@@ -35,11 +35,14 @@ SLOTS = 64
 RECIPES = {
     "several bits": Recipe.from_bits("8-8-8", weight_bits=(("*down_proj*", 3), ("*k_proj*", 6))),
     "float products": Recipe.from_bits("4-16-16", group_size=16),
+    "zero points": Recipe(
+        *(QuantSpec(4), QuantSpec(8, range="affine"), QuantSpec(8)), head=QuantSpec(4, 16)
+    ),
 }
 
 PACK = "torch._inductor.package.package.package_aoti"
 
-LAYERS = {"several bits": 2, "float products": 1}
+LAYERS = {"several bits": 2}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def test_it_computes_what_qatc_does(exported: Path) -> None:
 def test_as_programs_recipes_compute_what_qatc_does(name: str, tmp_path: Path) -> None:
     """But for floats, which qatc sums in C, in another order."""
     source = make_output(
-        tmp_path / "source", RECIPES[name], make_llama(num_hidden_layers=LAYERS[name])
+        tmp_path / "source", RECIPES[name], make_llama(num_hidden_layers=LAYERS.get(name, 1))
     )
     steps = Steps(open_output(source))
     programs = [steps.program(phase).module() for phase in PHASES]

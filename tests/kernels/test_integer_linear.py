@@ -199,6 +199,36 @@ def test_forward_and_gradients(
         np.testing.assert_allclose(got.numpy(), value, atol=2e-5 * k**0.5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_zero_points(compiled: bool) -> None:
+    """Forward and gradients are those of the values that codes with zero points stand for."""
+    if compiled and not can_compile():
+        pytest.skip("no C++ compiler")
+    rng = np.random.default_rng(0)
+    x, w, gradient = (rng.standard_normal(s).astype(np.float32) for s in ((9, 33), (7, 33), (9, 7)))
+    x += rng.choice([-3, 0, 3], (9, 1)).astype(np.float32)
+    low, high = np.minimum(x.min(1), 0)[:, None], np.maximum(x.max(1), 0)[:, None]
+    step = (high.astype(np.float64) - low) / 255
+    zero = np.clip(np.round(-128 - low / step), -128, 127)
+    x_hat = (np.clip(np.round(x / step) + zero, -128, 127) - zero) * step
+    w_hat = reference(x, w, None, (8, 4))[2]
+    tensors = [torch.from_numpy(t).requires_grad_() for t in (x, w)]
+
+    def linear(x: Tensor, w: Tensor) -> Tensor:
+        result: Tensor = INTEGER_LINEAR(x, w, None, "int8,range=affine", "int4")
+        return result
+
+    out = (torch.compile(linear) if compiled else linear)(*tensors)
+    out.backward(torch.from_numpy(gradient))
+    g = gradient.astype(np.float64)
+    for got, value in zip(
+        (out.detach(), *(t.grad for t in tensors)), (x_hat @ w_hat.T, g @ w_hat, g.T @ x_hat),
+        strict=True,
+    ):  # fmt: skip
+        assert got is not None
+        np.testing.assert_allclose(got.numpy(), value, atol=1e-4, rtol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_leading_dimensions_and_dtype(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qatc.kernels import native
 from qatc.kernels.gpu import launch
-from qatc.kernels.integer_linear import LARGEST_WIDTH
+from qatc.kernels.integer_linear import LARGEST_AFFINE_WIDTH, LARGEST_WIDTH
 from qatc.kernels.packed_linear import PACKED_LINEAR
 from qatc.kernels.site import PHASES, Site
 from qatc.kernels.table import KERNELS, choose
@@ -21,11 +21,14 @@ from qatc.machine import cpu
 from qatc.models.preparation import can_compile
 from qatc.numerics.minmax import quantize
 from qatc.numerics.packing import pack
-from qatc.recipe.spec import QuantSpec, spec_arg
+from qatc.recipe.spec import QuantSpec, Range, spec_arg
 
 
-def site(w: int, a: int, outputs: int = 8, inputs: int = 64, group: int | None = None) -> Site:
-    return Site(QuantSpec(w, group), QuantSpec(a), outputs, inputs, "cpu")
+def site(
+    w: int, a: int, outputs: int = 8, inputs: int = 64, group: int | None = None,
+    range: Range = "restricted",
+) -> Site:  # fmt: skip
+    return Site(QuantSpec(w, group), QuantSpec(a, range=range), outputs, inputs, "cpu")
 
 
 def run(x: Any, weight: Any, bias: Any, at: Site, **kernels: str) -> Any:
@@ -54,8 +57,21 @@ def reference(x: Any, weight: Any, bias: Any, at: Site) -> Any:
         codes = np.clip(np.round(groups / scale), -top, top)
         return (codes.astype(np.float64) * scale).reshape(values.shape)
 
-    values = rounded(x.numpy(), at.activations, False) @ rounded(weight.numpy(), at.weights, True).T
+    values = from_zero if at.activations.affine else rounded
+    values = values(x.numpy(), at.activations, False) @ rounded(weight.numpy(), at.weights, True).T
     return values + (0 if bias is None else bias.double().numpy())
+
+
+def from_zero(values: Any, spec: QuantSpec, snap: bool) -> Any:
+    """Rounded to codes with a zero point, as XNNPACK does it."""
+    low, high = np.minimum(values.min(1), 0)[:, None], np.maximum(values.max(1), 0)[:, None]
+    factor = np.float32(2**spec.bits - 1) / (high - low)
+    least, most = np.float32(-(2 ** (spec.bits - 1))), np.float32(2 ** (spec.bits - 1) - 1)
+    below, above = low * factor, high * factor
+    nearer = (least + below) + (most + above) > 0
+    zero = np.rint(np.clip(np.where(nearer, least - below, most - above), least, most))
+    codes = np.clip(np.rint(values * factor) + zero, least, most)
+    return (codes - zero).astype(np.float64) * (np.float32(1) / factor)
 
 
 @settings(deadline=None, max_examples=150)
@@ -129,6 +145,44 @@ def test_every_kernel_that_can_run_computes_the_same(
         assert able[-1] == "dequantize + linear" and one.dtype is other.dtype is torch.bfloat16
         largest = other.abs().max().item()
         assert (one.float() - other.float()).abs().max().item() <= 2**-7 * largest
+
+
+@pytest.mark.parametrize(("w", "group"), [(2, None), (3, None), (4, None), (8, None), (4, 16)])
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_every_kernel_takes_zero_points(rows: int, w: int, group: int | None) -> None:
+    """Inputs far to one side of zero, whose zero points are at an end; and around it."""
+    torch.manual_seed(0)
+    at = site(w, 8, 24, 48, group, "affine")
+    weight, bias = torch.randn(24, 48), torch.randn(24)
+    x = torch.randn(rows, 48) + torch.tensor([4.0, -4.0, 0.0]).repeat(rows)[:rows, None]
+    wanted = reference(x, weight, bias, at)
+    able = [kernel for kernel in KERNELS if kernel.obstacle(at) is None]
+    assert len(able) >= 2 or native.obstacle(parallel=True)
+    for kernel in able:
+        shape = (1, rows, 48) if kernel.phases == ("prefill",) else (rows, 1, 48)
+        got = run(x.view(shape), weight, bias, at, decode=kernel.name).view(rows, 24)
+        np.testing.assert_allclose(got.numpy(), wanted, atol=2e-4, rtol=1e-5)
+    if group is None:
+        reasons = dict(choose(at, "decode", "torchao").passed_over)
+        assert reasons["torchao int_scaled_matmul"] == "its inputs have a zero point"
+        assert choose(at, "prefill").kernel.name == choose(site(w, 8), "prefill").kernel.name
+
+
+def test_sums_with_zero_points_are_exact_at_their_limits() -> None:
+    """Codes of 127 over a zero point of -128, and a weight of -8: as far from zero as it goes."""
+    inputs, fused = 2**24 // (256 * 16), next(k for k in KERNELS if k.name == "fused unpack")
+    at = site(4, 8, 1, inputs, range="affine")
+    assert fused.obstacle(at) is None
+    assert fused.obstacle(site(4, 8, 1, inputs + 2, range="affine")) is not None
+    x, weight = torch.full((1, 1, inputs), 255.0), torch.full((1, inputs), -7.0)
+    assert run(x, weight, None, at, decode="fused unpack").item() == 255.0 * -7.0 * inputs
+    widest = site(8, 8, 1, LARGEST_AFFINE_WIDTH, range="affine")
+    x, weight = torch.full((1, 2, widest.inputs), 255.0), torch.full((1, widest.inputs), -127.0)
+    assert choose(widest, "prefill").kernel.name != "dequantize + linear"
+    got = run(x, weight, None, widest).flatten()
+    assert (got == torch.tensor(255 * -127 * widest.inputs).float()).all()
+    wider = choose(dataclasses.replace(widest, inputs=widest.inputs + 1), "prefill")
+    assert wider.kernel.name == "dequantize + linear"
 
 
 def names(at: Site) -> tuple[str, ...]:

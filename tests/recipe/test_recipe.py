@@ -113,6 +113,24 @@ def test_only_weights_have_a_dtype_of_scales(site: str) -> None:
         Recipe.from_dict({site: spec})
 
 
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"kv": {"bits": 8, "range": "affine"}}, "kv.range is 'affine', .* take 'asymmetric'"),
+        ({"weights": {"bits": 8, "range": "affine"}}, "weights.range .*'full' or 'signed'"),
+        ({"activations": {"bits": 8, "range": "asymmetric"}}, "take .*'affine', which has a zero"),
+        (
+            {"activations": {"bits": 8, "range": "affine", "group_size": 8}},
+            "group_size is 8; leave",
+        ),
+        ({"activations": {"bits": 8, "range": "affine", "rounding": "reciprocal"}}, "of its own"),
+    ],
+)
+def test_only_activations_have_a_zero_point(plain: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe.from_dict(plain)
+
+
 @pytest.mark.parametrize("skip", ["*lm_head*", ("ok", 3), None, 3])
 def test_bad_skip_is_quoted(skip: Any) -> None:
     with pytest.raises(ConfigError) as raised:

@@ -93,7 +93,7 @@ def test_any_positive_group_size(group_size: int) -> None:
 def test_bad_ranges_are_quoted_and_the_valid_ones_listed(range_: Any) -> None:
     with pytest.raises(ConfigError) as raised:
         QuantSpec(4, range=range_)
-    valid = "restricted, full, signed, asymmetric"
+    valid = "restricted, full, signed, asymmetric, affine"
     assert str(raised.value) == f"range must be one of {valid}; got {range_!r}"
 
 
@@ -118,6 +118,8 @@ def test_rules_in_words() -> None:
     assert rule_in_words(4, "signed") == "codes -8 to 7, scale = largest value / -8"
     asymmetric = "codes -8 to 7, scale = (max - min) / 15, and an offset beside it"
     assert rule_in_words(4, "asymmetric") == asymmetric
+    affine = "codes -128 to 127, scale = (max - min) / 255, 0 between them, and a zero point"
+    assert rule_in_words(8, "affine") == affine
 
 
 def test_a_config_error_is_a_user_error_and_a_value_error() -> None:
@@ -129,7 +131,7 @@ def test_a_config_error_is_a_user_error_and_a_value_error() -> None:
         QuantSpec,
         bits=st.sampled_from(VALID_BITS),
         group_size=st.none() | st.integers(1, 4096),
-        range=st.sampled_from(["restricted", "full", "signed", "asymmetric"]),
+        range=st.sampled_from(["restricted", "full", "signed", "asymmetric", "affine"]),
         clip=st.sampled_from(["none", "learned"]),
         scale_dtype=st.sampled_from(["bfloat16", "float16"]),
         rounding=st.sampled_from(["division", "reciprocal"]),

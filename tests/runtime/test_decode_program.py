@@ -14,6 +14,7 @@ from torch import Tensor
 import qatc
 from qatc.evaluation.parity import verify
 from qatc.recipe.recipe import Recipe
+from qatc.recipe.spec import QuantSpec
 from qatc.report.usage import decoding_report
 from qatc.runtime import program
 from qatc.runtime.decode_program import DecodeProgram
@@ -241,11 +242,13 @@ def test_generate_is_the_same(tmp_path: Path) -> None:
 
 
 def test_why_there_is_no_program(tmp_path: Path) -> None:
-    for bits, why in (
-        ("4-8-16", "K and V are not quantized"),
-        ("4-16-8", "inputs are not quantized"),
+    zeros = Recipe(QuantSpec(4), QuantSpec(8, range="affine"), QuantSpec(8))
+    for recipe, why in (
+        (Recipe.from_bits("4-8-16"), "K and V are not quantized"),
+        (Recipe.from_bits("4-16-8"), "inputs are not quantized"),
+        (zeros, "inputs with a zero point"),
     ):
-        model = qatc.load(make_output(tmp_path / bits, Recipe.from_bits(bits)), compile=False)
+        model = qatc.load(make_output(tmp_path / recipe.bits, recipe), compile=False)
         decode = runtime_of(model).decode
         assert decode is not None and decode.program() is None and why in str(decode.reason)
         assert why in decoding_report(model)

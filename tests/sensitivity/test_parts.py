@@ -53,6 +53,12 @@ def test_centers_are_measured_and_head_and_embedding_have_lines() -> None:
     assert one["head"] > 0 and one["embedding"] > 0
 
 
+def test_parts_that_their_target_takes_together_only() -> None:
+    model, rows = make_llama(), make_rows()
+    found = part_sensitivity(model, rows, Recipe.from_bits("4-8-16", target="executorch"))
+    assert [*found] == ["weights", "activations", "everything"] and min(found.values()) > 0
+
+
 def test_values_of_other_bits() -> None:
     model, rows = make_llama(), make_rows()
     at = {bits: part_sensitivity(model, rows, Recipe.from_bits(f"16-16-{bits}")) for bits in (3, 6)}

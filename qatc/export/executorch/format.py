@@ -24,9 +24,7 @@ from qatc.export.base import Format, context_of, end_tokens, refuse_windows
 from qatc.export.executorch import generate
 from qatc.export.executorch.lowering import export_step, lower, require_executorch
 from qatc.export.executorch.modules import (
-    GROUP,
     QuantizedLinear,
-    bits_of,
     quantized_step,
 )
 from qatc.export.executorch.stored import describe, keys_of, products_of, tables_of, weight_in
@@ -37,6 +35,7 @@ from qatc.output.compressed_tensors import refuse_rotated
 from qatc.output.directory import with_tied
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import spec_arg
+from qatc.recipe.targets import why_not_in_xnnpack
 from qatc.storage.directories import EXPORT_FILE
 from qatc.storage.files import read_json, write_atomically
 
@@ -153,31 +152,9 @@ def _refuse_unheld(output: Output) -> None:
     )
     for name, weight in with_tied(output.weights, skeleton.all_tied_weights_keys).items():
         is_table = isinstance(_owner(skeleton, name), nn.Embedding)
-        obstacle = None if is_table else _obstacle(weight)
+        obstacle = None if is_table else why_not_in_xnnpack(weight.spec)
         if obstacle is not None:
             raise ConfigError(f"ExecuTorch's XNNPACK cannot hold {name}: {obstacle}")
-
-
-def _obstacle(weight: QuantizedWeight) -> str | None:
-    """Why XNNPACK cannot multiply by a weight, and the way out; None if it can."""
-    group, bits = weight.spec.group_size, weight.spec.bits
-    if bits_of(weight.spec) == 4:
-        if group is not None and group % GROUP:
-            return (
-                f"it has groups of {group}, and XNNPACK takes multiples of {GROUP}; quantize it"
-                f" again with --group-size {GROUP}"
-            )
-    elif group is not None:
-        return (
-            f"it has {bits} bits in groups, and more than 4 bits have one scale per channel there;"
-            " quantize it again without --group-size, or run it by qatc"
-        )
-    if bool((weight.scale < 0).any()):
-        return (
-            "it has negative scales, as the signed range makes them, and XNNPACK takes positive"
-            " ones; quantize it again with the restricted range (--preset paper)"
-        )
-    return None
 
 
 def notes(output: Output) -> list[str]:
@@ -186,23 +163,31 @@ def notes(output: Output) -> list[str]:
     Raises as :func:`write` does.
     """
     _refuse_unheld(output)
-    recipe, slots = output.recipe, slots_of(output)
+    slots = slots_of(output)
     found = [f"the cache holds {slots} tokens, and a call takes at most {min(CHUNK, slots)}"]
-    if output.weights:
-        found.append(
-            "XNNPACK rounds the inputs of quantized weights to 8 bits with a scale and a zero point"
-            f" per token, where this model was trained with {_inputs_in_words(recipe)}"
-        )
-    if recipe.kv.quantizes:
-        found.append(
-            f"K and V stay in float, where this model was trained with {recipe.kv_bits} bits"
-        )
+    found += differences(output)
     odd = sorted({w.spec.bits for w in output.weights.values()} - {4, 8})
     if odd:
         found.append(
             f"weights of {' and '.join(map(str, odd))} bits take 4 (up to 4) or 8 bits each"
         )
     return [*found, *notes_on_text(output)]
+
+
+def differences(output: Output) -> list[str]:
+    """What ExecuTorch computes in another way than the model was trained for."""
+    recipe, found = output.recipe, []
+    if output.weights and not recipe.activations.affine:
+        found.append(
+            "XNNPACK rounds the inputs of quantized weights to 8 bits with a scale and a zero point"
+            f" per token, where this model was trained with {_inputs_in_words(recipe)}; --target"
+            " executorch trains with that"
+        )
+    if recipe.kv.quantizes:
+        found.append(
+            f"K and V stay in float, where this model was trained with {recipe.kv_bits} bits"
+        )
+    return found
 
 
 def _inputs_in_words(recipe: Recipe) -> str:

@@ -17,9 +17,7 @@ from transformers.cache_utils import Cache
 from qatc.output import Output, QuantizedWeight, load_reference
 from qatc.output.directory import with_tied
 from qatc.recipe.spec import QuantSpec
-
-GROUP = 32
-"""Weights of 4 bits that share a scale, or a multiple of it: what XNNPACK multiplies."""
+from qatc.recipe.targets import XNNPACK_GROUP
 
 
 class QuantizedLinear(nn.Module):
@@ -37,9 +35,9 @@ class QuantizedLinear(nn.Module):
         codes, scale = weight.codes, weight.scale
         self.bits, self.missing, groups = bits_of(weight.spec), 0, 1
         if self.bits == 4:
-            self.missing = -codes.shape[1] % GROUP
+            self.missing = -codes.shape[1] % XNNPACK_GROUP
             codes = F.pad(codes, (0, self.missing))
-            groups = codes.shape[1] // GROUP if scale.shape[1] == 1 else scale.shape[1]
+            groups = codes.shape[1] // XNNPACK_GROUP if scale.shape[1] == 1 else scale.shape[1]
             scale = scale.expand(-1, groups)
         else:
             scale = scale.squeeze(1)

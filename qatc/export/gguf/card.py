@@ -30,7 +30,8 @@ def differences(recipe: Recipe, values_of_head: int) -> list[str]:
         rule = "inputs in float"
         if inputs.quantizes:
             per = f"{inputs.group_size} values" if inputs.group_size else "token"
-            rule = f"{inputs.bits} bits and one scale per {per}"
+            zero = " and zero point" if inputs.affine else ""
+            rule = f"{inputs.bits} bits and one scale{zero} per {per}"
         found.append(
             "llama.cpp rounds the inputs of quantized weights to 8 bits with one scale per"
             f" {BLOCK} values, where this model was trained with {rule}; {trains_so}"

@@ -21,12 +21,12 @@ from torch.fx import Interpreter
 
 from qatc.errors import ConfigError
 from qatc.kernels.cached_attention import cached_attention
-from qatc.kernels.integer_linear import EXACT_FP32, scale_sums
+from qatc.kernels.integer_linear import EXACT_FP32, scale_sums, sums_from_zero
 from qatc.kernels.packed_embedding import PACKED_EMBEDDING, packed_embedding
 from qatc.kernels.packed_linear import PACKED_LINEAR
 from qatc.kernels.row_attention import attend
 from qatc.kernels.site import Site, needs_integers
-from qatc.numerics import minmax, packing
+from qatc.numerics import affine, minmax, packing
 from qatc.numerics.fake_quant import FAKE_QUANTIZE
 from qatc.recipe.spec import QuantSpec, read_spec_arg
 
@@ -47,8 +47,8 @@ def linear(
     if needs_integers(site) is not None:
         codes = packing.unpack(packed, weights.bits, inputs)
         return F.linear(fake_quantize(x, x_spec), minmax.dequantize(codes, scale, x.dtype), bias)
-    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), activations)
-    sums = _product(x_codes, packed, activations, weights)
+    x_codes, x_scale, zero = affine.quantize_inputs(x.flatten(0, -2), activations)
+    sums = sums_from_zero(lambda a: _product(a, packed, activations, weights), x_codes, zero)
     product = scale_sums(sums, x_scale, scale, bias, x.dtype)
     return product.view(*x.shape[:-1], site.outputs)
 
@@ -89,6 +89,8 @@ def fake_quantize(x: Tensor, spec: str, **options: Any) -> Tensor:
     ):
         result: Tensor = FAKE_QUANTIZE(x, spec, **options)
         return result
+    if read.affine:
+        return affine.dequantize(*affine.quantize(x, read), x.dtype)
     return minmax.dequantize(*minmax.quantize(x, read), x.dtype) if read.quantizes else x
 
 
