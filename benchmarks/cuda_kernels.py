@@ -75,6 +75,7 @@ def cases() -> list[Case]:
     """All kernels, with what they are started with at a LLaMA-7B's shapes."""
     found = [_product(bits, rows) for bits in (4, 8) for rows in (1, 3, 16, 32, 64, 256, 2048)]
     found += [_product(3, rows) for rows in (1, 16, 2048)]
+    found += [_product(bits, rows, 3) for bits in (4, 8) for rows in (1, 3, 16, 2048)]
     for key_bits, value_bits in ((4, 4), (8, 8), (8, 4)):
         found += [_attention(key_bits, value_bits, shared) for shared in (1, 4)]
     constants = {"V_WIDTH": HEAD, "BLOCK": HEAD, "AT_ONCE": attention.JOINED_AT_ONCE}
@@ -85,19 +86,21 @@ def cases() -> list[Case]:
     return found
 
 
-def _product(bits: int, rows: int) -> Case:
-    tile = products.choose_tile(rows, OUTPUTS, WIDTH, bits)
-    constants = products.kernel_arguments(bits, WIDTH, True, rows)
+def _product(bits: int, rows: int, count: int = 1) -> Case:
+    tile = products.choose_tile(rows, OUTPUTS * count, WIDTH, bits)
+    constants = products.kernel_arguments(bits, WIDTH, True, rows, count)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
-    held = "*i8" if bits == 8 else "*u8"
     few = rows <= products.MOST_GEMV_ROWS
-    types = {"x": "*i32" if few else "*i8", "x_scale": "*fp32", "w": "*i32" if few else held}
-    types |= {"scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
-    types |= {"outputs": "i32", "unit": "i32"} if few else {}
-    types |= {} if few else {"rows": "i32", "outputs": "i32", "unit": "i32"}
+    held = "*i32" if few else "*i8" if bits == 8 else "*u8"
+    types = {"x": "*i32" if few else "*i8", "x_scale": "*fp32"}
+    types |= {"unit": "i32"} if few else {"rows": "i32", "unit": "i32"}
+    for i in range(products.MOST_JOINED):
+        types |= {f"w{i}": held, f"scale{i}": "*fp32", f"bias{i}": "*bf16", f"out{i}": "*bf16"}
+        types |= {f"outputs{i}": "i32"}
     constants |= {"BLOCK_N": tile.outputs, "BLOCK_W" if few else "BLOCK_B": tile.step}
     constants |= {} if few else {"BLOCK_M": tile.rows}
     name = f"W{bits}A8 {'gemv' if few else 'gemm'}, {rows} row{'s' if rows > 1 else ''}"
+    name += f", {count} weights" if count > 1 else ""
     kernel = "gemv" if few else "gemm"
     return Case(name, "product_kernels", kernel, types, constants, options, ("rows",))
 

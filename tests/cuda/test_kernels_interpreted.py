@@ -27,6 +27,15 @@ PRODUCTS = [
 ]
 """Bits, rows, outputs, width and dtype. Not bf16, which the interpreter cuts off, unrounded."""
 
+JOINED = [
+    (4, 1, (37, 5, 9), 96),
+    (8, 3, (4, 66), 96),
+    (4, 17, (40, 1, 33), 96),
+    (3, 2, (9, 4), 96),
+    (8, 20, (70, 5, 5), 48),
+]
+"""Bits, rows, outputs of each weight, and width."""
+
 ATTENTIONS = [
     # bits of K and V, query heads and K/V heads, widths of K and V, slots, last slots, mask
     (4, 4, 2, 2, 64, 64, 200, (150, 199), False),
@@ -54,6 +63,24 @@ def product_case(bits: int, rows: int, outputs: int, width: int, dtype: str) -> 
         if got.dtype is not kind or not torch.equal(got, wanted):
             return False
     return True
+
+
+def joined_case(bits: int, rows: int, outputs: tuple[int, ...], width: int) -> bool:
+    """Whether one launch gives each weight's own products, with biases and without."""
+    from qatc.kernels.gpu.products import triton_linears
+    from qatc.numerics.packing import pack
+
+    half = 1 << (bits - 1)
+    x, x_scale = torch.randint(-128, 128, (rows, width), dtype=torch.int8), torch.rand(rows, 1)
+    codes = [torch.randint(-half, half, (n, width), dtype=torch.int8) for n in outputs]
+    packed, scale = [pack(one, bits) for one in codes], [torch.rand(n, 1) - 0.5 for n in outputs]
+    same = []
+    for bias in ([None] * len(outputs), [torch.randn(n) for n in outputs]):
+        got = triton_linears(x, x_scale, packed, scale, bias, bits, torch.float32)
+        for product, one, steps, more in zip(got, codes, scale, bias, strict=True):
+            wanted = (x.double() @ one.double().T).float() * x_scale * steps.T
+            same.append(torch.equal(product, wanted if more is None else wanted + more))
+    return all(same)
 
 
 def attention_case(
@@ -94,6 +121,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(json.dumps([
         [product_case(*case) for case in PRODUCTS], [attention_case(*case) for case in ATTENTIONS],
+        [joined_case(*case) for case in JOINED],
     ]))  # fmt: skip
 
 
@@ -113,6 +141,11 @@ def found() -> Any:
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_products_are_exact(found: Any, case: Any) -> None:
     assert found[0][PRODUCTS.index(case)]
+
+
+@pytest.mark.parametrize("case", JOINED, ids=str)
+def test_products_in_one_launch_are_those_of_each(found: Any, case: Any) -> None:
+    assert found[2][JOINED.index(case)]
 
 
 @pytest.mark.parametrize("case", ATTENTIONS, ids=str)

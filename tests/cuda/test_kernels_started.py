@@ -66,6 +66,17 @@ def test_products(
     assert out.shape == (rows, outputs) and compiled == [kernel]
 
 
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "gemv"), (4, "gemm")])
+def test_products_in_one_launch(compiled: Any, rows: int, kernel: str) -> None:
+    codes = torch.zeros(rows, 32, dtype=torch.int8)
+    packed = [pack(torch.zeros(n, 32, dtype=torch.int8), 4) for n in (16, 1, 5)]
+    scales = [torch.ones(one.shape[0], 1) for one in packed]
+    parts = (codes, torch.ones(rows, 1), packed, scales, [None] * 3, 4, torch.bfloat16)
+    outs = products.triton_linears(*parts)
+    assert [out.shape for out in outs] == [(rows, 16), (rows, 1), (rows, 5)]
+    assert compiled == [kernel]
+
+
 @pytest.mark.parametrize(
     ("heads", "groups", "width", "slots", "bits", "masked"),
     [(1, 1, 8, 1, 4, True), (9, 3, 64, 64, 8, False)],
