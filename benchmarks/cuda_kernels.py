@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import common
 from qatc.kernels.gpu import attention, products
+from qatc.recipe.spec import QuantSpec
 
 CAPABILITIES = (80, 90)
 """An A100's and an H100's."""
@@ -26,6 +29,11 @@ WIDTH, OUTPUTS = 4096, 11008
 """Of the products: LLaMA-7B's gate_proj."""
 
 HEAD, SLOTS = 128, 4096
+
+STRIDES = [
+    f"{of}{over}{what}" for of in "kv" for what in ("", "_scale") for over in ("b", "h", "s")
+]
+"""Of codes and scales of keys, and of values, over rows, heads and slots."""
 
 DIVISIBLE = [["tt.divisibility", 16]]
 
@@ -78,6 +86,7 @@ def cases() -> list[Case]:
     found += [_product(bits, rows, 3) for bits in (4, 8) for rows in (1, 3, 16, 2048)]
     for key_bits, value_bits in ((4, 4), (8, 8), (8, 4)):
         found += [_attention(key_bits, value_bits, shared) for shared in (1, 4)]
+    found += [_store(*bits) for bits in ((4, 4), (8, 8), (8, 4))]
     constants = {"V_WIDTH": HEAD, "BLOCK": HEAD, "AT_ONCE": attention.JOINED_AT_ONCE}
     types = {"sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "out": "*bf16", "splits": "i32"}
     found.append(
@@ -111,10 +120,7 @@ def _attention(key_bits: int, value_bits: int, shared: int) -> Case:
     types = {"query": "*bf16", "key_codes": held[key_bits], "key_scale": "*fp32"}
     types |= {"value_codes": held[value_bits], "value_scale": "*fp32", "positions": "*i64"}
     types |= {"mask": "*u8", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32"}
-    strides = [f"{of}{what}" for of in ("kb", "kh", "ks") for what in ("", "_scale")]
-    strides = [*strides[::2], *strides[1::2]]
-    strides += [name.replace("k", "v", 1) for name in strides]
-    types |= dict.fromkeys(("groups", "shared", "slots", "split", *strides, "mask_row"), "i32")
+    types |= dict.fromkeys(("groups", "shared", "slots", "split", *STRIDES, "mask_row"), "i32")
     constants = {
         "K_BITS": key_bits, "V_BITS": value_bits, "K_WIDTH": HEAD, "V_WIDTH": HEAD,
         "HEADS": split.heads, "BLOCK_S": split.at_once, "HAS_MASK": False,
@@ -127,6 +133,21 @@ def _attention(key_bits: int, value_bits: int, shared: int) -> Case:
     odd = ("groups", "shared", "mask_row", "factor")
     options = {"num_warps": split.warps}
     return Case(name, "attention_kernels", "attend", types, constants, options, odd)
+
+
+def _store(key_bits: int, value_bits: int) -> Case:
+    held = {4: "*u8", 8: "*i8"}
+    types = {"key": "*bf16", "value": "*bf16"}
+    types |= {"key_codes": held[key_bits], "key_scale": "*fp32"}
+    types |= {"value_codes": held[value_bits], "value_scale": "*fp32", "positions": "*i64"}
+    types |= dict.fromkeys(("groups", "slots", *STRIDES), "i32")
+    specs = QuantSpec(key_bits), QuantSpec(value_bits)
+    constants = attention.store_constants(*specs, (HEAD, HEAD), torch.bfloat16)
+    constants |= {"ks_scale": 1, "vs_scale": 1}
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    name = f"write of a token, K {key_bits} and V {value_bits} bits"
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    return Case(name, "attention_kernels", "store", types, constants, options, ("groups", "slots"))
 
 
 @functools.cache

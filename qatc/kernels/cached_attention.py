@@ -97,17 +97,16 @@ def quantized_attention(
         ``[B, Hq, T, D]``.
     """
     of_keys, of_values = read_spec_arg(spec), read_spec_arg(value_spec)
-    rows = torch.arange(query.shape[0], device=query.device).unsqueeze(1)
-    for new, own, gain, codes, scales in (
-        (key, of_keys, key_gain, key_codes, key_scale),
-        (value, of_values, value_gain, value_codes, value_scale),
-    ):
-        quantize = asymmetric.quantize if own.asymmetric else learned.quantize
-        new_codes, new_scale = quantize(new, own, gain)
-        codes[rows, :, positions] = packing.pack(new_codes, own.bits).transpose(1, 2)
-        scales[rows, :, positions] = new_scale.transpose(1, 2)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
     caches = (key_codes, key_scale, value_codes, value_scale)
+    if query.shape[2] == 1 and query.device.type == "cuda" and key_gain is None:
+        torch.ops.qatc.write_token(key, value, *caches, positions, spec, value_spec)
+    else:
+        for new, own, gain, codes, scales in (
+            (key, of_keys, key_gain, key_codes, key_scale),
+            (value, of_values, value_gain, value_codes, value_scale),
+        ):
+            _write(new, own, gain, codes, scales, positions)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if query.shape[2] == 1 and query.device.type == "cuda":
         out: Tensor = torch.ops.qatc.attend_to_codes(
             *(query, *caches, positions, mask, spec, value_spec, value.shape[-1], factor)
@@ -130,6 +129,22 @@ def quantized_attention(
     return masked_attention(
         *(query, keys, values, visible), scale, expand=query.device.type == "cuda"
     )
+
+
+def _write(
+    new: Tensor,
+    spec: QuantSpec,
+    gain: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    positions: Tensor,
+) -> None:
+    """Quantize new keys or values ``[B, Hkv, T, D]`` into their slots, ``positions`` ``[B, T]``."""
+    rows = torch.arange(new.shape[0], device=new.device).unsqueeze(1)
+    quantize = asymmetric.quantize if spec.asymmetric else learned.quantize
+    new_codes, new_scale = quantize(new, spec, gain)
+    codes[rows, :, positions] = packing.pack(new_codes, spec.bits).transpose(1, 2)
+    scales[rows, :, positions] = new_scale.transpose(1, 2)
 
 
 def masked_attention(
@@ -252,6 +267,35 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("attend_to_codes", _on_a_gpu, "CompositeImplicitAutograd")
 """An op, since what it asks the machine cannot be asked while a graph is compiled from Python."""
+
+
+def _write_token(
+    key: Tensor,
+    value: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    positions: Tensor,
+    spec: str,
+    value_spec: str,
+) -> None:
+    of_keys, of_values = read_spec_arg(spec), read_spec_arg(value_spec)
+    widths = (int(key.shape[3]), int(value.shape[3]))
+    if attention.store_obstacle(key.device.type, of_keys, of_values, widths) is None:
+        caches = (key_codes, key_scale, value_codes, value_scale)
+        attention.STORE_CODES(key, value, *caches, positions, spec, value_spec)
+        return
+    _write(key, of_keys, None, key_codes, key_scale, positions)
+    _write(value, of_values, None, value_codes, value_scale, positions)
+
+
+_LIBRARY.define(
+    "write_token(Tensor key, Tensor value, Tensor(a!) key_codes, Tensor(b!) key_scale,"
+    " Tensor(c!) value_codes, Tensor(d!) value_scale, Tensor positions, str spec, str value_spec)"
+    " -> ()"
+)
+_LIBRARY.impl("write_token", _write_token, "CompositeImplicitAutograd")
 
 _LIBRARY.define("materialize(Tensor x) -> Tensor")
 _LIBRARY.impl("materialize", lambda x: x.clone(), "CompositeExplicitAutograd")

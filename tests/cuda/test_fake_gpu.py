@@ -23,16 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("4-8-4", "8-8-8", "4-8-16", "groups")
 
 STEP = """
-triton_red triton_linears {write} code_attention triton_red triton_linear
+triton_red triton_linears {rotate} code_attention triton_red triton_linear
 triton_red triton_linears triton_red triton_linear triton_poi
 """
 
-WRITE = "triton_per triton_poi triton_per triton_poi"
-
 LAUNCHES = {
-    "LLaMA-7B, 1": STEP.format(write=WRITE).split(),
-    "Llama 3.2 1B, 1": STEP.format(write=f"{WRITE} triton_poi").split(),
-    "Llama 3.2 1B, 8": STEP.format(write="triton_per triton_poi triton_poi triton_poi").split(),
+    "LLaMA-7B, 1": STEP.format(rotate="triton_poi store_codes").split(),
+    "Llama 3.2 1B, 1": STEP.format(rotate="triton_poi store_codes triton_poi").split(),
+    "Llama 3.2 1B, 8": STEP.format(rotate="triton_poi store_codes triton_poi").split(),
 }
 """What a layer starts in a decoding step, Inductor's own kernels as ``triton_`` and their kind:
 reductions of a row in a loop (red) and at once (per), and pointwise (poi)."""

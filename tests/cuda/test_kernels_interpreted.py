@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from qatc.kernels.gpu import launch
+from qatc.recipe.spec import QuantSpec, spec_arg
 
 PRODUCTS = [
     *((bits, rows, 37, 96, "float32") for bits in (4, 8) for rows in (1, 2, 3, 4, 15, 16, 17)),
@@ -83,6 +84,47 @@ def joined_case(bits: int, rows: int, outputs: tuple[int, ...], width: int) -> b
     return all(same)
 
 
+WRITES = [
+    # keys, values, K/V heads, widths, dtype
+    (QuantSpec(4), QuantSpec(4), 2, 64, 64, "float32"),
+    (QuantSpec(8), QuantSpec(4), 3, 80, 48, "float32"),
+    (QuantSpec(8, range="full"), QuantSpec(4, range="full"), 1, 6, 10, "float16"),
+]
+
+
+def write_case(
+    keys: QuantSpec, values: QuantSpec, groups: int, width: int, deep: int, dtype: str
+) -> bool:
+    """Whether the kernel writes the bits that graphs do, into their slots and no others."""
+    from qatc.kernels.cached_attention import _write, cache_shapes
+    from qatc.kernels.gpu.attention import store_codes
+
+    batch, slots = 4, 9
+    key, value = (torch.randn(batch, groups, 1, n) for n in (width, deep))
+    key *= torch.randn(batch, groups, 1, 1).exp()
+    key[0] = 0
+    key[1] = 1e-38 if dtype == "float32" else 60000
+    value[1, 0, 0] = torch.arange(deep).clamp(max=7)  # half of them ties of 3.5 steps to 7
+    value[1, 0, 0, :2] = torch.tensor([7, 3.5])
+    value[2, 0, 0, 3], value[3, 0, 0, 1] = float("nan"), float("inf")
+    key, value = key.to(getattr(torch, dtype)), value.to(getattr(torch, dtype))
+    caches = [
+        torch.ones(batch, groups, slots + 2, size).to(kind)[:, :, :slots]
+        for spec, n in ((keys, width), (values, deep))
+        for size, kind in cache_shapes(spec, n)
+    ]
+    wanted = [cache.clone() for cache in caches]
+    positions = torch.tensor([[4], [0], [8], [2]])
+    store_codes(key, value, *caches, positions, spec_arg(keys), spec_arg(values))
+    _write(key, keys, None, *wanted[:2], positions)
+    _write(value, values, None, *wanted[2:], positions)
+    same = [torch.equal(caches[i].nan_to_num(-1), wanted[i].nan_to_num(-1)) for i in (1, 3)]
+    for i in (0, 2):  # codes of what is infinite or no number mean nothing
+        real = wanted[i + 1].isfinite()
+        same.append(torch.equal(torch.where(real, caches[i], 0), torch.where(real, wanted[i], 0)))
+    return all(same)
+
+
 def attention_case(
     key_bits: int, value_bits: int, heads: int, groups: int, width: int, deep: int, slots: int,
     last: tuple[int, ...], masked: bool,
@@ -121,7 +163,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(json.dumps([
         [product_case(*case) for case in PRODUCTS], [attention_case(*case) for case in ATTENTIONS],
-        [joined_case(*case) for case in JOINED],
+        [joined_case(*case) for case in JOINED], [write_case(*case) for case in WRITES],
     ]))  # fmt: skip
 
 
@@ -146,6 +188,11 @@ def test_products_are_exact(found: Any, case: Any) -> None:
 @pytest.mark.parametrize("case", JOINED, ids=str)
 def test_products_in_one_launch_are_those_of_each(found: Any, case: Any) -> None:
     assert found[2][JOINED.index(case)]
+
+
+@pytest.mark.parametrize("case", WRITES, ids=str)
+def test_a_token_is_written_as_graphs_write_it(found: Any, case: Any) -> None:
+    assert found[3][WRITES.index(case)]
 
 
 @pytest.mark.parametrize("case", ATTENTIONS, ids=str)

@@ -9,6 +9,7 @@ import torch
 
 from qatc.kernels.gpu import attention, launch, products
 from qatc.numerics.packing import pack
+from qatc.recipe.spec import QuantSpec, spec_arg
 
 pytestmark = pytest.mark.skipif(
     not launch.has_triton(), reason="triton is not installed: make test-cuda installs it"
@@ -91,3 +92,14 @@ def test_attention(
     mask = torch.ones(1, 1, 1, slots, dtype=torch.bool) if masked else None
     out = attention.code_attention(*(query, *views, last, mask, bits, bits, 0.1))
     assert out.shape == query.shape and compiled == ["attend", "join"]
+
+
+@pytest.mark.parametrize(("bits", "width"), [(4, 8), (8, 64)])
+def test_a_token_is_written(compiled: Any, bits: int, width: int) -> None:
+    codes = torch.zeros(2, 3, 5, width, dtype=torch.int8)
+    held: Any = (pack(codes, bits), torch.zeros(2, 3, 5, 1)) * 2
+    views = [tensor[:, :, :4] for tensor in held]
+    new, last = torch.zeros(2, 3, 1, width, dtype=torch.bfloat16), torch.zeros(2, 1).long()
+    name = spec_arg(QuantSpec(bits))
+    attention.store_codes(new, new, *views, last, name, name)
+    assert compiled == ["store"]

@@ -8,12 +8,14 @@ asked for; a split behind a row's last slot ends at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qatc.kernels.gpu import launch
-from qatc.recipe.spec import QuantSpec
+from qatc.numerics import minmax
+from qatc.recipe.spec import QuantSpec, read_spec_arg
 
 BITS = (4, 8)
 """Of the caches that the kernel reads."""
@@ -125,7 +127,83 @@ def code_attention(
     return out
 
 
+def store_obstacle(
+    device: str, keys: QuantSpec, values: QuantSpec, widths: tuple[int, int]
+) -> str | None:
+    """Why the kernel does not write to such a cache, or None if it does; as :func:`obstacle`."""
+    for what, spec in (("keys", keys), ("values", values)):
+        if spec.range == "signed" or spec.rounding != "division":
+            return f"the scales of {what} have a rule of their own"
+        if spec.clip != "none":
+            return f"the scales of {what} are trained"
+    return obstacle(device, keys, values, widths)
+
+
+def store_constants(
+    keys: QuantSpec, values: QuantSpec, widths: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the kernel that writes to a cache is compiled for."""
+    found: dict[str, Any] = {"SMALLEST": minmax.MIN_SCALE}
+    for of, spec, width in zip("KV", (keys, values), widths, strict=True):
+        found |= {
+            f"{of}_BITS": spec.bits, f"{of}_WIDTH": width,
+            f"BLOCK_{of}": launch.power_of_two(width * spec.bits // 8),
+            f"{of}_STEPS": spec.steps, f"{of}_LEAST": float(spec.code_min),
+            f"{of}_MOST": float(spec.code_max),
+            f"{of}_LARGEST": minmax.largest_scale(spec, dtype, snap=False),
+        }  # fmt: skip
+    return found
+
+
+def store_codes(
+    key: Tensor,
+    value: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    positions: Tensor,
+    spec: str,
+    value_spec: str,
+) -> None:
+    """Start the kernel for these sizes; what ``torch.ops.qatc.store_codes`` is on a GPU.
+
+    Args: as of :data:`STORE_CODES`.
+    """
+    from qatc.kernels.gpu import attention_kernels as kernels
+
+    batch, groups, _, width = key.shape
+    if not key.numel():
+        return
+    caches = (key_codes, key_scale, value_codes, value_scale)
+    widths = (width, value.shape[3])
+    constants = store_constants(read_spec_arg(spec), read_spec_arg(value_spec), widths, key.dtype)
+    assert all(tensor.stride(3) == 1 or tensor.shape[3] == 1 for tensor in caches)
+    with launch.on_device_of(key):
+        kernels.store[(batch * groups, 2)](
+            *(key.contiguous(), value.contiguous(), *caches, positions.contiguous()),
+            *(groups, key_codes.shape[2]),
+            *(stride for tensor in caches for stride in tensor.stride()[:3]),
+            **constants, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
+_LIBRARY.define(
+    "store_codes(Tensor key, Tensor value, Tensor(a!) key_codes, Tensor(b!) key_scale,"
+    " Tensor(c!) value_codes, Tensor(d!) value_scale, Tensor positions, str spec, str value_spec)"
+    " -> ()",
+    tags=(torch.Tag.flexible_layout,),  # as below
+)
+_LIBRARY.impl("store_codes", store_codes, "CUDA")
+torch.library.register_fake("qatc::store_codes", lambda *parts: None, lib=_LIBRARY)
+
+STORE_CODES = torch.ops.qatc.store_codes.default
+"""``(key [B, Hkv, 1, D], value [B, Hkv, 1, E], key_codes, key_scale, value_codes, value_scale,
+positions int64 [B, 1], spec, value_spec)``: quantize a new token of each row into its slot of the
+caches, which are as of :data:`CODE_ATTENTION`. The bits are those of :mod:`qatc.numerics.minmax`,
+keys and values being what they are in their own dtype."""
+
 _LIBRARY.define(
     "code_attention(Tensor query, Tensor key_codes, Tensor key_scale, Tensor value_codes,"
     " Tensor value_scale, Tensor positions, Tensor? mask, int key_bits, int value_bits,"

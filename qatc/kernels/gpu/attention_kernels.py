@@ -1,9 +1,10 @@
 """One query against a cache of 4- and 8-bit codes, split over the slots, in Triton.
 
-A program reads some slots of one K/V head for up to ``HEADS`` of the query heads that share it, all
-in fp32. In its loop nothing is summed over slots: each of ``BLOCK_S`` slots at a time has a softmax
-of its own, with its own maximum, and they are joined when the program ends, as those of all
-programs are by :func:`join`.
+A program of :func:`attend` reads some slots of one K/V head for up to ``HEADS`` of the query heads
+that share it, all in fp32. In its loop nothing is summed over slots: each of ``BLOCK_S`` slots at a
+time has a softmax of its own, with its own maximum, and they are joined when the program ends, as
+those of all programs are by :func:`join`. Before, :func:`store` puts the codes of a new token into
+the cache.
 """
 
 import triton
@@ -26,6 +27,86 @@ def values_of(held, PART: tl.constexpr, BITS: tl.constexpr):
     else:
         wide = (wide >> (PART * BITS)) & ((1 << BITS) - 1)
     return (wide | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
+
+
+@triton.jit
+def store_one(
+    new, codes, scale, slot,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Quantize a row of ``WIDTH`` values as :mod:`qatc.numerics.minmax` does, and pack it.
+
+    Args:
+        new: the row.
+        codes, scale: where its bytes and its scale go, if ``slot`` is one of the cache.
+        STEPS, LEAST, MOST: of the spec, from zero to the largest value, and the outermost codes.
+        SMALLEST, LARGEST: scales that there are.
+    """
+    PARTS: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = WIDTH // PARTS
+    at = tl.arange(0, BLOCK)
+    inside = at < BYTES
+    low = tl.load(new + at, mask=inside, other=0.0).to(tl.float32)
+    high = low
+    if PARTS == 2:
+        high = tl.load(new + BYTES + at, mask=inside, other=0.0).to(tl.float32)
+    odd = tl.max(((low != low) | (high != high)).to(tl.int32), 0)
+    most = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 0)
+    most = tl.where(odd != 0, float("nan"), most)
+    exact = most.to(tl.float64) / tl.full((), STEPS, tl.float64)
+    step = tl.where(exact < SMALLEST, 1.0, exact).to(tl.float32)
+    step = tl.where(most < float("inf"), tl.minimum(step, LARGEST), most)
+    values = code_of(low, step, LEAST, MOST)
+    if PARTS == 2:
+        half: tl.constexpr = 1 << (BITS - 1)
+        values = (values + half) | ((code_of(high, step, LEAST, MOST) + half) << BITS)
+    tl.store(codes + at, values.to(codes.dtype.element_ty), mask=inside & slot)
+    tl.store(scale, step, mask=slot)
+
+
+@triton.jit
+def code_of(values, step, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """The nearest code, ties to even: a float of 1.5 * 2^23 and more has no places behind one."""
+    exact = tl.div_rn(values, tl.zeros_like(values) + step)
+    nearest = (exact + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(nearest, LEAST), MOST).to(tl.int32)
+
+
+@triton.jit
+def store(
+    key, value, key_codes, key_scale, value_codes, value_scale, positions, groups, slots,
+    kb, kh, ks, kb_scale, kh_scale, ks_scale, vb, vh, vs, vb_scale, vh_scale, vs_scale,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    K_STEPS: tl.constexpr, K_LEAST: tl.constexpr, K_MOST: tl.constexpr,
+    V_STEPS: tl.constexpr, V_LEAST: tl.constexpr, V_MOST: tl.constexpr,
+    SMALLEST: tl.constexpr, K_LARGEST: tl.constexpr, V_LARGEST: tl.constexpr,
+):  # fmt: skip
+    """The codes of one token of each row. The grid is rows times K/V heads, and keys and values.
+
+    Args: ``key`` and ``value`` are ``[B, Hkv, width]``, and the rest is as of :func:`attend` and
+    :func:`store_one`.
+    """
+    head = tl.program_id(0)
+    b, h = (head // groups).to(tl.int64), (head % groups).to(tl.int64)
+    at = tl.load(positions + b)
+    slot = (at >= 0) & (at < slots)
+    if tl.program_id(1) == 0:
+        store_one(
+            key + head * K_WIDTH,
+            key_codes + b * kb + h * kh + at * ks,
+            key_scale + b * kb_scale + h * kh_scale + at * ks_scale,
+            slot, K_BITS, K_WIDTH, BLOCK_K, K_STEPS, K_LEAST, K_MOST, SMALLEST, K_LARGEST,
+        )  # fmt: skip
+    else:
+        store_one(
+            value + head * V_WIDTH,
+            value_codes + b * vb + h * vh + at * vs,
+            value_scale + b * vb_scale + h * vh_scale + at * vs_scale,
+            slot, V_BITS, V_WIDTH, BLOCK_V, V_STEPS, V_LEAST, V_MOST, SMALLEST, V_LARGEST,
+        )  # fmt: skip
 
 
 @triton.jit
