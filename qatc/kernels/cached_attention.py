@@ -35,7 +35,7 @@ def cached_attention(
         value: ``[B, Hkv, T, D]``.
         key_cache: ``[B, Hkv, S, D]``, changed in place.
         value_cache: ``[B, Hkv, S, D]``, changed in place.
-        positions: int64 ``[B, T]``: the slot of each new token, below S.
+        positions: int64 ``[B, T]``: the slot of each new token, below S; one after the other.
         mask: bool ``[B or 1, 1, T, S]``: which slots a query may see, besides those up to its own;
             its own it always sees, so that no row is without any.
         scale: factor on the scores; ``None`` for ``D ** -0.5``.
@@ -51,7 +51,7 @@ def cached_attention(
         return out
     row_attention.write(key_cache, key, positions)
     row_attention.write(value_cache, value, positions)
-    visible = row_attention.visible(positions, key_cache.shape[2], mask)
+    visible = row_attention.visible_on(query, key_cache.shape[2], positions, mask)
     return masked_attention(
         *(query, key_cache, value_cache, visible), scale, expand=query.device.type == "cuda"
     )
@@ -112,8 +112,9 @@ def quantized_attention(
             *(query, *caches, positions, mask, spec, value_spec, value.shape[-1], factor)
         )
         return out
-    visible = row_attention.visible(positions, key_codes.shape[2], mask)
+    visible = row_attention.visible_on(query, key_codes.shape[2], positions, mask)
     if query.shape[2] == 1:
+        assert visible is not None
         bits = of_keys.bits, of_values.bits
         return _attend_to_codes(
             *(query, *caches, visible), bits=bits, value_width=value.shape[-1], scale=factor
@@ -151,7 +152,7 @@ def masked_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    visible: Tensor,
+    visible: Tensor | None,
     scale: float | None,
     *,
     expand: bool,
@@ -159,18 +160,20 @@ def masked_attention(
     """SDPA of ``[B, Hq, T, D]`` over ``[B, Hkv, S, D]`` behind a mask, bool ``[B, 1, T, S]``.
 
     Args:
+        visible: the mask; None for the causal one of T = S, which takes no memory and goes to the
+            kernels that know it, as flash attention.
         expand: repeat keys and values for the query heads that share them. On a GPU the fused
             kernel that takes a mask takes as many heads of each, and without it all scores of all
             heads are in memory: 537 MB a layer for 2,048 tokens of 32 heads.
     """
-    if not expand:
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
-        )
     repeats = query.shape[1] // keys.shape[1]
-    if repeats > 1:
+    if expand and repeats > 1:
         keys, values = (x.repeat_interleave(repeats, dim=1) for x in (keys, values))
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale)
+    causal = visible is None
+    return F.scaled_dot_product_attention(
+        *(query, keys, values), attn_mask=visible, is_causal=causal, scale=scale,
+        enable_gqa=not expand,
+    )  # fmt: skip
 
 
 def values_of(

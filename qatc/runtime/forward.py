@@ -273,6 +273,8 @@ def _cache_inputs(
     batch, new = hidden.shape[:2]
     slots = layer.slots_read(new)
     layer.reserve(template, batch, slots, hidden.device)
+    if mask is None and layer.length == 0 and new > 1 and hidden.is_cuda:
+        slots = new  # of a text that begins here; attention then needs no mask
     views = first_slots(layer.tensors, slots)
     positions = layer.positions(batch, new, hidden.device)
     torch._dynamo.maybe_mark_dynamic(positions, (0, 1))

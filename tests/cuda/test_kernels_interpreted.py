@@ -108,12 +108,12 @@ def write_case(
     value[1, 0, 0, :2] = torch.tensor([7, 3.5])
     value[2, 0, 0, 3], value[3, 0, 0, 1] = float("nan"), float("inf")
     key, value = key.to(getattr(torch, dtype)), value.to(getattr(torch, dtype))
-    caches = [
+    caches: Any = [
         torch.ones(batch, groups, slots + 2, size).to(kind)[:, :, :slots]
         for spec, n in ((keys, width), (values, deep))
         for size, kind in cache_shapes(spec, n)
     ]
-    wanted = [cache.clone() for cache in caches]
+    wanted: Any = [cache.clone() for cache in caches]
     positions = torch.tensor([[4], [0], [8], [2]])
     store_codes(key, value, *caches, positions, spec_arg(keys), spec_arg(values))
     _write(key, keys, None, *wanted[:2], positions)

@@ -98,7 +98,7 @@ def test_attention(
 def test_a_token_is_written(compiled: Any, bits: int, width: int) -> None:
     codes = torch.zeros(2, 3, 5, width, dtype=torch.int8)
     held: Any = (pack(codes, bits), torch.zeros(2, 3, 5, 1)) * 2
-    views = [tensor[:, :, :4] for tensor in held]
+    views: Any = [tensor[:, :, :4] for tensor in held]
     new, last = torch.zeros(2, 3, 1, width, dtype=torch.bfloat16), torch.zeros(2, 1).long()
     name = spec_arg(QuantSpec(bits))
     attention.store_codes(new, new, *views, last, name, name)
