@@ -97,7 +97,7 @@ def cases() -> list[Case]:
 
 def _product(bits: int, rows: int, count: int = 1) -> Case:
     tile = products.choose_tile(rows, OUTPUTS * count, WIDTH, bits)
-    constants = products.kernel_arguments(bits, WIDTH, True, rows, count)
+    constants = products.kernel_arguments(bits, WIDTH, True, rows, count, count == 1)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     few = rows <= products.MOST_GEMV_ROWS
     held = "*i32" if few else "*i8" if bits == 8 else "*u8"
@@ -106,6 +106,7 @@ def _product(bits: int, rows: int, count: int = 1) -> Case:
     for i in range(products.MOST_JOINED):
         types |= {f"w{i}": held, f"scale{i}": "*fp32", f"bias{i}": "*bf16", f"out{i}": "*bf16"}
         types |= {f"outputs{i}": "i32"}
+    types |= {"added": "*bf16"}
     constants |= {"BLOCK_N": tile.outputs, "BLOCK_W" if few else "BLOCK_B": tile.step}
     constants |= {} if few else {"BLOCK_M": tile.rows}
     name = f"W{bits}A8 {'gemv' if few else 'gemm'}, {rows} row{'s' if rows > 1 else ''}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qatc.kernels.site import Site
-from qatc.kernels.table import KERNELS, run_joined
+from qatc.kernels.table import KERNELS, run_added, run_joined
 from qatc.recipe.spec import read_spec_arg
 
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
@@ -88,3 +88,28 @@ PACKED_LINEARS = torch.ops.qatc.packed_linears.default
 """``(x [..., K], packed, scale, bias, x_spec, weight_spec) -> [..., N] of each``: as
 :data:`PACKED_LINEAR` by :data:`qatc.kernels.table.TRITON`, of several weights, in one launch. The
 input is quantized once."""
+
+_LIBRARY.define(
+    "packed_linear_and(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor added,"
+    " str x_spec, str weight_spec) -> Tensor"
+)
+
+
+def _packed_linear_and(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    added: Tensor,
+    x_spec: str,
+    weight_spec: str,
+) -> Tensor:
+    weights, activations = read_spec_arg(weight_spec), read_spec_arg(x_spec)
+    return run_added(x, packed, scale, bias, added, weights, activations)
+
+
+_LIBRARY.impl("packed_linear_and", _packed_linear_and, "CompositeImplicitAutograd")
+
+PACKED_LINEAR_AND = torch.ops.qatc.packed_linear_and.default
+"""``(x [..., K], packed, scale, bias, added [..., N], x_spec, weight_spec) -> [..., N]``: as
+:data:`PACKED_LINEAR` by :data:`qatc.kernels.table.TRITON`, and added to what is of its dtype."""

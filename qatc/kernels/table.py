@@ -117,6 +117,22 @@ def run_joined(
     return [product.view(*x.shape[:-1], product.shape[-1]) for product in products]
 
 
+def run_added(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    added: Tensor,
+    weights: QuantSpec,
+    activations: QuantSpec,
+) -> Tensor:
+    """:data:`TRITON` for a linear, plus ``added``."""
+    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), activations)
+    parts = (x_codes, x_scale, packed, scale, bias, weights.bits, x.dtype)
+    product: Tensor = TRITON_LINEAR(*parts, added.flatten(0, -2))
+    return product.view(added.shape)
+
+
 def _run_fused(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Unpack inside the reduction: every byte of the weight is read once, and nothing is written.
 

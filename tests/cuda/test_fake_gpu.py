@@ -24,7 +24,7 @@ NAMES = ("4-8-4", "8-8-8", "4-8-16", "groups")
 
 STEP = """
 triton_red triton_linears {rotate} code_attention triton_red triton_linear
-triton_red triton_linears triton_red triton_linear triton_poi
+triton_red triton_linears triton_red triton_linear
 """
 
 LAUNCHES = {

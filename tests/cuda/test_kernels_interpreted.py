@@ -84,12 +84,28 @@ def joined_case(bits: int, rows: int, outputs: tuple[int, ...], width: int) -> b
     return all(same)
 
 
+ADDED = [(1, "float16"), (3, "float32"), (17, "float16")]
+"""Rows and dtype."""
+
 WRITES = [
     # keys, values, K/V heads, widths, dtype
     (QuantSpec(4), QuantSpec(4), 2, 64, 64, "float32"),
     (QuantSpec(8), QuantSpec(4), 3, 80, 48, "float32"),
     (QuantSpec(8, range="full"), QuantSpec(4, range="full"), 1, 6, 10, "float16"),
 ]
+
+
+def added_case(rows: int, dtype: str) -> bool:
+    """Whether a product that something is added to has two roundings to its dtype."""
+    from qatc.kernels.gpu.products import triton_linear
+    from qatc.numerics.packing import pack
+
+    kind = getattr(torch, dtype)
+    x, x_scale = torch.randint(-128, 128, (rows, 96), dtype=torch.int8), torch.rand(rows, 1)
+    codes, scale = torch.randint(-8, 8, (37, 96), dtype=torch.int8), torch.rand(37, 1) / 64
+    bias, added = torch.randn(37).to(kind), torch.randn(rows, 37).to(kind)
+    parts = (x, x_scale, pack(codes, 4), scale, bias, 4, kind)
+    return torch.equal(triton_linear(*parts, added), triton_linear(*parts) + added)
 
 
 def write_case(
@@ -108,16 +124,17 @@ def write_case(
     value[1, 0, 0, :2] = torch.tensor([7, 3.5])
     value[2, 0, 0, 3], value[3, 0, 0, 1] = float("nan"), float("inf")
     key, value = key.to(getattr(torch, dtype)), value.to(getattr(torch, dtype))
-    caches: Any = [
+    caches = [
         torch.ones(batch, groups, slots + 2, size).to(kind)[:, :, :slots]
         for spec, n in ((keys, width), (values, deep))
         for size, kind in cache_shapes(spec, n)
     ]
-    wanted: Any = [cache.clone() for cache in caches]
+    wanted = [cache.clone() for cache in caches]
     positions = torch.tensor([[4], [0], [8], [2]])
-    store_codes(key, value, *caches, positions, spec_arg(keys), spec_arg(values))
-    _write(key, keys, None, *wanted[:2], positions)
-    _write(value, values, None, *wanted[2:], positions)
+    parts: Any = (key, value, *caches, positions, spec_arg(keys), spec_arg(values))
+    store_codes(*parts)
+    _write(key, keys, None, wanted[0], wanted[1], positions)
+    _write(value, values, None, wanted[2], wanted[3], positions)
     same = [torch.equal(caches[i].nan_to_num(-1), wanted[i].nan_to_num(-1)) for i in (1, 3)]
     for i in (0, 2):  # codes of what is infinite or no number mean nothing
         real = wanted[i + 1].isfinite()
@@ -164,6 +181,7 @@ def main() -> None:
     print(json.dumps([
         [product_case(*case) for case in PRODUCTS], [attention_case(*case) for case in ATTENTIONS],
         [joined_case(*case) for case in JOINED], [write_case(*case) for case in WRITES],
+        [added_case(*case) for case in ADDED],
     ]))  # fmt: skip
 
 
@@ -188,6 +206,11 @@ def test_products_are_exact(found: Any, case: Any) -> None:
 @pytest.mark.parametrize("case", JOINED, ids=str)
 def test_products_in_one_launch_are_those_of_each(found: Any, case: Any) -> None:
     assert found[2][JOINED.index(case)]
+
+
+@pytest.mark.parametrize("case", ADDED, ids=str)
+def test_what_is_added_to_a_product_is_added_behind_its_rounding(found: Any, case: Any) -> None:
+    assert found[4][ADDED.index(case)]
 
 
 @pytest.mark.parametrize("case", WRITES, ids=str)

@@ -60,6 +60,24 @@ def test_products_are_exact(rows: int, bits: int) -> None:
         assert torch.equal(got.cpu(), wanted), (outputs, width, dtype)
 
 
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("rows", (1, 3, 4, 40))
+def test_one_launch_for_several_weights_and_a_sum(rows: int, bits: int) -> None:
+    torch.manual_seed(rows)
+    x, weight, x_scale, scale = (t.cuda() for t in codes(rows, 4096 + 520 + 512, 1504, bits))
+    cut = (4096, 520, 512)
+    packed, scales = pack(weight, bits).split(cut), scale.split(cut)
+    for dtype in DTYPES:
+        parts = (x, x_scale, packed, scales, [None] * 3, bits, dtype)
+        each = zip(packed, scales, strict=True)
+        wanted = [products.TRITON_LINEAR(x, x_scale, *one, None, bits, dtype) for one in each]
+        for got, one in zip(products.TRITON_LINEARS(*parts), wanted, strict=True):
+            assert torch.equal(got, one), dtype
+        added = torch.randn_like(wanted[0])
+        single = (x, x_scale, packed[0], scales[0], None, bits, dtype, added)
+        assert torch.equal(products.TRITON_LINEAR(*single), wanted[0] + added), dtype
+
+
 @pytest.mark.parametrize("rows", (1, 16, 128))
 def test_every_candidate_of_the_tuning_is_exact(rows: int) -> None:
     from benchmarks.cuda_tiles import candidates
@@ -71,7 +89,7 @@ def test_every_candidate_of_the_tuning_is_exact(rows: int) -> None:
     x, packed, x_scale, scale = (t.cuda() for t in (x, pack(weight, 4), x_scale, scale))
     for tile in candidates(rows, 4096):
         parts = (x, x_scale, packed, scale, None, 4, torch.bfloat16)
-        assert torch.equal(products.triton_linear(*parts, tile).cpu(), wanted), tile
+        assert torch.equal(products.triton_linear(*parts, tile=tile).cpu(), wanted), tile
 
 
 @pytest.mark.parametrize("bits", (4, 8))

@@ -101,5 +101,5 @@ def test_a_token_is_written(compiled: Any, bits: int, width: int) -> None:
     views: Any = [tensor[:, :, :4] for tensor in held]
     new, last = torch.zeros(2, 3, 1, width, dtype=torch.bfloat16), torch.zeros(2, 1).long()
     name = spec_arg(QuantSpec(bits))
-    attention.store_codes(new, new, *views, last, name, name)
+    attention.store_codes(*(new, new, *views, last, name, name))
     assert compiled == ["store"]

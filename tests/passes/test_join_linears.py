@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from qatc.graph.capture import capture
 from qatc.kernels import integer_linear
 from qatc.kernels.gpu import launch
-from qatc.kernels.packed_linear import PACKED_LINEAR, PACKED_LINEARS
+from qatc.kernels.packed_linear import PACKED_LINEAR, PACKED_LINEAR_AND, PACKED_LINEARS
 from qatc.numerics.packing import unpack
 from qatc.passes import JoinLinears, LowerLinear, QuantizeLinearInputs, QuantizeWeights
 from qatc.passes.join_linears import joined_linears
@@ -33,11 +33,17 @@ class Biased(nn.Module):
         return torch.cat([part(x) for part in self.parts], -1)
 
 
-@pytest.fixture(scope="module")
-def biased() -> Captured:
-    torch.manual_seed(0)
-    module, x = Biased(), torch.randn(2, 3, 16)
-    return Captured(capture(module, (x,), {}), module, [x])
+class Summed(nn.Module):
+    """A sum of two linears, and one that is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.parts
+        y = third(first(x) + second(x.relu()))
+        return y.relu() + y
 
 
 @pytest.fixture
@@ -56,8 +62,10 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             found.append(integer_linear.scale_sums(sums, x_scale, steps, more, dtype))
         return found
 
-    def linear(x: Any, x_scale: Any, packed: Any, scale: Any, bias: Any, *rest: Any) -> Any:
-        return linears(x, x_scale, [packed], [scale], [bias], *rest)[0]
+    def linear(*parts: Any) -> Any:
+        x, x_scale, packed, scale, bias, bits, dtype, *rest = parts
+        product = linears(x, x_scale, [packed], [scale], [bias], bits, dtype)[0]
+        return product + rest[0] if rest else product
 
     def lower(captured: Any) -> GraphModule:
         gm = captured.graph
@@ -73,11 +81,18 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield lower
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("llama_layer", [3, 1, 2, 1]), ("biased", [3, 1, 1])])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "sums"),
+    [(None, [3, 1, 2, 1], 2), (Biased, [3, 1, 1], 0), (Summed, [1, 1, 1], 1)],
+)
 def test_linears_of_one_input_are_one_product_of_the_same_bits(
-    lowered: Any, request: pytest.FixtureRequest, name: str, sizes: list[int]
+    lowered: Any, llama_layer: Any, kind: Any, sizes: list[int], sums: int
 ) -> None:
-    layer = request.getfixturevalue(name)
+    layer = llama_layer
+    if kind is not None:
+        torch.manual_seed(0)
+        module, x = kind(), torch.randn(2, 3, 16)
+        layer = Captured(capture(module, (x,), {}), module, [x])
     gm = lowered(layer)
     args = lowered_args(layer.graph, gm, layer.args, W4)
     wanted = gm(*args)
@@ -89,6 +104,8 @@ def test_linears_of_one_input_are_one_product_of_the_same_bits(
     for one, other in zip(got, wanted, strict=True):
         assert torch.equal(one, other)
     assert lowered.calls == sizes
+    found = gm.graph.find_nodes(op="call_function", target=PACKED_LINEAR_AND)
+    assert len(found) == sums
     assert [n.name for n in gm.graph.nodes if n.op == "placeholder"] == placeholders
 
 
@@ -103,6 +120,6 @@ def test_what_differs_stays_apart(lowered: Any, llama_layer: Any) -> None:
     gate, up = groups[1]
     up.args = (gate, *up.args[1:])  # another input
     assert not joined_linears(gm.graph)
-    assert JoinLinears()(gm).modified is False
+    JoinLinears()(gm)
     assert not gm.graph.find_nodes(op="call_function", target=PACKED_LINEARS)
     assert value.target is PACKED_LINEAR

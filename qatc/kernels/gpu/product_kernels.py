@@ -113,6 +113,12 @@ def weight_of(program, outputs0, outputs1, BLOCK_N: tl.constexpr, COUNT: tl.cons
 
 
 @triton.jit
+def with_added(values, added):
+    """The sum of two of one dtype, rounded to it."""
+    return (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
+
+
+@triton.jit
 def gemv_plane(
     s0, s1, s2, x, w, own, unit,
     BITS: tl.constexpr, MOST: tl.constexpr, PLANE: tl.constexpr, LOW: tl.constexpr,
@@ -159,9 +165,9 @@ def gemv_plane(
 def gemv(
     x, x_scale, unit,
     w0, scale0, bias0, out0, outputs0, w1, scale1, bias1, out1, outputs1,
-    w2, scale2, bias2, out2, outputs2,
+    w2, scale2, bias2, out2, outputs2, added,
     BITS: tl.constexpr, MOST: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    COUNT: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program for ``BLOCK_N`` outputs of one of ``COUNT`` weights, and all rows.
@@ -174,6 +180,7 @@ def gemv(
         scale0, scale1, scale2: fp32 ``[outputs]``.
         bias0, bias1, bias2: ``[outputs]``, or anything without ``HAS_BIAS``.
         out0, out1, out2: ``[ROWS, outputs]``.
+        added: with ``HAS_ADDED``, and one weight: like ``out0``, what is added to the product.
         P0, P1, P2: bits of the planes, 0 for none.
     """
     which, block = weight_of(tl.program_id(0), outputs0, outputs1, BLOCK_N, COUNT)
@@ -206,7 +213,11 @@ def gemv(
         else:
             sums = tl.sum(s2, 1)
         values = scaled(sums, tl.load(x_scale + row), of_n, more, HAS_BIAS)
-        tl.store(out + row * outputs + n, values.to(out.dtype.element_ty), mask=own)
+        at = row * outputs + n
+        values = values.to(out.dtype.element_ty)
+        if HAS_ADDED:
+            values = with_added(values, tl.load(added + at, mask=own, other=0.0))
+        tl.store(out + at, values, mask=own)
 
 
 @triton.jit
@@ -236,9 +247,9 @@ def gemm_plane(
 def gemm(
     x, x_scale, rows, unit,
     w0, scale0, bias0, out0, outputs0, w1, scale1, bias1, out1, outputs1,
-    w2, scale2, bias2, out2, outputs2,
+    w2, scale2, bias2, out2, outputs2, added,
     BITS: tl.constexpr, MOST: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    COUNT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """One program for a tile of ``BLOCK_M`` rows and ``BLOCK_N`` outputs, ``BLOCK_B`` bytes a step.
@@ -268,5 +279,8 @@ def gemm(
     if HAS_BIAS:
         more = tl.load(bias + n, mask=own, other=0.0)
     values = scaled(sums, of_m[:, None], of_n[None, :], more[None, :], HAS_BIAS)
-    to = out + m.to(tl.int64)[:, None] * outputs + n[None, :]
-    tl.store(to, values.to(out.dtype.element_ty), mask=real[:, None] & own[None, :])
+    values = values.to(out.dtype.element_ty)
+    at, inside = m.to(tl.int64)[:, None] * outputs + n[None, :], real[:, None] & own[None, :]
+    if HAS_ADDED:
+        values = with_added(values, tl.load(added + at, mask=inside, other=0.0))
+    tl.store(out + at, values, mask=inside)

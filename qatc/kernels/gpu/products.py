@@ -85,14 +85,15 @@ def width_obstacle(width: int, bits: int) -> str | None:
 
 
 def kernel_arguments(
-    bits: int, width: int, has_bias: bool, rows: int, count: int = 1
+    bits: int, width: int, has_bias: bool, rows: int, count: int = 1, has_added: bool = False
 ) -> dict[str, Any]:
     """The sizes of a packing that are constants of a kernel."""
     planes = (*packing.PLANES[bits], 0, 0)[:3]
     names = dict(zip(("P0", "P1", "P2"), planes, strict=True))
     own = {"ROWS": rows} if rows <= MOST_GEMV_ROWS else {}
     most = unit_of(width, bits)[1]
-    return {"BITS": bits, "MOST": most, "COUNT": count, "HAS_BIAS": has_bias, **names, **own}
+    has = {"HAS_BIAS": has_bias, "HAS_ADDED": has_added}
+    return {"BITS": bits, "MOST": most, "COUNT": count, **has, **names, **own}
 
 
 def triton_linear(
@@ -103,13 +104,15 @@ def triton_linear(
     bias: Tensor | None,
     bits: int,
     dtype: torch.dtype,
+    added: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """Start the kernel for these sizes; what ``torch.ops.qatc.triton_linear`` is on a GPU.
 
     Args: as of :data:`TRITON_LINEAR`; ``tile`` for another than :func:`choose_tile` has.
     """
-    return triton_linears(codes, x_scale, [packed], [scale], [bias], bits, dtype, tile)[0]
+    parts = (codes, x_scale, [packed], [scale], [bias], bits, dtype)
+    return triton_linears(*parts, added=added, tile=tile)[0]
 
 
 def triton_linears(
@@ -120,11 +123,14 @@ def triton_linears(
     bias: Sequence[Tensor | None],
     bits: int,
     dtype: torch.dtype,
+    *,
+    added: Tensor | None = None,
     tile: Tile | None = None,
 ) -> list[Tensor]:
     """:func:`triton_linear` of one input and up to :data:`MOST_JOINED` weights, in one launch.
 
-    Args: as of :data:`TRITON_LINEARS`; ``tile`` for another than :func:`choose_tile` has.
+    Args: as of :data:`TRITON_LINEARS`; ``added`` to the product of a single weight, and ``tile``
+        for another than :func:`choose_tile` has.
     """
     from qatc.kernels.gpu import product_kernels
 
@@ -135,7 +141,9 @@ def triton_linears(
     assert width_obstacle(width, bits) is None and len(packed) <= MOST_JOINED
     assert all(one.shape[1] == width * bits // 8 for one in packed)
     tile = tile or choose_tile(rows, sum(outputs), width, bits)
-    constants = kernel_arguments(bits, width, bias[0] is not None, rows, len(packed))
+    assert added is None or (len(packed) == 1 and added.shape == outs[0].shape)
+    has_bias, has_added = bias[0] is not None, added is not None
+    constants = kernel_arguments(bits, width, has_bias, rows, len(packed), has_added)
     unit, _ = unit_of(width, bits)
     few = rows <= MOST_GEMV_ROWS
     weights = []
@@ -145,7 +153,8 @@ def triton_linears(
         more = steps if more is None else more.contiguous()
         weights.append((held, steps, more, out, out.shape[1]))
     weights += weights[:1] * (MOST_JOINED - len(weights))
-    parts = [part for weight in weights for part in weight]
+    parts: list[Any] = [part for weight in weights for part in weight]
+    parts.append(outs[0] if added is None else added.contiguous())
     codes, x_scale = codes.contiguous(), x_scale.contiguous()
     blocks = sum(-(-n // tile.outputs) for n in outputs)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
@@ -166,12 +175,12 @@ def triton_linears(
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define(
     "triton_linear(Tensor codes, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias,"
-    " int bits, ScalarType dtype) -> Tensor"
+    " int bits, ScalarType dtype, Tensor? added=None) -> Tensor"
 )
 _LIBRARY.impl("triton_linear", triton_linear, "CUDA")
 torch.library.register_fake(
     "qatc::triton_linear",
-    lambda codes, x_scale, packed, scale, bias, bits, dtype: codes.new_empty(
+    lambda codes, x_scale, packed, scale, bias, bits, dtype, added=None: codes.new_empty(
         (codes.shape[0], packed.shape[0]), dtype=dtype
     ),
     lib=_LIBRARY,
@@ -179,8 +188,9 @@ torch.library.register_fake(
 
 TRITON_LINEAR = torch.ops.qatc.triton_linear.default
 """``(codes int8 [M, K], x_scale fp32 [M, 1], packed [N, packed_width(K, bits)], scale fp32 [N, 1],
-bias [N] or None, bits, dtype) -> [M, N]`` of ``dtype``: bit for bit
-:func:`qatc.kernels.integer_linear.scale_sums` of the exact product."""
+bias [N] or None, bits, dtype, added [M, N] of ``dtype`` or None) -> [M, N]`` of ``dtype``: bit for
+bit :func:`qatc.kernels.integer_linear.scale_sums` of the exact product, and to that, as rounded,
+``added``."""
 
 _LIBRARY.define(
     "triton_linears(Tensor codes, Tensor x_scale, Tensor[] packed, Tensor[] scale, Tensor?[] bias,"
