@@ -92,11 +92,16 @@ def _tuned_product(
 def _tuned_attention(heads: int, groups: int, slots: int, batch: int) -> Iterator[dict[str, Any]]:
     query = torch.randn(batch, heads, 1, HEAD, device="cuda", dtype=torch.bfloat16)
     positions = torch.full((batch, 1), slots - 1, device="cuda")
-    now = attention.choose_split(slots, heads // groups, HEAD)
+    shared = heads // groups
+    tiled = attention.takes_tiles(query.dtype, shared, (HEAD // 2, HEAD // 2))
+    now = attention.choose_split(slots, shared, HEAD, tiled)
     works = ((1, 16, 4), (1, 32, 4), (1, 16, 2), (1, 64, 8))
     if heads > groups:
         works = ((2, 16, 4), (4, 8, 4), (4, 16, 8), (2, 32, 8))
-    splits = [Split(n, s, h, w) for n in (64, 128, 256, 512, 1024) for h, s, w in works]
+    lengths = (64, 128, 256, 512, 1024)
+    splits = [Split(n, s, h, w) for n in lengths for h, s, w in works]
+    tiles = ((32, 2), (32, 4), (64, 4), (128, 4), (128, 8))
+    splits += [Split(n, s, 16, w, tiles=True) for n in lengths for s, w in tiles if s <= n]
     for bits in (4, 8):
         copies = caches(batch, groups, slots, bits)
 

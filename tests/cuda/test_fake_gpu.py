@@ -29,7 +29,6 @@ triton_red triton_linears triton_red triton_linear
 
 LAUNCHES = {
     "LLaMA-7B, 1": STEP.format(rotate="triton_poi store_codes").split(),
-    "Llama 3.2 1B, 1": STEP.format(rotate="triton_poi store_codes triton_poi").split(),
     "Llama 3.2 1B, 8": STEP.format(rotate="triton_poi store_codes triton_poi").split(),
 }
 """What a layer starts in a decoding step, Inductor's own kernels as ``triton_`` and their kind:

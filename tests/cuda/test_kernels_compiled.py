@@ -47,6 +47,15 @@ def test_products_are_those_of_bytes_and_scaled_in_order(case: Case, capability:
     assert "mul.rn.f32" in got.ptx and "add.rn.f32" in got.ptx
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in cases() if "tiles" in case.kernel], ids=lambda case: case.name
+)
+def test_heads_that_share_keys_are_multiplied_by_tensor_cores(case: Case, capability: int) -> None:
+    got = compiled(case, capability)
+    assert re.search(r"mma\.sync\.aligned\S*\.f32\.bf16\.bf16\.f32", got.ptx)
+    assert got.instructions["HMMA"] >= 64
+
+
 @pytest.mark.parametrize("bits", (4, 8))
 def test_bytes_of_the_weight_come_sixteen_at_a_time(bits: int, capability: int) -> None:
     """A thread's load is one of a whole line where the sizes allow it."""

@@ -37,13 +37,17 @@ JOINED = [
 ]
 """Bits, rows, outputs of each weight, and width."""
 
-ATTENTIONS = [
+ATTENTIONS: list[Any] = [
     # bits of K and V, query heads and K/V heads, widths of K and V, slots, last slots, mask
     (4, 4, 2, 2, 64, 64, 200, (150, 199), False),
     (4, 8, 8, 2, 64, 64, 70, (0, 69), True),
     (8, 4, 6, 2, 80, 48, 130, (129, 3), True),
     (8, 8, 8, 1, 96, 96, 1100, (1099,), False),
     (4, 4, 5, 1, 6, 10, 33, (20, 32), False),
+    # and on tensor cores
+    (4, 4, 8, 2, 64, 64, 130, (100, 129), False, True),
+    (8, 4, 6, 2, 80, 48, 70, (69, 3), True, True),
+    (8, 8, 20, 1, 32, 96, 130, (129,), False, True),
 ]
 
 
@@ -144,10 +148,10 @@ def write_case(
 
 def attention_case(
     key_bits: int, value_bits: int, heads: int, groups: int, width: int, deep: int, slots: int,
-    last: tuple[int, ...], masked: bool,
+    last: tuple[int, ...], masked: bool, tiles: bool = False,
 ) -> float:  # fmt: skip
     """The largest difference from fp64, of values about 1."""
-    from qatc.kernels.gpu.attention import code_attention
+    from qatc.kernels.gpu.attention import choose_split, code_attention
     from qatc.numerics.packing import pack
 
     batch, shared, capacity = len(last), heads // groups, slots + 5
@@ -163,9 +167,12 @@ def attention_case(
             values[-1][row, :, position + 1 :] = 0
         views += [pack(codes, bits)[:, :, :slots], scale[:, :, :slots]]
     query, positions = torch.randn(batch, heads, 1, width), torch.tensor(last).unsqueeze(1)
+    split = None
+    if tiles:
+        query, split = query.bfloat16().float(), choose_split(slots, shared, deep, tiles)
     mask = torch.rand(batch, 1, 1, slots) < 0.7 if masked else None
     factor = 2 * width**-0.5
-    got = code_attention(*(query, *views, positions, mask, key_bits, value_bits, factor))
+    got = code_attention(*(query, *views, positions, mask, key_bits, value_bits, factor, split))
     every = torch.arange(slots)
     seen = every <= positions
     if mask is not None:

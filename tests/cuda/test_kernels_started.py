@@ -79,19 +79,27 @@ def test_products_in_one_launch(compiled: Any, rows: int, kernel: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "width", "slots", "bits", "masked"),
-    [(1, 1, 8, 1, 4, True), (9, 3, 64, 64, 8, False)],
+    ("heads", "groups", "width", "slots", "bits", "masked", "dtype"),
+    [
+        (1, 1, 8, 1, 4, True, torch.float32),
+        (9, 3, 64, 64, 8, False, torch.float32),
+        (9, 3, 64, 64, 4, True, torch.bfloat16),
+        (9, 3, 16, 64, 4, True, torch.bfloat16),  # keys of 8 bytes, too few for a tile
+    ],
 )
 def test_attention(
-    compiled: Any, heads: int, groups: int, width: int, slots: int, bits: int, masked: bool
-) -> None:
+    compiled: Any, heads: int, groups: int, width: int, slots: int, bits: int, masked: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     codes = torch.zeros(1, groups, slots + 1, width, dtype=torch.int8)
     held: Any = (pack(codes, bits), torch.zeros(1, groups, slots + 1, 1)) * 2
     views = [tensor[:, :, :slots] for tensor in held]
-    query, last = torch.zeros(1, heads, 1, width), torch.zeros(1, 1, dtype=torch.int64)
+    query, last = torch.zeros(1, heads, 1, width, dtype=dtype), torch.zeros(1, 1).long()
     mask = torch.ones(1, 1, 1, slots, dtype=torch.bool) if masked else None
     out = attention.code_attention(*(query, *views, last, mask, bits, bits, 0.1))
-    assert out.shape == query.shape and compiled == ["attend", "join"]
+    tiles = dtype is torch.bfloat16 and width == 64
+    assert out.shape == query.shape
+    assert compiled == ["attend_in_tiles" if tiles else "attend", "join"]
 
 
 @pytest.mark.parametrize(("bits", "width"), [(4, 8), (8, 64)])

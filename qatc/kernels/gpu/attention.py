@@ -23,6 +23,9 @@ BITS = (4, 8)
 MOST_HEADS = 4
 """Query heads of a program; more of them would not fit its registers."""
 
+TILE_ROWS = 16
+"""Of what tensor cores multiply."""
+
 JOINED_AT_ONCE = 16
 
 
@@ -35,24 +38,34 @@ class Split:
         at_once: slots that a program reads at a time, a power of two.
         heads: query heads of a program, a power of two.
         warps: of 32 threads.
+        tiles: whether tensor cores multiply, for which the query must be in bf16.
     """
 
     slots: int
     at_once: int
     heads: int
     warps: int
+    tiles: bool = False
 
 
-def choose_split(slots: int, shared: int, width: int) -> Split:
+def choose_split(slots: int, shared: int, width: int, tiles: bool = False) -> Split:
     """How to cut ``slots`` for ``shared`` query heads to a K/V head and values of ``width``.
 
-    Short caches are cut finely, for a GPU to have enough to do at a single row. A program holds
-    ``heads * at_once`` running sums of values, in 32 registers of a thread, of 128 in all.
+    Short caches are cut finely, for a GPU to have enough to do at a single row. Without ``tiles`` a
+    program holds ``heads * at_once`` running sums of values, in 32 registers of a thread, of 128 in
+    all; the rows of tiles are the heads, 16 of them.
     """
+    length = 64 if slots <= 1024 else 128 if slots <= 8192 else 512
+    if tiles:
+        return Split(length, 64, TILE_ROWS, 4, tiles=True)
     heads = min(MOST_HEADS, launch.power_of_two(shared))
     at_once = 4096 // (heads * launch.power_of_two(max(32, width)))
-    length = 64 if slots <= 1024 else 128 if slots <= 8192 else 512
     return Split(length, min(64, max(4, at_once)), heads, 4)
+
+
+def takes_tiles(dtype: torch.dtype, shared: int, bytes_: tuple[int, int]) -> bool:
+    """Whether tensor cores are used: query heads in bf16 that share keys of enough bytes."""
+    return dtype is torch.bfloat16 and shared > 1 and min(bytes_) >= TILE_ROWS
 
 
 def obstacle(
@@ -98,7 +111,9 @@ def code_attention(
     groups, slots = key_codes.shape[1:3]
     deep = value_codes.shape[3] * 8 // value_bits
     shared = heads // groups
-    split = split or choose_split(slots, shared, deep)
+    if split is None:
+        tiles = takes_tiles(query.dtype, shared, (key_codes.shape[3], value_codes.shape[3]))
+        split = choose_split(slots, shared, deep, tiles)
     count = -(-slots // split.slots)
     out = torch.empty((batch, heads, 1, deep), dtype=query.dtype, device=query.device)
     if not out.numel():
@@ -110,7 +125,8 @@ def code_attention(
     seen = positions if mask is None else mask.contiguous().view(torch.uint8)
     mask_row = 0 if mask is None or mask.shape[0] == 1 else slots
     with launch.on_device_of(query):
-        kernels.attend[(count, batch * groups, -(-shared // split.heads))](
+        attend = kernels.attend_in_tiles if split.tiles else kernels.attend
+        attend[(count, batch * groups, -(-shared // split.heads))](
             *(query.contiguous(), *caches, positions.contiguous(), seen, sums, tops, totals),
             *(groups, shared, slots, split.slots),
             *(stride for tensor in caches for stride in tensor.stride()[:3]),

@@ -10,6 +10,8 @@ the cache.
 import triton
 import triton.language as tl
 
+EMULATED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU
+
 NOTHING = tl.constexpr(-1.0e30)
 """The score of a slot that is not seen: finite, so that differences are."""
 
@@ -197,6 +199,107 @@ def attend(
     tl.store(of_split, tl.sum(sum0 * fade[:, :, None], 1), mask=inside)
     if V_PARTS == 2:
         tl.store(of_split + V_BYTES, tl.sum(sum1 * fade[:, :, None], 1), mask=inside)
+
+
+@triton.jit
+def as_bf16(values):
+    """The nearest bf16 numbers; on a CPU, where Triton has no products of those, in fp32."""
+    if EMULATED:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return values.to(tl.bfloat16)
+
+
+@triton.jit
+def in_three(values, others, sums):
+    """``sums`` and ``values @ others``, of bf16 numbers: what they miss of ``values`` comes after.
+
+    Three bf16 numbers have the 24 bits of one in fp32.
+    """
+    for _ in tl.static_range(3):
+        part = as_bf16(values)
+        sums = tl.dot(part, others, sums)
+        values -= part.to(tl.float32)
+    return sums
+
+
+@triton.jit
+def attend_in_tiles(
+    query, key_codes, key_scale, value_codes, value_scale, positions, mask, sums, tops, totals,
+    groups, shared, slots, split,
+    kb, kh, ks, kb_scale, kh_scale, ks_scale, vb, vh, vs, vb_scale, vh_scale, vs_scale, mask_row,
+    factor,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """:func:`attend` on tensor cores, for queries in bf16: heads are the rows of a tile.
+
+    Codes are bf16 numbers, and their products with the query exact, summed in fp32; so are those of
+    the probabilities, in three parts.
+    """
+    which = tl.program_id(0)
+    b, h = tl.program_id(1) // groups, tl.program_id(1) % groups
+    g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    K_PARTS: tl.constexpr = 8 // K_BITS
+    V_PARTS: tl.constexpr = 8 // V_BITS
+    K_BYTES: tl.constexpr = K_WIDTH // K_PARTS
+    V_BYTES: tl.constexpr = V_WIDTH // V_PARTS
+    k_at, v_at = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    head = tl.program_id(1) * shared + g
+    of_head = query + head[:, None] * K_WIDTH + k_at[None, :]
+    real = (g < shared)[:, None] & (k_at < K_BYTES)[None, :]
+    q0 = as_bf16(tl.load(of_head, mask=real, other=0.0).to(tl.float32))
+    q1 = q0
+    if K_PARTS == 2:
+        q1 = as_bf16(tl.load(of_head + K_BYTES, mask=real, other=0.0).to(tl.float32))
+    key_codes += b.to(tl.int64) * kb + h.to(tl.int64) * kh
+    key_scale += b.to(tl.int64) * kb_scale + h.to(tl.int64) * kh_scale
+    value_codes += b.to(tl.int64) * vb + h.to(tl.int64) * vh
+    value_scale += b.to(tl.int64) * vb_scale + h.to(tl.int64) * vh_scale
+    own = tl.load(positions + b).to(tl.int32)
+    top = tl.full((HEADS,), NOTHING, tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    sum0 = tl.zeros((HEADS, BLOCK_V), tl.float32)
+    sum1 = sum0
+    first = which * split
+    last = tl.minimum(tl.minimum(first + split, slots), own + 1)
+    for start in range(first, last, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        seen = s < last
+        if HAS_MASK:
+            given = tl.load(mask + b * mask_row + s, mask=seen, other=0)
+            seen = seen & ((given != 0) | (s == own))
+        at = s.to(tl.int64)
+        of_keys = key_codes + at[None, :] * ks + k_at[:, None]
+        keys = tl.load(of_keys, mask=seen[None, :] & (k_at < K_BYTES)[:, None], other=0)
+        of_values = value_codes + at[:, None] * vs + v_at[None, :]
+        values = tl.load(of_values, mask=seen[:, None] & (v_at < V_BYTES)[None, :], other=0)
+        k_scale = tl.load(key_scale + at * ks_scale, mask=seen, other=0.0)
+        v_scale = tl.load(value_scale + at * vs_scale, mask=seen, other=0.0)
+        products = tl.dot(q0, as_bf16(values_of(keys, 0, K_BITS)))
+        if K_PARTS == 2:
+            products = tl.dot(q1, as_bf16(values_of(keys, 1, K_BITS)), products)
+        scores = tl.where(seen[None, :], products * (k_scale * factor)[None, :], NOTHING)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        fade = tl.exp(top - higher)
+        weights = tl.where(seen[None, :], tl.exp(scores - higher[:, None]), 0.0)
+        total = total * fade + tl.sum(weights, 1)
+        weights *= v_scale[None, :]
+        sum0 = in_three(weights, as_bf16(values_of(values, 0, V_BITS)), sum0 * fade[:, None])
+        if V_PARTS == 2:
+            sum1 = in_three(weights, as_bf16(values_of(values, 1, V_BITS)), sum1 * fade[:, None])
+        top = higher
+    to = head * tl.num_programs(0) + which
+    tl.store(tops + to, top, mask=g < shared)
+    tl.store(totals + to, total, mask=g < shared)
+    inside = (g < shared)[:, None] & (v_at < V_BYTES)[None, :]
+    of_split = sums + to.to(tl.int64)[:, None] * V_WIDTH + v_at[None, :]
+    tl.store(of_split, sum0, mask=inside)
+    if V_PARTS == 2:
+        tl.store(of_split + V_BYTES, sum1, mask=inside)
 
 
 @triton.jit
