@@ -98,7 +98,8 @@ def cases() -> list[Case]:
 
 def _product(bits: int, rows: int, count: int = 1) -> Case:
     tile = products.choose_tile(rows, OUTPUTS * count, WIDTH, bits)
-    constants = products.kernel_arguments(bits, WIDTH, True, rows, count, count == 1)
+    adds = count == 1 and rows <= products.MOST_ADDED_TO
+    constants = products.kernel_arguments(bits, WIDTH, True, rows, count, adds)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     few = rows <= products.MOST_GEMV_ROWS
     held = "*i32" if few else "*i8" if bits == 8 else "*u8"

@@ -88,7 +88,7 @@ def joined_case(bits: int, rows: int, outputs: tuple[int, ...], width: int) -> b
     return all(same)
 
 
-ADDED = [(1, "float16"), (3, "float32"), (17, "float16")]
+ADDED = [(1, "float16"), (2, "float32"), (17, "float16"), (65, "float32")]
 """Rows and dtype."""
 
 WRITES = [

@@ -20,6 +20,10 @@ from qatc.numerics import packing
 MOST_GEMV_ROWS = 3
 """For more rows tensor cores are used, whose tiles have 16."""
 
+MOST_ADDED_TO = 64
+"""Rows up to which the kernel adds to its product. Above it would need registers of which two
+programs of a multiprocessor then have too few, and a kernel more counts little."""
+
 MOST_JOINED = 3
 """Weights that one launch multiplies by."""
 
@@ -112,6 +116,8 @@ def triton_linear(
     Args: as of :data:`TRITON_LINEAR`; ``tile`` for another than :func:`choose_tile` has.
     """
     parts = (codes, x_scale, [packed], [scale], [bias], bits, dtype)
+    if added is not None and codes.shape[0] > MOST_ADDED_TO:
+        return triton_linears(*parts, tile=tile)[0] + added
     return triton_linears(*parts, added=added, tile=tile)[0]
 
 
