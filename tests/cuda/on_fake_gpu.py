@@ -99,9 +99,10 @@ def run(folder: Path, names: list[str]) -> dict[str, Any]:
             cache: Any = DynamicCache()
             recorder = _Again()
             graphed = GraphedForward(model, runtime_of(model), recorder)
-            with torch.no_grad(), _without_values(), _noted_attention() as attended:
+            with torch.no_grad(), _without_values():
                 outs = [model(input_ids=ids, use_cache=False).logits]
-                outs.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+                with _noted_attention() as attended:
+                    outs.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
                 decode = {"past_key_values": cache, "use_cache": True}
                 outs.append(model(input_ids=ids[:, :1], **decode).logits)
                 for _ in range(4):
@@ -109,7 +110,6 @@ def run(folder: Path, names: list[str]) -> dict[str, Any]:
                 mask = torch.ones((2, 26), dtype=torch.long, device=SECOND)
                 mode.allow_non_fake_inputs = True
                 outs.append(model(input_ids=ids[:, :1], attention_mask=mask, **decode).logits)
-                outs.append(model(input_ids=ids[:, :3], **decode).logits)
             stores = runtime_of(model).stores()
             templates = [template for store in stores for template in store]
             nodes = [n for t in templates for n in t.graph_module.graph.nodes]
@@ -286,9 +286,8 @@ def _noted_attention() -> Iterator[list[list[Any]]]:
     own, found = F.scaled_dot_product_attention, list[list[Any]]()
 
     def noted(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Any:
-        if type(query.shape[2]) is int and query.shape[2] > 1:  # no layer that is captured
-            hidden = "by a mask" if options["attn_mask"] is not None else options["is_causal"]
-            found.append([query.shape[2], keys.shape[2], hidden])
+        hidden = "by a mask" if options["attn_mask"] is not None else options["is_causal"]
+        found.append([query.shape[2], keys.shape[2], hidden])
         return own(query, keys, values, **options)
 
     with mock.patch.object(F, "scaled_dot_product_attention", noted):
