@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import common
 from qatc.kernels.gpu import attention, products
+from qatc.recipe.spec import QuantSpec
 
 CAPABILITIES = (80, 90)
 """An A100's and an H100's."""
@@ -26,6 +29,11 @@ WIDTH, OUTPUTS = 4096, 11008
 """Of the products: LLaMA-7B's gate_proj."""
 
 HEAD, SLOTS = 128, 4096
+
+STRIDES = [
+    f"{of}{over}{what}" for of in "kv" for what in ("", "_scale") for over in ("b", "h", "s")
+]
+"""Of codes and scales of keys, and of values, over rows, heads and slots."""
 
 DIVISIBLE = [["tt.divisibility", 16]]
 
@@ -75,8 +83,11 @@ def cases() -> list[Case]:
     """All kernels, with what they are started with at a LLaMA-7B's shapes."""
     found = [_product(bits, rows) for bits in (4, 8) for rows in (1, 3, 16, 32, 64, 256, 2048)]
     found += [_product(3, rows) for rows in (1, 16, 2048)]
+    found += [_product(bits, rows, 3) for bits in (4, 8) for rows in (1, 16)]
     for key_bits, value_bits in ((4, 4), (8, 8), (8, 4)):
         found += [_attention(key_bits, value_bits, shared) for shared in (1, 4)]
+    found += [_attention(*bits, 4, tiles=True) for bits in ((4, 4), (8, 8))]
+    found += [_store(*bits) for bits in ((4, 4), (8, 4))]
     constants = {"V_WIDTH": HEAD, "BLOCK": HEAD, "AT_ONCE": attention.JOINED_AT_ONCE}
     types = {"sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "out": "*bf16", "splits": "i32"}
     found.append(
@@ -85,33 +96,34 @@ def cases() -> list[Case]:
     return found
 
 
-def _product(bits: int, rows: int) -> Case:
-    tile = products.choose_tile(rows, OUTPUTS, WIDTH, bits)
-    constants = products.kernel_arguments(bits, WIDTH, True, rows)
+def _product(bits: int, rows: int, count: int = 1) -> Case:
+    tile = products.choose_tile(rows, OUTPUTS * count, WIDTH, bits)
+    adds = count == 1 and rows <= products.MOST_ADDED_TO
+    constants = products.kernel_arguments(bits, WIDTH, True, rows, count, adds)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
-    held = "*i8" if bits == 8 else "*u8"
     few = rows <= products.MOST_GEMV_ROWS
-    types = {"x": "*i32" if few else "*i8", "x_scale": "*fp32", "w": "*i32" if few else held}
-    types |= {"scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
-    types |= {"outputs": "i32", "unit": "i32"} if few else {}
-    types |= {} if few else {"rows": "i32", "outputs": "i32", "unit": "i32"}
+    held = "*i32" if few else "*i8" if bits == 8 else "*u8"
+    types = {"x": "*i32" if few else "*i8", "x_scale": "*fp32"}
+    types |= {"unit": "i32"} if few else {"rows": "i32", "unit": "i32"}
+    for i in range(products.MOST_JOINED):
+        types |= {f"w{i}": held, f"scale{i}": "*fp32", f"bias{i}": "*bf16", f"out{i}": "*bf16"}
+        types |= {f"outputs{i}": "i32"}
+    types |= {"added": "*bf16"}
     constants |= {"BLOCK_N": tile.outputs, "BLOCK_W" if few else "BLOCK_B": tile.step}
     constants |= {} if few else {"BLOCK_M": tile.rows}
     name = f"W{bits}A8 {'gemv' if few else 'gemm'}, {rows} row{'s' if rows > 1 else ''}"
+    name += f", {count} weights" if count > 1 else ""
     kernel = "gemv" if few else "gemm"
     return Case(name, "product_kernels", kernel, types, constants, options, ("rows",))
 
 
-def _attention(key_bits: int, value_bits: int, shared: int) -> Case:
-    split = attention.choose_split(SLOTS, shared, HEAD)
+def _attention(key_bits: int, value_bits: int, shared: int, tiles: bool = False) -> Case:
+    split = attention.choose_split(SLOTS, shared, HEAD, tiles)
     held = {4: "*u8", 8: "*i8"}
     types = {"query": "*bf16", "key_codes": held[key_bits], "key_scale": "*fp32"}
     types |= {"value_codes": held[value_bits], "value_scale": "*fp32", "positions": "*i64"}
     types |= {"mask": "*u8", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32"}
-    strides = [f"{of}{what}" for of in ("kb", "kh", "ks") for what in ("", "_scale")]
-    strides = [*strides[::2], *strides[1::2]]
-    strides += [name.replace("k", "v", 1) for name in strides]
-    types |= dict.fromkeys(("groups", "shared", "slots", "split", *strides, "mask_row"), "i32")
+    types |= dict.fromkeys(("groups", "shared", "slots", "split", *STRIDES, "mask_row"), "i32")
     constants = {
         "K_BITS": key_bits, "V_BITS": value_bits, "K_WIDTH": HEAD, "V_WIDTH": HEAD,
         "HEADS": split.heads, "BLOCK_S": split.at_once, "HAS_MASK": False,
@@ -122,8 +134,25 @@ def _attention(key_bits: int, value_bits: int, shared: int) -> Case:
     types["factor"] = "fp32"
     name = f"attention, K {key_bits} and V {value_bits} bits, {shared} query heads to a key's"
     odd = ("groups", "shared", "mask_row", "factor")
+    name += ", in tiles" if tiles else ""
+    kernel = "attend_in_tiles" if tiles else "attend"
     options = {"num_warps": split.warps}
-    return Case(name, "attention_kernels", "attend", types, constants, options, odd)
+    return Case(name, "attention_kernels", kernel, types, constants, options, odd)
+
+
+def _store(key_bits: int, value_bits: int) -> Case:
+    held = {4: "*u8", 8: "*i8"}
+    types = {"key": "*bf16", "value": "*bf16"}
+    types |= {"key_codes": held[key_bits], "key_scale": "*fp32"}
+    types |= {"value_codes": held[value_bits], "value_scale": "*fp32", "positions": "*i64"}
+    types |= dict.fromkeys(("groups", "slots", *STRIDES), "i32")
+    specs = QuantSpec(key_bits), QuantSpec(value_bits)
+    constants = attention.store_constants(*specs, (HEAD, HEAD), torch.bfloat16)
+    constants |= {"ks_scale": 1, "vs_scale": 1}
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    name = f"write of a token, K {key_bits} and V {value_bits} bits"
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    return Case(name, "attention_kernels", "store", types, constants, options, ("groups", "slots"))
 
 
 @functools.cache

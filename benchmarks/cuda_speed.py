@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.cuda_tiles import BATCHES, HEADS, SHAPES, SLOTS, tuned
+from benchmarks.cuda_tiles import BATCHES, HEADS, JOINED, SHAPES, SLOTS, tuned
 from benchmarks.cuda_timing import HEAD, Way, caches, in_graph, launched, rate, show, weights
 from qatc.kernels import cached_attention
 from qatc.kernels.gpu import attention, products
@@ -48,7 +48,7 @@ def main() -> None:
     if arguments.tune:
         common.save(f"cuda-tiles-{name}", {"rows": list(tuned(end))})
         return
-    rows = [*time_products(), *time_attention()]
+    rows = [*time_joined(), *time_products(), *time_attention()]
     common.save(f"cuda-speed-{name}", {"rows": rows})
 
 
@@ -87,6 +87,40 @@ def time_products() -> Iterator[dict[str, Any]]:
             row["GB/s of W4"] = rate(held[4][0].nbytes, times["W4A8 Triton"])
             show(row)
             yield row
+
+
+def time_joined() -> Iterator[dict[str, Any]]:
+    """A row for weights that share an input, in one launch and one after the other."""
+    for outputs, width, count in JOINED:
+        copies, scale = weights(outputs, width, 4), torch.rand(outputs, 1, device="cuda")
+        for rows in (1, 2, 8):
+            codes = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device="cuda")
+            x_scale = torch.rand(rows, 1, device="cuda")
+            parts = (codes, x_scale, copies, scale, count)
+            ways: dict[str, Way] = {
+                "one launch": functools.partial(_joined, *parts),
+                "each": functools.partial(_each, *parts),
+            }
+            times = in_graph(ways, len(copies) // count)
+            row: dict[str, Any] = {"rows": rows, "outputs": outputs, "width": width}
+            row |= {"weights": count, "microseconds": times}
+            row["GB/s of W4"] = rate(count * copies[0].nbytes, times["one launch"])
+            show(row)
+            yield row
+
+
+def _joined(
+    codes: Tensor, x_scale: Tensor, copies: list[Tensor], scale: Tensor, count: int, i: int
+) -> Any:
+    held = copies[i * count : (i + 1) * count]
+    parts = ([scale] * count, [None] * count, 4, torch.bfloat16)
+    return products.TRITON_LINEARS(codes, x_scale, held, *parts)
+
+
+def _each(
+    codes: Tensor, x_scale: Tensor, copies: list[Tensor], scale: Tensor, count: int, i: int
+) -> Any:
+    return [_new(codes, x_scale, copies, scale, 4, i * count + j) for j in range(count)]
 
 
 def _plain(x: Tensor, copies: Sequence[Tensor], i: int) -> Tensor:

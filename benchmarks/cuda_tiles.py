@@ -18,6 +18,9 @@ from qatc.kernels.gpu.products import Tile
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 """Outputs and width: LLaMA-7B's."""
 
+JOINED = ((4096, 4096, 3), (11008, 4096, 2))
+"""Outputs, width and weights of one launch: queries, keys and values, and gate and up."""
+
 HEADS = ((32, 32), (32, 8))
 """Query heads and those of keys and values."""
 
@@ -30,7 +33,8 @@ def candidates(rows: int, width: int) -> list[Tile]:
     if rows <= products.MOST_GEMV_ROWS:
         steps = [step for step in (128, 256, 512, 1024) if step * 4 <= width]
         found = [Tile(0, n, step, 4) for step in steps for n in (2, 4, 8) if n * step <= 4096]
-        return [*found, Tile(0, 1, 256, 2), Tile(0, 2, 512, 2), Tile(0, 16, 128, 8)]
+        found += [Tile(0, n, 256, 2) for n in (1, 4, 8)] + [Tile(0, 16, 256, 4)]
+        return [*found, Tile(0, 2, 512, 2), Tile(0, 4, 512, 8), Tile(0, 16, 128, 8)]
     tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
     found = [
         Tile(tall, n, step, warps, stages)
@@ -48,6 +52,11 @@ def candidates(rows: int, width: int) -> list[Tile]:
 
 def tuned(end: float) -> Iterator[dict[str, Any]]:
     """Candidates, the fastest first, for every case that there is time for."""
+    for rows in (1, 2, 16):
+        for outputs, width, count in JOINED:
+            for bits in (4, 8):
+                if time.monotonic() < end:
+                    yield _tuned_product(rows, outputs, width, bits, count)
     for slots, batch, (heads, groups) in (
         (slots, batch, own) for own in HEADS for slots in SLOTS for batch in BATCHES
     ):
@@ -61,32 +70,38 @@ def tuned(end: float) -> Iterator[dict[str, Any]]:
                     yield _tuned_product(rows, outputs, width, bits)
 
 
-def _tuned_product(rows: int, outputs: int, width: int, bits: int) -> dict[str, Any]:
+def _tuned_product(
+    rows: int, outputs: int, width: int, bits: int, count: int = 1
+) -> dict[str, Any]:
     copies = weights(outputs, width, bits)
     codes = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device="cuda")
     x_scale, scale = torch.rand(rows, 1, device="cuda"), torch.rand(outputs, 1, device="cuda")
-    now = products.choose_tile(rows, outputs, width, bits)
-    ways: dict[str, Way] = {
-        str(tile): functools.partial(
-            lambda tile, i: products.triton_linear(
-                codes, x_scale, copies[i], scale, None, bits, torch.bfloat16, tile
-            ),
-            tile,
-        )
-        for tile in dict.fromkeys((now, *candidates(rows, width)))
-    }
-    case = {"rows": rows, "outputs": outputs, "width": width, "bits": bits}
-    return _ranked(case, str(now), in_graph(ways, len(copies), rounds=3))
+    now = products.choose_tile(rows, outputs * count, width, bits)
+
+    def run(tile: Tile, i: int) -> list[Tensor]:
+        held = [copies[(i * count + j) % len(copies)] for j in range(count)]
+        parts = (codes, x_scale, held, [scale] * count, [None] * count, bits, torch.bfloat16)
+        return products.triton_linears(*parts, tile=tile)
+
+    tiles = dict.fromkeys((now, *candidates(rows, width)))
+    ways: dict[str, Way] = {str(tile): functools.partial(run, tile) for tile in tiles}
+    case = {"rows": rows, "outputs": outputs, "weights": count, "width": width, "bits": bits}
+    return _ranked(case, str(now), in_graph(ways, -(-len(copies) // count), rounds=3))
 
 
 def _tuned_attention(heads: int, groups: int, slots: int, batch: int) -> Iterator[dict[str, Any]]:
     query = torch.randn(batch, heads, 1, HEAD, device="cuda", dtype=torch.bfloat16)
     positions = torch.full((batch, 1), slots - 1, device="cuda")
-    now = attention.choose_split(slots, heads // groups, HEAD)
+    shared = heads // groups
+    tiled = attention.takes_tiles(query.dtype, shared, (HEAD // 2, HEAD // 2))
+    now = attention.choose_split(slots, shared, HEAD, tiled)
     works = ((1, 16, 4), (1, 32, 4), (1, 16, 2), (1, 64, 8))
     if heads > groups:
         works = ((2, 16, 4), (4, 8, 4), (4, 16, 8), (2, 32, 8))
-    splits = [Split(n, s, h, w) for n in (64, 128, 256, 512, 1024) for h, s, w in works]
+    lengths = (64, 128, 256, 512, 1024)
+    splits = [Split(n, s, h, w) for n in lengths for h, s, w in works]
+    tiles = ((32, 2), (32, 4), (64, 4), (128, 4), (128, 8))
+    splits += [Split(n, s, 16, w, tiles=True) for n in lengths for s, w in tiles if s <= n]
     for bits in (4, 8):
         copies = caches(batch, groups, slots, bits)
 

@@ -13,6 +13,7 @@ CenterKeys              a constant vector per head taken off the keys
 QuantizeKV              fake-quant nodes on keys and values, one scale per token and head
 UseIntegerForward       quantized linears on int8 codes with an exact product, differentiable
 LowerLinear             linears on packed codes, by the fastest exact kernel
+JoinLinears             lowered linears of one input in one launch, on a GPU
 LowerToTorchao          the same by torchao's products, where one is exact
 LowerEmbedding          lookups of packed codes
 InsertKVCache           attention that writes to, and reads from, a preallocated KV cache
@@ -26,6 +27,7 @@ InsertKVCache           attention that writes to, and reads from, a preallocated
 from qatc.passes.base import Edits, GraphPass, PassRecord, Pipeline, pass_records
 from qatc.passes.canonicalize import Canonicalize
 from qatc.passes.insert_kv_cache import InsertKVCache
+from qatc.passes.join_linears import JoinLinears
 from qatc.passes.lower_embedding import LowerEmbedding
 from qatc.passes.lower_linear import LowerLinear
 from qatc.passes.lower_to_torchao import LowerToTorchao
@@ -41,6 +43,7 @@ __all__ = [
     "Edits",
     "GraphPass",
     "InsertKVCache",
+    "JoinLinears",
     "LowerEmbedding",
     "LowerLinear",
     "LowerToTorchao",

@@ -21,9 +21,10 @@ from qatc.machine import cpu, toolchain
 from qatc.numerics import minmax
 
 
-def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` with the options that the numerics need."""
-    compiled: Callable[..., Any] = torch.compile(function, options=dict(minmax.COMPILE_OPTIONS))
+def compile_graph(function: Callable[..., Any], **more: bool) -> Callable[..., Any]:
+    """``torch.compile`` with the options that the numerics need, and ``more``."""
+    options: Any = minmax.COMPILE_OPTIONS | more
+    compiled: Callable[..., Any] = torch.compile(function, options=options)
     return compiled
 
 

@@ -35,7 +35,7 @@ def cached_attention(
         value: ``[B, Hkv, T, D]``.
         key_cache: ``[B, Hkv, S, D]``, changed in place.
         value_cache: ``[B, Hkv, S, D]``, changed in place.
-        positions: int64 ``[B, T]``: the slot of each new token, below S.
+        positions: int64 ``[B, T]``: the slot of each new token, below S; one after the other.
         mask: bool ``[B or 1, 1, T, S]``: which slots a query may see, besides those up to its own;
             its own it always sees, so that no row is without any.
         scale: factor on the scores; ``None`` for ``D ** -0.5``.
@@ -51,7 +51,7 @@ def cached_attention(
         return out
     row_attention.write(key_cache, key, positions)
     row_attention.write(value_cache, value, positions)
-    visible = row_attention.visible(positions, key_cache.shape[2], mask)
+    visible = row_attention.visible_on(query, key_cache.shape[2], positions, mask)
     return masked_attention(
         *(query, key_cache, value_cache, visible), scale, expand=query.device.type == "cuda"
     )
@@ -97,24 +97,24 @@ def quantized_attention(
         ``[B, Hq, T, D]``.
     """
     of_keys, of_values = read_spec_arg(spec), read_spec_arg(value_spec)
-    rows = torch.arange(query.shape[0], device=query.device).unsqueeze(1)
-    for new, own, gain, codes, scales in (
-        (key, of_keys, key_gain, key_codes, key_scale),
-        (value, of_values, value_gain, value_codes, value_scale),
-    ):
-        quantize = asymmetric.quantize if own.asymmetric else learned.quantize
-        new_codes, new_scale = quantize(new, own, gain)
-        codes[rows, :, positions] = packing.pack(new_codes, own.bits).transpose(1, 2)
-        scales[rows, :, positions] = new_scale.transpose(1, 2)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
     caches = (key_codes, key_scale, value_codes, value_scale)
+    if query.shape[2] == 1 and query.device.type == "cuda" and key_gain is None:
+        torch.ops.qatc.write_token(key, value, *caches, positions, spec, value_spec)
+    else:
+        for new, own, gain, codes, scales in (
+            (key, of_keys, key_gain, key_codes, key_scale),
+            (value, of_values, value_gain, value_codes, value_scale),
+        ):
+            _write(new, own, gain, codes, scales, positions)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if query.shape[2] == 1 and query.device.type == "cuda":
         out: Tensor = torch.ops.qatc.attend_to_codes(
             *(query, *caches, positions, mask, spec, value_spec, value.shape[-1], factor)
         )
         return out
-    visible = row_attention.visible(positions, key_codes.shape[2], mask)
+    visible = row_attention.visible_on(query, key_codes.shape[2], positions, mask)
     if query.shape[2] == 1:
+        assert visible is not None
         bits = of_keys.bits, of_values.bits
         return _attend_to_codes(
             *(query, *caches, visible), bits=bits, value_width=value.shape[-1], scale=factor
@@ -132,11 +132,27 @@ def quantized_attention(
     )
 
 
+def _write(
+    new: Tensor,
+    spec: QuantSpec,
+    gain: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    positions: Tensor,
+) -> None:
+    """Quantize new keys or values ``[B, Hkv, T, D]`` into their slots, ``positions`` ``[B, T]``."""
+    rows = torch.arange(new.shape[0], device=new.device).unsqueeze(1)
+    quantize = asymmetric.quantize if spec.asymmetric else learned.quantize
+    new_codes, new_scale = quantize(new, spec, gain)
+    codes[rows, :, positions] = packing.pack(new_codes, spec.bits).transpose(1, 2)
+    scales[rows, :, positions] = new_scale.transpose(1, 2)
+
+
 def masked_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    visible: Tensor,
+    visible: Tensor | None,
     scale: float | None,
     *,
     expand: bool,
@@ -144,18 +160,20 @@ def masked_attention(
     """SDPA of ``[B, Hq, T, D]`` over ``[B, Hkv, S, D]`` behind a mask, bool ``[B, 1, T, S]``.
 
     Args:
+        visible: the mask; None for the causal one of T = S, which takes no memory and goes to the
+            kernels that know it, as flash attention.
         expand: repeat keys and values for the query heads that share them. On a GPU the fused
             kernel that takes a mask takes as many heads of each, and without it all scores of all
             heads are in memory: 537 MB a layer for 2,048 tokens of 32 heads.
     """
-    if not expand:
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
-        )
     repeats = query.shape[1] // keys.shape[1]
-    if repeats > 1:
+    if expand and repeats > 1:
         keys, values = (x.repeat_interleave(repeats, dim=1) for x in (keys, values))
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale)
+    causal = visible is None
+    return F.scaled_dot_product_attention(
+        *(query, keys, values), attn_mask=visible, is_causal=causal, scale=scale,
+        enable_gqa=not expand,
+    )  # fmt: skip
 
 
 def values_of(
@@ -252,6 +270,35 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("attend_to_codes", _on_a_gpu, "CompositeImplicitAutograd")
 """An op, since what it asks the machine cannot be asked while a graph is compiled from Python."""
+
+
+def _write_token(
+    key: Tensor,
+    value: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    positions: Tensor,
+    spec: str,
+    value_spec: str,
+) -> None:
+    of_keys, of_values = read_spec_arg(spec), read_spec_arg(value_spec)
+    widths = (int(key.shape[3]), int(value.shape[3]))
+    if attention.store_obstacle(key.device.type, of_keys, of_values, widths) is None:
+        caches = (key_codes, key_scale, value_codes, value_scale)
+        attention.STORE_CODES(key, value, *caches, positions, spec, value_spec)
+        return
+    _write(key, of_keys, None, key_codes, key_scale, positions)
+    _write(value, of_values, None, value_codes, value_scale, positions)
+
+
+_LIBRARY.define(
+    "write_token(Tensor key, Tensor value, Tensor(a!) key_codes, Tensor(b!) key_scale,"
+    " Tensor(c!) value_codes, Tensor(d!) value_scale, Tensor positions, str spec, str value_spec)"
+    " -> ()"
+)
+_LIBRARY.impl("write_token", _write_token, "CompositeImplicitAutograd")
 
 _LIBRARY.define("materialize(Tensor x) -> Tensor")
 _LIBRARY.impl("materialize", lambda x: x.clone(), "CompositeExplicitAutograd")

@@ -7,12 +7,14 @@ for decode (a single token of every row).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from qatc.kernels.site import Site
-from qatc.kernels.table import KERNELS
+from qatc.kernels.table import KERNELS, run_added, run_joined
 from qatc.recipe.spec import read_spec_arg
 
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
@@ -61,3 +63,53 @@ def site_of(node: Node, device: str) -> Site:
 PACKED_LINEAR = torch.ops.qatc.packed_linear.default
 """``(x [..., K], packed [N, bytes], scale [N, G], bias, K, x_spec, weight_spec, *, prefill,
 decode) -> [..., N]``: a linear on a weight that is stored as packed codes."""
+
+_LIBRARY.define(
+    "packed_linears(Tensor x, Tensor[] packed, Tensor[] scale, Tensor?[] bias, str x_spec,"
+    " str weight_spec) -> Tensor[]"
+)
+
+
+def _packed_linears(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    x_spec: str,
+    weight_spec: str,
+) -> list[Tensor]:
+    weights, activations = read_spec_arg(weight_spec), read_spec_arg(x_spec)
+    return run_joined(x, packed, scale, bias, weights, activations)
+
+
+_LIBRARY.impl("packed_linears", _packed_linears, "CompositeImplicitAutograd")
+
+PACKED_LINEARS = torch.ops.qatc.packed_linears.default
+"""``(x [..., K], packed, scale, bias, x_spec, weight_spec) -> [..., N] of each``: as
+:data:`PACKED_LINEAR` by :data:`qatc.kernels.table.TRITON`, of several weights, in one launch. The
+input is quantized once."""
+
+_LIBRARY.define(
+    "packed_linear_and(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor added,"
+    " str x_spec, str weight_spec) -> Tensor"
+)
+
+
+def _packed_linear_and(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    added: Tensor,
+    x_spec: str,
+    weight_spec: str,
+) -> Tensor:
+    weights, activations = read_spec_arg(weight_spec), read_spec_arg(x_spec)
+    return run_added(x, packed, scale, bias, added, weights, activations)
+
+
+_LIBRARY.impl("packed_linear_and", _packed_linear_and, "CompositeImplicitAutograd")
+
+PACKED_LINEAR_AND = torch.ops.qatc.packed_linear_and.default
+"""``(x [..., K], packed, scale, bias, added [..., N], x_spec, weight_spec) -> [..., N]``: as
+:data:`PACKED_LINEAR` by :data:`qatc.kernels.table.TRITON`, and added to what is of its dtype."""

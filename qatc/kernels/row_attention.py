@@ -50,6 +50,16 @@ def visible(positions: Tensor, slots: int, mask: Tensor | None) -> Tensor:
     return every <= own if mask is None else ((every <= own) & mask) | (every == own)
 
 
+def visible_on(query: Tensor, slots: int, positions: Tensor, mask: Tensor | None) -> Tensor | None:
+    """:func:`visible` to a query ``[B, Hq, T, D]``; None on a GPU if these tokens begin the text.
+
+    There are as many slots as tokens then, and causal attention needs no mask.
+    """
+    if mask is None and query.is_cuda and query.shape[2] == slots and slots > 1:
+        return None
+    return visible(positions, slots, mask)
+
+
 def attend(
     query: Tensor,
     key: Tensor,

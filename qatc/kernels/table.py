@@ -6,7 +6,7 @@ entry says why it stands where it does, and what it needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatc.kernels import integer_linear, native, products, torchao_linear
-from qatc.kernels.gpu.products import TRITON_LINEAR
+from qatc.kernels.gpu.products import TRITON_LINEAR, TRITON_LINEARS
 from qatc.kernels.site import (
     Kernels,
     Library,
@@ -34,6 +34,7 @@ from qatc.kernels.site import (
     needs_triton,
 )
 from qatc.numerics import affine, fake_quant, minmax, packing
+from qatc.recipe.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,36 @@ def _run_triton(
     return product.view(*x.shape[:-1], site.outputs)
 
 
+def run_joined(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    weights: QuantSpec,
+    activations: QuantSpec,
+) -> list[Tensor]:
+    """:data:`TRITON` for linears of one input and of weights of one kind, in one launch."""
+    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), activations)
+    products = TRITON_LINEARS(x_codes, x_scale, packed, scale, bias, weights.bits, x.dtype)
+    return [product.view(*x.shape[:-1], product.shape[-1]) for product in products]
+
+
+def run_added(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    added: Tensor,
+    weights: QuantSpec,
+    activations: QuantSpec,
+) -> Tensor:
+    """:data:`TRITON` for a linear, plus ``added``."""
+    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), activations)
+    parts = (x_codes, x_scale, packed, scale, bias, weights.bits, x.dtype)
+    product: Tensor = TRITON_LINEAR(*parts, added.flatten(0, -2))
+    return product.view(added.shape)
+
+
 def _run_fused(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Unpack inside the reduction: every byte of the weight is read once, and nothing is written.
 
@@ -148,9 +179,11 @@ def _unpacked(packed: Tensor, site: Site) -> Tensor:
     return unpack(packed, site.weights.bits, site.inputs)
 
 
+TRITON = "Triton product"
+
 KERNELS = (
     Kernel(
-        "Triton product",
+        TRITON,
         ("prefill", "decode"),
         "codes are unpacked in a GPU's registers, as they are stored, for dp4a at up to 3 rows and"
         " for tensor cores at more: of the weight its packed bytes are read, and no copy is made;"

@@ -7,6 +7,7 @@ of their own Python code. Which graphs there are is kept in the model's :class:`
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -35,6 +36,7 @@ from qatc.recipe.exceptions import NONE, Exceptions
 from qatc.recipe.patterns import matches
 from qatc.recipe.recipe import Recipe
 from qatc.runtime.cache import PackedLayer, packed_layer
+from qatc.runtime.cuda.compiled import compile_for_gpu
 
 if TYPE_CHECKING:
     from qatc.runtime.decode_program import DecodeForward
@@ -73,7 +75,7 @@ class Runtime:
         return self.scoring, self.cached, self.masked, self.head, self.embedding
 
     def _end_store(self, pipeline: Pipeline) -> TemplateStore:
-        return TemplateStore(same_for_all(pipeline), compile=inductor if self.compile else None)
+        return TemplateStore(same_for_all(pipeline), compile=self._compiler())
 
     def _store(self, cache: InsertKVCache | None) -> TemplateStore:
         def transform(gm: torch.fx.GraphModule, owner: TemplateForward) -> None:
@@ -81,7 +83,11 @@ class Runtime:
                 self.recipe, owner.own, self.device, cache, _linears(owner), self.kernels
             )(gm)
 
-        return TemplateStore(transform, compile=inductor if self.compile else None)
+        return TemplateStore(transform, compile=self._compiler())
+
+    def _compiler(self) -> Callable[[torch.fx.GraphModule], Callable[..., Any]] | None:
+        on_gpu = torch.device(self.device).type == "cuda"
+        return (compile_for_gpu if on_gpu else inductor) if self.compile else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return self
@@ -267,6 +273,8 @@ def _cache_inputs(
     batch, new = hidden.shape[:2]
     slots = layer.slots_read(new)
     layer.reserve(template, batch, slots, hidden.device)
+    if mask is None and layer.length == 0 and new > 1 and hidden.is_cuda:
+        slots = new  # of a text that begins here; attention then needs no mask
     views = first_slots(layer.tensors, slots)
     positions = layer.positions(batch, new, hidden.device)
     torch._dynamo.maybe_mark_dynamic(positions, (0, 1))

@@ -16,15 +16,17 @@ _KERNEL = re.compile(r"async_compile\.triton\('([^']+)', '''(.*?)'''", re.DOTALL
 
 
 def source_of(graph: GraphModule, inputs: Sequence[Tensor]) -> str:
-    """Inductor's Python for a graph of FakeTensors, with the options that the numerics need."""
+    """Inductor's Python for a lowered graph and FakeTensors, as the runtime compiles it."""
     from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.proxy_tensor import make_fx
 
     from qatc.numerics import minmax
+    from qatc.runtime.cuda.compiled import options_of, with_few_launches
 
-    flat = make_fx(graph, tracing_mode="real")(*inputs)
+    options: Any = minmax.COMPILE_OPTIONS | options_of(graph)
+    flat = make_fx(with_few_launches(graph), tracing_mode="real")(*inputs)
     with _kept_source() as found:
-        compile_fx(flat, list(inputs), config_patches=dict(minmax.COMPILE_OPTIONS))
+        compile_fx(flat, list(inputs), config_patches=options)
     return "\n".join(found)
 
 

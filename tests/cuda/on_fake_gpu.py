@@ -101,7 +101,8 @@ def run(folder: Path, names: list[str]) -> dict[str, Any]:
             graphed = GraphedForward(model, runtime_of(model), recorder)
             with torch.no_grad(), _without_values():
                 outs = [model(input_ids=ids, use_cache=False).logits]
-                outs.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+                with _noted_attention() as attended:
+                    outs.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
                 decode = {"past_key_values": cache, "use_cache": True}
                 outs.append(model(input_ids=ids[:, :1], **decode).logits)
                 for _ in range(4):
@@ -129,21 +130,40 @@ def run(folder: Path, names: list[str]) -> dict[str, Any]:
                 "recorded": graphed.recorded,
                 "replayed": graphed.replayed,
                 "reason": graphed.reason,
+                "prefills": attended,
             }
     return found
 
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "LLaMA-7B": {
+        "hidden_size": 4096, "intermediate_size": 11008,
+        "num_attention_heads": 32, "num_key_value_heads": 32,
+    },
+    "Llama 3.2 1B": {
+        "hidden_size": 2048, "intermediate_size": 8192,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+"""Of one layer."""
+
+
 def generate(folder: Path, names: list[str]) -> dict[str, Any]:
-    """Inductor's kernels of a layer in a decoding step, and their divisions."""
+    """What a layer of a shape starts in a decoding step of some rows at 4-8-4, and its divisions.
+
+    Args:
+        folder: is not read.
+        names: a shape and a number of rows, with a comma.
+    """
     from torch._subclasses import FakeTensorMode
     from transformers import DynamicCache
 
     from qatc.graph.capture import Template
-    from qatc.output import open_output
     from tests.cuda.generated import kernels_of, ptx_of, source_of
 
     found: dict[str, Any] = {}
     for name in names:
+        shape, rows = name.split(", ")
         calls: list[tuple[Any, list[Tensor]]] = []
         own = Template.__call__
 
@@ -152,17 +172,17 @@ def generate(folder: Path, names: list[str]) -> dict[str, Any]:
             calls.append((self.graph_module, inputs))  # noqa: B023
             return own(self, parameters, leaves, extra)  # noqa: B023
 
-        output = open_output(folder / name)
         with fake_gpus(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            model = _load(mode, output, "cuda")
-            ids, cache = torch.zeros((1, 20), dtype=torch.long, device="cuda"), DynamicCache()
+            model = _load(mode, _without_numbers(SHAPES[shape]), "cuda")
+            ids = torch.zeros((int(rows), 20), dtype=torch.long, device="cuda")
+            cache: Any = DynamicCache()
             model(input_ids=ids, past_key_values=cache, use_cache=True)
             with mock.patch.object(Template, "__call__", noted):
                 model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
             source = source_of(*calls[0])
             ptx = {n: ptx_of(n, s) for n, s in kernels_of(source).items()}
         found[name] = {
-            "launches": sum(map(_is_launch, source.splitlines())),
+            "launches": list(filter(None, map(_launched, source.splitlines()))),
             "divisions": sorted(
                 {found for code in ptx.values() for found in _DIVISION.findall(code)}
             ),
@@ -170,12 +190,47 @@ def generate(folder: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
+def _without_numbers(shape: dict[str, Any]) -> Any:
+    """An output of a LLaMA of one layer, whose tensors have sizes only."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qatc.output import Output, QuantizedWeight
+    from qatc.recipe.recipe import Recipe
+
+    config: Any = LlamaConfig(
+        vocab_size=512, num_hidden_layers=1, tie_word_embeddings=False, **shape
+    )
+    config._attn_implementation = "sdpa"
+    recipe = Recipe.from_bits("4-8-4")
+    with torch.device("meta"):
+        parameters = dict(LlamaForCausalLM(config).named_parameters())
+    weights: dict[str, QuantizedWeight] = {}
+    state: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if parameter.dim() == 2 and "layers." in name:
+            codes = torch.empty(parameter.shape, dtype=torch.int8)
+            scale = torch.empty((len(codes), 1))
+            weights[name] = QuantizedWeight(codes, scale, recipe.weights)
+        else:
+            state[name] = torch.empty(parameter.shape, dtype=torch.bfloat16)
+    return Output(config, recipe, weights, state, directory=Path("."))
+
+
 _DIVISION = re.compile(r"\b(?:div|rcp)\.[a-z0-9.]+")
 
 
-def _is_launch(line: str) -> bool:
-    """Whether a line of Inductor's Python runs something on the GPU."""
-    return any(call in line for call in (".run(", "extern_kernels.", "= torch.ops."))
+_LAUNCH = re.compile(
+    r"^\s*(?:\w+ = )?(?:(triton_\w+)\.run|torch\.ops\.qatc\.(\w+)\.\w+|(extern_kernels\.\w+))\("
+)
+
+
+def _launched(line: str) -> str | None:
+    """What a line of Inductor's Python starts on the GPU, if it does: its own kernels by kind."""
+    match = _LAUNCH.search(line)
+    if match is None:
+        return None
+    own, op, extern = match.groups()
+    return own.split("_fused")[0] if own else op or extern
 
 
 def _load(mode: Any, output: Any, device: str) -> Any:
@@ -221,6 +276,22 @@ def _without_values() -> Iterator[None]:
         mock.patch.object(graphed.GraphedForward, "_is_what_was_recorded", lambda self: True),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _noted_attention() -> Iterator[list[list[Any]]]:
+    """Inside the block, queries and slots of SDPA over a cache are noted, and what is hidden."""
+    import torch.nn.functional as F
+
+    own, found = F.scaled_dot_product_attention, list[list[Any]]()
+
+    def noted(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Any:
+        hidden = "by a mask" if options["attn_mask"] is not None else options["is_causal"]
+        found.append([query.shape[2], keys.shape[2], hidden])
+        return own(query, keys, values, **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", noted):
+        yield found
 
 
 def _devices(places: list[Any]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from qatc.kernels import cached_attention
 from qatc.kernels.gpu import launch, products
-from qatc.kernels.gpu.attention import code_attention
+from qatc.kernels.gpu.attention import choose_split, code_attention
 from qatc.kernels.integer_linear import scale_sums
 from qatc.kernels.packed_linear import PACKED_LINEAR
 from qatc.kernels.site import PHASES, Site
@@ -60,6 +60,24 @@ def test_products_are_exact(rows: int, bits: int) -> None:
         assert torch.equal(got.cpu(), wanted), (outputs, width, dtype)
 
 
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("rows", (1, 3, 4, 40))
+def test_one_launch_for_several_weights_and_a_sum(rows: int, bits: int) -> None:
+    torch.manual_seed(rows)
+    x, weight, x_scale, scale = (t.cuda() for t in codes(rows, 4096 + 520 + 512, 1504, bits))
+    cut = (4096, 520, 512)
+    packed, scales = pack(weight, bits).split(cut), scale.split(cut)
+    for dtype in DTYPES:
+        parts = (x, x_scale, packed, scales, [None] * 3, bits, dtype)
+        each = zip(packed, scales, strict=True)
+        wanted = [products.TRITON_LINEAR(x, x_scale, *one, None, bits, dtype) for one in each]
+        for got, one in zip(products.TRITON_LINEARS(*parts), wanted, strict=True):
+            assert torch.equal(got, one), dtype
+        added = torch.randn_like(wanted[0])
+        single = (x, x_scale, packed[0], scales[0], None, bits, dtype, added)
+        assert torch.equal(products.TRITON_LINEAR(*single), wanted[0] + added), dtype
+
+
 @pytest.mark.parametrize("rows", (1, 16, 128))
 def test_every_candidate_of_the_tuning_is_exact(rows: int) -> None:
     from benchmarks.cuda_tiles import candidates
@@ -71,7 +89,7 @@ def test_every_candidate_of_the_tuning_is_exact(rows: int) -> None:
     x, packed, x_scale, scale = (t.cuda() for t in (x, pack(weight, 4), x_scale, scale))
     for tile in candidates(rows, 4096):
         parts = (x, x_scale, packed, scale, None, 4, torch.bfloat16)
-        assert torch.equal(products.triton_linear(*parts, tile).cpu(), wanted), tile
+        assert torch.equal(products.triton_linear(*parts, tile=tile).cpu(), wanted), tile
 
 
 @pytest.mark.parametrize("bits", (4, 8))
@@ -110,21 +128,30 @@ def test_through_the_table_and_compiled(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "key_bits", "value_bits", "masked"),
+    ("sizes", "key_bits", "value_bits", "masked", "tiles"),
     [
-        ((32, 32, 128, 128), 4, 4, False),
-        ((32, 32, 128, 128), 8, 8, True),
-        ((32, 8, 128, 128), 4, 4, False),
-        ((32, 8, 128, 128), 8, 4, False),
-        ((9, 3, 64, 80), 4, 8, True),
+        ((32, 32, 128, 128), 4, 4, False, False),
+        ((32, 32, 128, 128), 8, 8, True, False),
+        ((32, 8, 128, 128), 4, 4, False, False),
+        ((32, 8, 128, 128), 4, 4, False, True),
+        ((32, 8, 128, 128), 8, 4, False, False),
+        ((32, 8, 128, 128), 8, 4, False, True),
+        ((9, 3, 64, 80), 4, 8, True, False),
+        ((9, 3, 64, 80), 4, 8, True, True),
+        ((40, 2, 64, 64), 8, 8, True, True),
     ],
 )
-def test_attention(sizes: tuple[int, ...], key_bits: int, value_bits: int, masked: bool) -> None:
+def test_attention(
+    sizes: tuple[int, ...], key_bits: int, value_bits: int, masked: bool, tiles: bool
+) -> None:
     torch.manual_seed(0)
     heads, groups, width, deep = sizes
     for slots, last in ((64, (0, 63)), (1000, (999, 17)), (4096, (4095, 2000)), (9000, (8999, 1))):
         positions = torch.tensor(last).unsqueeze(1)
-        query = torch.randn(2, heads, 1, width)
+        query, split = torch.randn(2, heads, 1, width), None
+        if tiles:
+            query = query.bfloat16().float()
+            split = choose_split(slots, heads // groups, deep, tiles)
         held: Any = []
         values: list[Any] = []
         for bits, size in ((key_bits, width), (value_bits, deep)):
@@ -140,8 +167,12 @@ def test_attention(sizes: tuple[int, ...], key_bits: int, value_bits: int, maske
         weights = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
         wanted = weights.unsqueeze(2) @ values[1]
         moved: Any = [t if t is None else t.cuda() for t in (query, *held, positions, mask)]
-        got = code_attention(*(*moved, key_bits, value_bits, width**-0.5))
+        got = code_attention(*(*moved, key_bits, value_bits, width**-0.5, split))
         assert (got.cpu() - wanted).abs().max() < 1e-5, (slots, last)
+        if tiles:
+            moved[0] = moved[0].bfloat16()
+            in_bf16 = code_attention(*(*moved, key_bits, value_bits, width**-0.5))
+            assert torch.equal(in_bf16, got.bfloat16()), (slots, last)
 
 
 @pytest.mark.parametrize("bits", (4, 8))

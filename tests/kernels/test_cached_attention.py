@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qatc.kernels import row_attention
 from qatc.kernels.cached_attention import (
     cache_shapes,
     cached_attention,
@@ -150,6 +151,17 @@ def test_repeated_heads_attend_as_shared_ones_do(heads: int) -> None:
         for expand in (False, True)
     )
     torch.testing.assert_close(repeated, shared, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("expand", (True, False))
+def test_a_text_that_begins_needs_no_mask(expand: bool) -> None:
+    query, (keys, values) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8).unbind()
+    positions = torch.arange(5).expand(2, 5)
+    seen = row_attention.visible_on(query, 5, positions, None)
+    assert seen is not None, "on a CPU the mask stays, and with it every bit"
+    wanted = masked_attention(query, keys, values, seen, 0.3, expand=expand)
+    got = masked_attention(query, keys, values, None, 0.3, expand=expand)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_no_token_leaves_the_cache_alone() -> None:

@@ -7,7 +7,8 @@ sizes of a row are multiples of ``unit``, K over the largest number of parts, so
 what they divide by.
 
 ``GEMV`` has its codes in words of four, for the instruction dp4a, and reads every byte of the
-weight once for up to three rows. ``GEMM`` gives tiles of bytes to tensor cores.
+weight once for up to three rows. ``GEMM`` gives tiles of bytes to tensor cores. Both multiply one
+input by up to three weights in one launch, each with its outputs, scales and biases.
 
 The sums are exact. They are scaled in the order of
 :func:`qatc.kernels.integer_linear.scale_sums`, and must be compiled with ``enable_fp_fusion=False``
@@ -21,14 +22,15 @@ EMULATED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU there is no 
 
 
 @triton.jit
-def dot_of_four(a, b, sums):
-    """``sums`` and the products of four bytes with four bytes, all signed."""
+def dot_of_four(a, b, sums, SIGNED: tl.constexpr):
+    """``sums`` and the products of four bytes, ``SIGNED`` or not, with four signed bytes."""
     if EMULATED:
         for i in tl.static_range(4):
-            sums += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+            byte = (a << (24 - 8 * i)) >> 24
+            sums += (byte if SIGNED else byte & 0xFF) * ((b << (24 - 8 * i)) >> 24)
     else:
         sums = tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;",
+            "dp4a.s32.s32 $0, $1, $2, $3;" if SIGNED else "dp4a.u32.s32 $0, $1, $2, $3;",
             "=r,r,r,r",
             [a, b, sums],
             dtype=tl.int32,
@@ -39,27 +41,22 @@ def dot_of_four(a, b, sums):
 
 
 @triton.jit
-def codes_in_words(
-    held, PART: tl.constexpr, PLANE: tl.constexpr, LOW: tl.constexpr, OFF: tl.constexpr
-):
-    """What one part of a plane adds to codes, four in an int32; ``OFF`` goes off each.
-
-    The sign bit of each byte lends, so that no byte borrows from the next.
-    """
+def codes_in_words(held, PART: tl.constexpr, PLANE: tl.constexpr, LOW: tl.constexpr):
+    """What one part of a plane adds to codes, four in an int32: unsigned, but for whole bytes."""
     if PLANE == 8:
         return held
     else:
-        values = ((held >> (PART * PLANE)) & (0x01010101 * ((1 << PLANE) - 1))) << LOW
-        if OFF != 0:
-            values = ((values | -0x7F7F7F80) - 0x01010101 * OFF) ^ -0x7F7F7F80
-        return values
+        return ((held >> (PART * PLANE)) & (0x01010101 * ((1 << PLANE) - 1))) << LOW
 
 
 @triton.jit
 def codes_in_bytes(
     held, PART: tl.constexpr, PLANE: tl.constexpr, LOW: tl.constexpr, OFF: tl.constexpr
 ):
-    """:func:`codes_in_words` of a tile of bytes, which the GPU has four in a register."""
+    """:func:`codes_in_words` of a tile of bytes, of which a register has four, less ``OFF``.
+
+    The sign bit of each byte lends, so that no byte borrows from the next.
+    """
     if PLANE == 8:
         return held
     elif EMULATED:
@@ -91,52 +88,108 @@ def scaled(sums, x_scale, scale, bias, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def of_three(which, a, b, c, COUNT: tl.constexpr):
+    """The one of the first ``COUNT`` that ``which`` says: numbers, or pointers of one type."""
+    if COUNT > 1:
+        a = tl.where(which == 1, b, a)
+    if COUNT > 2:
+        a = tl.where(which == 2, c, a)
+    return a
+
+
+@triton.jit
+def weight_of(program, outputs0, outputs1, BLOCK_N: tl.constexpr, COUNT: tl.constexpr):
+    """Which of the weights a program is for, and which block of its outputs."""
+    which = 0
+    if COUNT > 1:
+        first = tl.cdiv(outputs0, BLOCK_N)
+        which = (program >= first).to(tl.int32)
+        if COUNT > 2:
+            second = tl.cdiv(outputs1, BLOCK_N)
+            which += (program >= first + second).to(tl.int32)
+            program -= tl.where(which == 2, second, 0)
+        program -= tl.where(which > 0, first, 0)
+    return which, program
+
+
+@triton.jit
+def with_added(values, added):
+    """The sum of two of one dtype, rounded to it."""
+    return (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
+
+
+@triton.jit
 def gemv_plane(
     s0, s1, s2, x, w, own, unit,
     BITS: tl.constexpr, MOST: tl.constexpr, PLANE: tl.constexpr, LOW: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a plane, whose bytes have the bits from ``LOW`` on, added to those before it."""
+    """Sums over a plane, whose bytes have the bits from ``LOW`` on, added to those before it.
+
+    Codes are multiplied unsigned. What that adds, ``OFF`` times the sum of ``x``, goes off for all
+    outputs at once, in the plane that has the highest bit.
+    """
     PARTS: tl.constexpr = 8 // PLANE
-    OFF: tl.constexpr = (1 << (BITS - 1)) if LOW + PLANE == BITS else 0
+    OFF: tl.constexpr = (1 << (BITS - 1)) if PLANE < 8 and LOW + PLANE == BITS else 0
+    LESS: tl.constexpr = 0x01010101 * (256 - OFF) - (1 << 32)  # four bytes of -OFF
     count = unit * (MOST * PLANE // 8)
     x_row = unit * MOST
     w += unit * (MOST * LOW // 8)
+    t0 = tl.zeros((BLOCK_W,), tl.int32)
+    t1, t2 = t0, t0
     for start in range(0, count, BLOCK_W):
         at = start + tl.arange(0, BLOCK_W)
         inside = at < count
         held = tl.load(w + at[None, :], mask=own[:, None] & inside[None, :], other=0)
         for part in tl.static_range(PARTS):
-            codes = codes_in_words(held, part, PLANE, LOW, OFF)
+            codes = codes_in_words(held, part, PLANE, LOW)
             of_x = x + part * count + at
-            s0 = dot_of_four(codes, tl.load(of_x, mask=inside, other=0)[None, :], s0)
+            values = tl.load(of_x, mask=inside, other=0)
+            s0 = dot_of_four(codes, values[None, :], s0, PLANE == 8)
+            if OFF > 0:
+                t0 = dot_of_four(tl.full((BLOCK_W,), LESS, tl.int32), values, t0, True)
             if ROWS > 1:
-                s1 = dot_of_four(codes, tl.load(of_x + x_row, mask=inside, other=0)[None, :], s1)
+                values = tl.load(of_x + x_row, mask=inside, other=0)
+                s1 = dot_of_four(codes, values[None, :], s1, PLANE == 8)
+                if OFF > 0:
+                    t1 = dot_of_four(tl.full((BLOCK_W,), LESS, tl.int32), values, t1, True)
             if ROWS > 2:
-                more = tl.load(of_x + 2 * x_row, mask=inside, other=0)
-                s2 = dot_of_four(codes, more[None, :], s2)
-    return s0, s1, s2
+                values = tl.load(of_x + 2 * x_row, mask=inside, other=0)
+                s2 = dot_of_four(codes, values[None, :], s2, PLANE == 8)
+                if OFF > 0:
+                    t2 = dot_of_four(tl.full((BLOCK_W,), LESS, tl.int32), values, t2, True)
+    return s0 + t0[None, :], s1 + t1[None, :], s2 + t2[None, :]
 
 
 @triton.jit
 def gemv(
-    x, x_scale, w, scale, bias, out, outputs, unit,
+    x, x_scale, unit,
+    w0, scale0, bias0, out0, outputs0, w1, scale1, bias1, out1, outputs1,
+    w2, scale2, bias2, out2, outputs2, added,
     BITS: tl.constexpr, MOST: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program for ``BLOCK_N`` outputs of all rows.
+    """One program for ``BLOCK_N`` outputs of one of ``COUNT`` weights, and all rows.
 
     Args:
         x: int32 ``[ROWS, K / 4]``, four int8 codes each.
         x_scale: fp32 ``[ROWS]``.
-        w: int32 ``[outputs, bytes of a row / 4]``.
-        scale: fp32 ``[outputs]``.
-        bias: ``[outputs]``, or anything without ``HAS_BIAS``.
-        out: ``[ROWS, outputs]``.
         unit: words of a row of ``x`` over ``MOST``, the largest number of parts.
+        w0, w1, w2: int32 ``[outputs, bytes of a row / 4]``; anything from the ``COUNT``-th on.
+        scale0, scale1, scale2: fp32 ``[outputs]``.
+        bias0, bias1, bias2: ``[outputs]``, or anything without ``HAS_BIAS``.
+        out0, out1, out2: ``[ROWS, outputs]``.
+        added: with ``HAS_ADDED``, and one weight: like ``out0``, what is added to the product.
         P0, P1, P2: bits of the planes, 0 for none.
     """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which, block = weight_of(tl.program_id(0), outputs0, outputs1, BLOCK_N, COUNT)
+    w = of_three(which, w0, w1, w2, COUNT)
+    scale = of_three(which, scale0, scale1, scale2, COUNT)
+    bias = of_three(which, bias0, bias1, bias2, COUNT)
+    out = of_three(which, out0, out1, out2, COUNT)
+    outputs = of_three(which, outputs0, outputs1, outputs2, COUNT)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     own = n < outputs
     rows = w + n.to(tl.int64)[:, None] * (unit * (MOST * BITS // 8))
     s0 = tl.zeros((BLOCK_N, BLOCK_W), tl.int32)
@@ -160,7 +213,11 @@ def gemv(
         else:
             sums = tl.sum(s2, 1)
         values = scaled(sums, tl.load(x_scale + row), of_n, more, HAS_BIAS)
-        tl.store(out + row * outputs + n, values.to(out.dtype.element_ty), mask=own)
+        at = row * outputs + n
+        values = values.to(out.dtype.element_ty)
+        if HAS_ADDED:
+            values = with_added(values, tl.load(added + at, mask=own, other=0.0))
+        tl.store(out + at, values, mask=own)
 
 
 @triton.jit
@@ -188,16 +245,25 @@ def gemm_plane(
 
 @triton.jit
 def gemm(
-    x, x_scale, w, scale, bias, out, rows, outputs, unit,
+    x, x_scale, rows, unit,
+    w0, scale0, bias0, out0, outputs0, w1, scale1, bias1, out1, outputs1,
+    w2, scale2, bias2, out2, outputs2, added,
     BITS: tl.constexpr, MOST: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+    COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """One program for a tile of ``BLOCK_M`` rows and ``BLOCK_N`` outputs, ``BLOCK_B`` bytes a step.
 
-    Args: as of :func:`gemv`, with ``x`` int8 ``[rows, K]``, ``w`` in bytes, and ``unit`` in bytes.
+    Args: as of :func:`gemv`, with ``x`` int8 ``[rows, K]``, and weights and ``unit`` in bytes.
     """
+    which, block = weight_of(tl.program_id(1), outputs0, outputs1, BLOCK_N, COUNT)
+    w = of_three(which, w0, w1, w2, COUNT)
+    scale = of_three(which, scale0, scale1, scale2, COUNT)
+    bias = of_three(which, bias0, bias1, bias2, COUNT)
+    out = of_three(which, out0, out1, out2, COUNT)
+    outputs = of_three(which, outputs0, outputs1, outputs2, COUNT)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real, own = m < rows, n < outputs
     x_rows = x + m.to(tl.int64)[:, None] * (unit * MOST)
     w_rows = w + n.to(tl.int64)[None, :] * (unit * (MOST * BITS // 8))
@@ -213,5 +279,8 @@ def gemm(
     if HAS_BIAS:
         more = tl.load(bias + n, mask=own, other=0.0)
     values = scaled(sums, of_m[:, None], of_n[None, :], more[None, :], HAS_BIAS)
-    to = out + m.to(tl.int64)[:, None] * outputs + n[None, :]
-    tl.store(to, values.to(out.dtype.element_ty), mask=real[:, None] & own[None, :])
+    values = values.to(out.dtype.element_ty)
+    at, inside = m.to(tl.int64)[:, None] * outputs + n[None, :], real[:, None] & own[None, :]
+    if HAS_ADDED:
+        values = with_added(values, tl.load(added + at, mask=inside, other=0.0))
+    tl.store(out + at, values, mask=inside)

@@ -7,6 +7,7 @@ are computed by what stands before it in a graph, fused with that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,13 @@ from qatc.numerics import packing
 
 MOST_GEMV_ROWS = 3
 """For more rows tensor cores are used, whose tiles have 16."""
+
+MOST_ADDED_TO = 64
+"""Rows up to which the kernel adds to its product. Above it would need registers of which two
+programs of a multiprocessor then have too few, and a kernel more counts little."""
+
+MOST_JOINED = 3
+"""Weights that one launch multiplies by."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,13 @@ def choose_tile(rows: int, outputs: int, width: int, bits: int) -> Tile:
     """The tile for ``[rows, width] @ [outputs, width].T``, by reasoning.
 
     Few rows are bound by the reading of the weight: tiles are small, for there to be more programs
-    than a large GPU has multiprocessors (132), and many bytes are in flight. Many rows are bound by
-    tensor cores, which want large tiles.
+    than a large GPU has multiprocessors (132), and many bytes are in flight. Where there are enough
+    of them, larger ones read ``x`` less often. Many rows are bound by tensor cores, which want
+    large tiles.
     """
     if rows <= MOST_GEMV_ROWS:
         words = launch.power_of_two(max(32, packing.packed_width(width, bits) // 4))
-        return Tile(0, 4, min(words, 512), 4)
+        return Tile(0, 8 if rows == 1 and outputs >= 8192 else 4, min(words, 512), 4)
     if rows <= 16:
         tile = Tile(16, 16, 128, 2, 4) if outputs < 8192 else Tile(16, 32, 128, 4, 4)
     elif rows <= 32:
@@ -79,12 +88,16 @@ def width_obstacle(width: int, bits: int) -> str | None:
     return None
 
 
-def kernel_arguments(bits: int, width: int, has_bias: bool, rows: int) -> dict[str, Any]:
+def kernel_arguments(
+    bits: int, width: int, has_bias: bool, rows: int, count: int = 1, has_added: bool = False
+) -> dict[str, Any]:
     """The sizes of a packing that are constants of a kernel."""
     planes = (*packing.PLANES[bits], 0, 0)[:3]
     names = dict(zip(("P0", "P1", "P2"), planes, strict=True))
     own = {"ROWS": rows} if rows <= MOST_GEMV_ROWS else {}
-    return {"BITS": bits, "MOST": unit_of(width, bits)[1], "HAS_BIAS": has_bias, **names, **own}
+    most = unit_of(width, bits)[1]
+    has = {"HAS_BIAS": has_bias, "HAS_ADDED": has_added}
+    return {"BITS": bits, "MOST": most, "COUNT": count, **has, **names, **own}
 
 
 def triton_linear(
@@ -95,50 +108,85 @@ def triton_linear(
     bias: Tensor | None,
     bits: int,
     dtype: torch.dtype,
+    added: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """Start the kernel for these sizes; what ``torch.ops.qatc.triton_linear`` is on a GPU.
 
     Args: as of :data:`TRITON_LINEAR`; ``tile`` for another than :func:`choose_tile` has.
     """
+    parts = (codes, x_scale, [packed], [scale], [bias], bits, dtype)
+    if added is not None and codes.shape[0] > MOST_ADDED_TO:
+        return triton_linears(*parts, tile=tile)[0] + added
+    return triton_linears(*parts, added=added, tile=tile)[0]
+
+
+def triton_linears(
+    codes: Tensor,
+    x_scale: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    bits: int,
+    dtype: torch.dtype,
+    *,
+    added: Tensor | None = None,
+    tile: Tile | None = None,
+) -> list[Tensor]:
+    """:func:`triton_linear` of one input and up to :data:`MOST_JOINED` weights, in one launch.
+
+    Args: as of :data:`TRITON_LINEARS`; ``added`` to the product of a single weight, and ``tile``
+        for another than :func:`choose_tile` has.
+    """
     from qatc.kernels.gpu import product_kernels
 
-    (rows, width), outputs = codes.shape, packed.shape[0]
-    out = torch.empty((rows, outputs), dtype=dtype, device=codes.device)
-    if not rows or not outputs:
-        return out
-    assert width_obstacle(width, bits) is None and packed.shape[1] == width * bits // 8
-    tile = tile or choose_tile(rows, outputs, width, bits)
-    constants = kernel_arguments(bits, width, bias is not None, rows)
+    (rows, width), outputs = codes.shape, [one.shape[0] for one in packed]
+    outs = [torch.empty((rows, n), dtype=dtype, device=codes.device) for n in outputs]
+    if not rows or not all(outputs):
+        return outs
+    assert width_obstacle(width, bits) is None and len(packed) <= MOST_JOINED
+    assert all(one.shape[1] == width * bits // 8 for one in packed)
+    tile = tile or choose_tile(rows, sum(outputs), width, bits)
+    assert added is None or (len(packed) == 1 and added.shape == outs[0].shape)
+    has_bias, has_added = bias[0] is not None, added is not None
+    constants = kernel_arguments(bits, width, has_bias, rows, len(packed), has_added)
     unit, _ = unit_of(width, bits)
-    codes, packed = codes.contiguous(), packed.contiguous()
-    scales = x_scale.contiguous(), scale.contiguous()
-    more = scales[1] if bias is None else bias.contiguous()
+    few = rows <= MOST_GEMV_ROWS
+    weights = []
+    for held, steps, more, out in zip(packed, scale, bias, outs, strict=True):
+        held, steps = held.contiguous(), steps.contiguous()
+        held = held.view(torch.int32) if few else held
+        more = steps if more is None else more.contiguous()
+        weights.append((held, steps, more, out, out.shape[1]))
+    weights += weights[:1] * (MOST_JOINED - len(weights))
+    parts: list[Any] = [part for weight in weights for part in weight]
+    parts.append(outs[0] if added is None else added.contiguous())
+    codes, x_scale = codes.contiguous(), x_scale.contiguous()
+    blocks = sum(-(-n // tile.outputs) for n in outputs)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     with launch.on_device_of(codes):
-        if rows <= MOST_GEMV_ROWS:
-            words, held = codes.view(torch.int32), packed.view(torch.int32)
-            product_kernels.gemv[(-(-outputs // tile.outputs),)](
-                *(words, scales[0], held, scales[1], more, out, outputs, unit // 4),
+        if few:
+            product_kernels.gemv[(blocks,)](
+                *(codes.view(torch.int32), x_scale, unit // 4, *parts),
                 **constants, BLOCK_N=tile.outputs, BLOCK_W=tile.step, **options,
             )  # fmt: skip
         else:
-            product_kernels.gemm[(-(-rows // tile.rows), -(-outputs // tile.outputs))](
-                *(codes, scales[0], packed, scales[1], more, out, rows, outputs, unit),
+            product_kernels.gemm[(-(-rows // tile.rows), blocks)](
+                *(codes, x_scale, rows, unit, *parts),
                 **constants, BLOCK_M=tile.rows, BLOCK_N=tile.outputs, BLOCK_B=tile.step, **options,
             )  # fmt: skip
-    return out
+    return outs
 
 
 _LIBRARY = torch.library.Library("qatc", "FRAGMENT")
 _LIBRARY.define(
     "triton_linear(Tensor codes, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias,"
-    " int bits, ScalarType dtype) -> Tensor"
+    " int bits, ScalarType dtype, Tensor? added=None) -> Tensor"
 )
 _LIBRARY.impl("triton_linear", triton_linear, "CUDA")
 torch.library.register_fake(
     "qatc::triton_linear",
-    lambda codes, x_scale, packed, scale, bias, bits, dtype: codes.new_empty(
+    lambda codes, x_scale, packed, scale, bias, bits, dtype, added=None: codes.new_empty(
         (codes.shape[0], packed.shape[0]), dtype=dtype
     ),
     lib=_LIBRARY,
@@ -146,5 +194,23 @@ torch.library.register_fake(
 
 TRITON_LINEAR = torch.ops.qatc.triton_linear.default
 """``(codes int8 [M, K], x_scale fp32 [M, 1], packed [N, packed_width(K, bits)], scale fp32 [N, 1],
-bias [N] or None, bits, dtype) -> [M, N]`` of ``dtype``: bit for bit
-:func:`qatc.kernels.integer_linear.scale_sums` of the exact product."""
+bias [N] or None, bits, dtype, added [M, N] of ``dtype`` or None) -> [M, N]`` of ``dtype``: bit for
+bit :func:`qatc.kernels.integer_linear.scale_sums` of the exact product, and to that, as rounded,
+``added``."""
+
+_LIBRARY.define(
+    "triton_linears(Tensor codes, Tensor x_scale, Tensor[] packed, Tensor[] scale, Tensor?[] bias,"
+    " int bits, ScalarType dtype) -> Tensor[]"
+)
+_LIBRARY.impl("triton_linears", triton_linears, "CUDA")
+torch.library.register_fake(
+    "qatc::triton_linears",
+    lambda codes, x_scale, packed, scale, bias, bits, dtype: [
+        codes.new_empty((codes.shape[0], one.shape[0]), dtype=dtype) for one in packed
+    ],
+    lib=_LIBRARY,
+)
+
+TRITON_LINEARS = torch.ops.qatc.triton_linears.default
+""":data:`TRITON_LINEAR` of one input and up to :data:`MOST_JOINED` weights of the same bits, all
+with a bias of one dtype or none with one: the very same bits, in one launch."""
