@@ -56,14 +56,16 @@ def export(
             except PassError as error:
                 terminal.err.print(f"not verified, as it does not run on integers: {error}")
 
-        written = run(
-            source,
-            output,
-            format=format,
-            overwrite=overwrite,
-            verify=check,
-            trust_remote_code=trust_remote_code,
-        )
+        with terminal.RunDisplay().live() as display:
+            written = run(
+                source,
+                output,
+                format=format,
+                overwrite=overwrite,
+                verify=check,
+                trust_remote_code=trust_remote_code,
+                observer=display,
+            )
         for note in notes:
             terminal.note(note)
         commands = list(FORMATS[format].commands(opened[0], written))

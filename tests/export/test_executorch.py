@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from torch import Tensor
 
 from qatc.errors import CaptureError, CheckpointError, ConfigError
 from qatc.export import FORMATS, export
-from qatc.export.executorch import format
+from qatc.export.executorch import format, shortcuts
 from qatc.export.executorch.generate import Model
 from qatc.export.executorch.lowering import lower
 from qatc.export.executorch.modules import Step, quantized_step
 from qatc.output import Output, QuantizedWeight, load_codes, load_reference, open_output
 from qatc.output.directory import with_tied
+from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from tests.conftest import make_llama, make_output, make_small
@@ -157,7 +159,37 @@ def test_what_cannot_be_lowered_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("executorch.exir.to_edge_transform_and_lower", fail)
     exported: Any = None
     with pytest.raises(CaptureError, match="cannot lower the model: RuntimeError: no such oper"):
-        lower(exported, {})
+        lower(exported, {}, Observer())
+
+
+class Parts(Observer):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def stage(self, title: str) -> None:
+        self.seen.append(title)
+
+    def lowered(self, done: int, total: int) -> None:
+        self.seen.append((done, total))
+
+
+def test_the_shortcuts_change_nothing(
+    exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from executorch.exir import lowered_backend_module
+
+    with shortcuts.shortcuts():
+        assert lowered_backend_module.legalize_graph is shortcuts._sort
+    monkeypatch.setattr("qatc.export.executorch.lowering.shortcuts", nullcontext)
+    directory, parts = exported("groups"), Parts()
+    export(directory / "source", tmp_path / "out", format="executorch", observer=parts)
+    wanted, found = ((own / "out" / "model.pte").read_bytes() for own in (tmp_path, directory))
+    assert found == wanted
+    total = len(parts.seen) - 2
+    assert parts.seen == ["capture", "lower", *((n + 1, total) for n in range(total))]
+    assert total > 7
 
 
 def test_it_says_what_differs(exported: Callable[[str], Path]) -> None:
