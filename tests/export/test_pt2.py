@@ -147,7 +147,7 @@ def test_weights_are_unpacked_once(exported: Path) -> None:
 def test_types_are_looked_up_once() -> None:
     hints, asked = TypeHints(), []
     wanted = typing.get_type_hints(CacheTensor)
-    assert hints(CacheTensor, globalns={}) == wanted
+    assert hints(CacheTensor, localns={}) == wanted
     hints._look_up = lambda *args, **options: asked.append(args)  # type: ignore[method-assign]
     assert hints(CacheTensor) == wanted and not asked
 

@@ -86,4 +86,4 @@ def _written(graph: Graph) -> set[Node]:
         for pair in views:
             if not written.isdisjoint(pair):
                 written.update(pair)
-    return written  # type: ignore[return-value]
+    return written
