@@ -16,12 +16,15 @@ from qatc.export.executorch.shortcuts import _Below, _can_merge, _sort, watched
 from qatc.progress import Observer
 
 
+TARGETS: list[Any] = [torch.add, operator.add, torch.ops.aten._assert_scalar.default]
+
+
 def random_graph(seed: int) -> GraphModule:
     """Nodes that read two others each, of which some stand behind them."""
     draw, graph = random.Random(seed), Graph()
     nodes = [graph.placeholder(f"x{i}") for i in range(3)]
     for _ in range(30):
-        target = draw.choice([torch.add, operator.add, torch.ops.aten._assert_scalar.default])
+        target = draw.choice(TARGETS)
         nodes.append(graph.call_function(target, tuple(draw.sample(nodes, 2))))
     graph.output(tuple(nodes[-4:]))
     late = draw.sample(nodes[3:], 8)
