@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import json
 import runpy
 import tempfile
 import time
@@ -95,25 +96,42 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--format", action="append", help="these alone; all otherwise")
+    parser.add_argument(
+        "--format", action="append", help="these alone, beside what was found before"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = models.find(given.model)
     texts = windows(model, Path(given.text), given.tokens, given.window)
     wanted = full_precision(model, texts)
+    settings = {
+        "model": common.display_path(model),
+        "text": Path(given.text).name,
+        **{key: getattr(given, key) for key in ("tokens", "window", "threads")},
+    }
     chosen = [own for own in RUNTIMES if given.format is None or own.format in given.format]
+    found = {Path(own).name: of_output(Path(own), chosen, texts, wanted) for own in given.output}
     common.save(
-        f"runtimes-{Path(model).resolve().name}",
-        {
-            "model": common.display_path(model),
-            "text": Path(given.text).name,
-            **{key: getattr(given, key) for key in ("tokens", "window", "threads")},
+        name := f"runtimes-{Path(model).resolve().name}",
+        settings
+        | {
             "full_precision": {"perplexity": quality(wanted, wanted, texts)["perplexity"]},
-            "outputs": {
-                Path(own).name: of_output(Path(own), chosen, texts, wanted) for own in given.output
-            },
+            "outputs": merged(earlier(name, settings), found),
         },
     )
+
+
+def earlier(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run has found of outputs, if it had the same settings."""
+    path = common.RESULTS / f"{name}.json"
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    outputs: dict[str, Any] = told.get("outputs", {})
+    return outputs if settings.items() <= told.items() else {}
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Outputs, and for each what is new of it beside what only an earlier run has found."""
+    return old | {name: old.get(name, {}) | found for name, found in new.items()}
 
 
 def windows(model: str, text: Path, tokens: int, size: int) -> list[list[int]]:

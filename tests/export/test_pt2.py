@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from qatc.output import Output, load_codes, open_output
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec, spec_arg
 from qatc.runtime.model import load
+from qatc.storage.directories import EXPORT_FILE
 from tests.conftest import make_llama, make_output, make_small
 from tests.export.conftest import WINDOWS
 
@@ -232,7 +234,12 @@ def test_compiled_a_single_row_is_exact() -> None:
     reason="AOTInductor compiles for a minute; make test-runtimes lets it",
 )
 def test_compiled_it_computes_what_qatc_does(tmp_path: Path) -> None:
-    recipe = Recipe.from_bits("4-8-4", weight_bits=(("*down_proj*", 8), ("*k_proj*", 3)))
+    recipe = Recipe.from_bits(
+        "4-8-4",
+        weight_bits=(("*down_proj*", 8), ("*k_proj*", 3)),
+        head_bits=8,
+        embedding_bits=8,
+    )
     source = make_output(tmp_path / "source", recipe, make_llama(num_hidden_layers=1))
     model = Model(export(source, tmp_path / "out", format="aoti"), SLOTS)
     found = in_parts(lambda ids: model(ids[0].tolist()))
@@ -242,6 +249,20 @@ def test_compiled_it_computes_what_qatc_does(tmp_path: Path) -> None:
     assert codes.keys() == back.keys()
     assert all(torch.equal(own.codes, back[name].codes) for name, own in codes.items())
     assert all(torch.equal(own.scale, back[name].scale) for name, own in codes.items())
+
+
+def test_what_is_tied_has_one_name_in_a_package(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = torch.export.load(exported / "out" / "decode.pt2").state_dict
+    own = {name: value for name, value in state.items() if "embed_tokens" not in name}
+    assert len(own) == len(state) - 2
+    monkeypatch.setattr(format, "_of_package", lambda path: own)
+    told = json.loads((exported / "out" / EXPORT_FILE).read_text()) | {"format": "aoti"}
+    (tmp_path / EXPORT_FILE).write_text(json.dumps(told))
+    wanted, found = load_codes(exported / "source"), FORMATS["aoti"].read(tmp_path)
+    assert found.keys() == wanted.keys() >= {"model.embed_tokens.weight"}
+    assert all(torch.equal(found[name].codes, own.codes) for name, own in wanted.items())
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
@@ -276,6 +297,7 @@ class NoSteps:
     """Programs that only what replaces the compiler is given."""
 
     cache: ClassVar[list[Any]] = []
+    same: ClassVar[dict[str, str]] = {}
 
     def __init__(self, output: Output, **options: Any) -> None: ...
 

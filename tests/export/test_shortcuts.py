@@ -15,7 +15,6 @@ from torch.fx.passes.tools_common import legalize_graph
 from qatc.export.executorch.shortcuts import _Below, _can_merge, _sort, watched
 from qatc.progress import Observer
 
-
 TARGETS: list[Any] = [torch.add, operator.add, torch.ops.aten._assert_scalar.default]
 
 

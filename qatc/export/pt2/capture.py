@@ -7,6 +7,7 @@ embedding, the rotary factors, the last norm and the head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,7 @@ class Steps:
 
     Attributes:
         cache: the tensors of the cache, layer after layer.
+        same: tensors that are another as well, and that other, by their names.
         dtype: of what is not quantized.
 
     Raises:
@@ -73,6 +75,7 @@ class Steps:
             end.module.forward = _Layer(end, end.store.of(end)[0], inputs)
         for module in model.modules():  # shared codes are a part of the state, stored once
             module._non_persistent_buffers_set.clear()
+        self.same = _same(model.state_dict())
         self._step = _Step(model, inputs)
 
     def program(self, phase: str) -> ExportedProgram:
@@ -96,6 +99,12 @@ class Steps:
         use_torch_alone(exported)
         tidy(exported)
         return exported
+
+
+def _same(state: Mapping[str, Tensor]) -> dict[str, str]:
+    first: dict[int, str] = {}
+    found = {name: first.setdefault(own.data_ptr(), name) for name, own in state.items()}
+    return {name: other for name, other in found.items() if name != other}
 
 
 def _cache_of(template: Template) -> list[CacheTensor]:

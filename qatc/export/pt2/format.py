@@ -89,6 +89,7 @@ def _write_beside(
     told = {
         "format": format,
         "torch_version": torch.__version__,
+        "same": steps.same,
         "cache": [[c.heads, c.width, str(c.dtype).removeprefix("torch.")] for c in steps.cache],
         "weights": {
             name: [spec_arg(weight.spec), weight.codes.shape[1]]
@@ -133,7 +134,7 @@ def read(directory: Path) -> dict[str, QuantizedWeight]:
     """
     try:
         told = read_json(directory / EXPORT_FILE)
-        stored = _stored(directory, told["format"])
+        stored = _stored(directory, told["format"], told.get("same", {}))
         return {name: _weight(stored, name, *how) for name, how in told["weights"].items()}
     except (DataError, OSError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
@@ -147,13 +148,18 @@ def _weight(stored: Mapping[str, Tensor], name: str, told: str, width: int) -> Q
     return QuantizedWeight(packing.unpack(packed, spec.bits, width), scale, spec)
 
 
-def _stored(directory: Path, format: str) -> dict[str, Tensor]:
-    """The tensors of the programs by the names of transformers."""
+def _stored(directory: Path, format: str, same: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of the programs by the names of transformers.
+
+    A package has what two of them share, as tied ends do, under whichever name.
+    """
     if format == "pt2":
         state: Mapping[str, Tensor] = torch.export.load(directory / "decode.pt2").state_dict
     else:
         state = _of_package(directory / _PACKAGE)
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+    found = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+    shared = {other: found[name] for name, other in same.items() if name in found}
+    return shared | found
 
 
 def _of_package(path: Path) -> dict[str, Tensor]:
