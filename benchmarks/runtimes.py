@@ -17,6 +17,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import os
 import runpy
 import tempfile
 import time
@@ -115,6 +116,9 @@ def main() -> None:
         name := f"runtimes-{Path(model).resolve().name}",
         settings
         | {
+            "load_average": os.getloadavg()[
+                2
+            ],  # more than the threads: speeds are of a busy machine
             "full_precision": {"perplexity": quality(wanted, wanted, texts)["perplexity"]},
             "outputs": merged(earlier(name, settings), found),
         },
