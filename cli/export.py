@@ -21,6 +21,13 @@ def export(
         ),
     ] = "compressed-tensors",
     overwrite: options.Overwrite = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the integer model with the trained one first, as qatc verify does.",
+        ),
+    ] = True,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -40,7 +47,7 @@ def export(
     with readable_errors("interrupted; nothing was written"):
         terminal.quiet_libraries()
         from qatc.errors import PassError
-        from qatc.evaluation.parity import verify
+        from qatc.evaluation.parity import verify as compare
         from qatc.export import FORMATS
         from qatc.export import export as run
         from qatc.output import Output
@@ -51,19 +58,25 @@ def export(
         def check(output: Output) -> None:
             opened.append(output)
             notes.extend(FORMATS[format].notes(output))  # refuses before what takes time
+            if not verify:
+                terminal.note("not verified, as --no-verify asks")
+                return
+            display.stage(f"Verifying {source}")
             try:
-                verify(output).require(str(source))
+                compare(output).require(str(source))
             except PassError as error:
                 terminal.err.print(f"not verified, as it does not run on integers: {error}")
 
-        written = run(
-            source,
-            output,
-            format=format,
-            overwrite=overwrite,
-            verify=check,
-            trust_remote_code=trust_remote_code,
-        )
+        with terminal.RunDisplay().live() as display:
+            written = run(
+                source,
+                output,
+                format=format,
+                overwrite=overwrite,
+                verify=check,
+                trust_remote_code=trust_remote_code,
+                observer=display,
+            )
         for note in notes:
             terminal.note(note)
         commands = list(FORMATS[format].commands(opened[0], written))

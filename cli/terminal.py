@@ -164,6 +164,9 @@ class RunDisplay(Observer):
     def evaluated(self, done: int, total: int) -> None:
         self._show(done, done / total, f"{done}/{total} rows")
 
+    def lowered(self, done: int, total: int) -> None:
+        self._show(done, done / total, f"{done}/{total} parts")
+
     def _show(self, amount: float, share: float, text: str, unit: str | None = None) -> None:
         now = time.monotonic()
         if self._first is None or amount < self._first[1]:

@@ -29,3 +29,6 @@ class Observer:
 
     def evaluated(self, done: int, total: int) -> None:
         """Rows evaluated so far."""
+
+    def lowered(self, done: int, total: int) -> None:
+        """Parts of a program lowered for another runtime so far."""

@@ -11,6 +11,7 @@ from qatc.errors import ConfigError
 from qatc.output import Output, QuantizedWeight, write_output
 from qatc.output.directory import copy_companions
 from qatc.output.layouts import Form
+from qatc.progress import Observer
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Format:
         loads_in: the runtimes that load it.
         write: writes an opened output into an empty directory, with the codes and scales as they
             were trained, bit for bit. What the format cannot hold is a ``ConfigError`` that says
-            why, and which format can.
+            why, and which format can. What takes long tells the observer.
         read: the inverse: the quantized weights of such a directory by name.
         notes: what a user should know of an opened output in this format, a line each; raises as
             ``write`` does, without writing anything.
@@ -31,7 +32,7 @@ class Format:
 
     name: str
     loads_in: str
-    write: Callable[[Output, Path], None]
+    write: Callable[[Output, Path, Observer], None]
     read: Callable[[Path], Mapping[str, QuantizedWeight]]
     notes: Callable[[Output], Sequence[str]]
     commands: Callable[[Output, Path], Sequence[str]] = lambda output, directory: ()

@@ -15,9 +15,10 @@ from pathlib import Path
 from qatc.export.base import Format, write_with_companions
 from qatc.output import Output, load_codes
 from qatc.output.compressed_tensors import loads_as_it_is, refuse_rotated
+from qatc.progress import Observer
 
 
-def write(output: Output, directory: Path) -> None:
+def write(output: Output, directory: Path, observer: Observer) -> None:
     """Write an opened output into an empty directory."""
     write_with_companions(output, directory, "transformers")
 

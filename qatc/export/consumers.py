@@ -25,6 +25,7 @@ from qatc.export.gguf import card, llama_cpp
 from qatc.export.gguf.architectures import head_size
 from qatc.export.vllm import engine
 from qatc.output import Output
+from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
 
 
@@ -89,7 +90,7 @@ def _in_executorch(output: Output, slots: int) -> Consumer:
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its interface is new
         place = Path(stack.enter_context(TemporaryDirectory(prefix="qatc-consumer-")))
-        executorch.write(output, place)
+        executorch.write(output, place, Observer())
         model = RunnerOfExecutorch(place)
         kept = stack.pop_all()
 
@@ -104,14 +105,14 @@ def _in_executorch(output: Output, slots: int) -> Consumer:
 
 
 def _by_transformers(
-    write: Callable[[Output, Path], None], differences: Callable[[Recipe], list[str]]
+    write: Callable[[Output, Path, Observer], None], differences: Callable[[Recipe], list[str]]
 ) -> Callable[[Output, int], Consumer]:
     def open(output: Output, slots: int) -> Consumer:
         from transformers import AutoModelForCausalLM
 
         with ExitStack() as stack:
             place = Path(stack.enter_context(TemporaryDirectory(prefix="qatc-consumer-")))
-            write(output, place)
+            write(output, place, Observer())
             model: Any = AutoModelForCausalLM.from_pretrained(
                 place, dtype=torch.float32, trust_remote_code=output.trust_remote_code
             )

@@ -17,6 +17,7 @@ from qatc.export.pt2.format import AOTI, PT2
 from qatc.export.torchao import TORCHAO
 from qatc.export.vllm.format import VLLM, VLLM_MARLIN
 from qatc.output import Output, open_output
+from qatc.progress import Observer
 from qatc.storage.directories import complete_directory, refuse_existing, refuse_overlap
 from qatc.storage.locks import locked
 
@@ -38,11 +39,13 @@ def export(
     overwrite: bool = False,
     verify: Callable[[Output], None] | None = None,
     trust_remote_code: bool = False,
+    observer: Observer | None = None,
 ) -> Path:
     """Write the qatc output ``source`` in a format (a key of :data:`FORMATS`); return ``output``.
 
     The output is complete or, when anything is raised, as it was. ``verify`` is called with the
-    opened source before anything is written, and raises if it is not to be exported.
+    opened source before anything is written, and raises if it is not to be exported. ``observer``
+    is told of what takes long.
 
     Raises:
         ConfigError: the format is unknown or cannot hold the model, ``output`` exists or would
@@ -59,5 +62,5 @@ def export(
         if verify is not None:
             verify(model)
         with complete_directory(output, overwrite=overwrite) as staging:
-            FORMATS[format].write(model, staging)
+            FORMATS[format].write(model, staging, observer or Observer())
     return output

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from qatc.export.base import Format, write_with_companions
 from qatc.output import Output, load_codes, torchao
+from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
 
 
-def write(output: Output, directory: Path) -> None:
+def write(output: Output, directory: Path, observer: Observer) -> None:
     """Write an opened output into an empty directory."""
     write_with_companions(output, directory, "torchao")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import pytest
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
 
+from qatc.cli import terminal
 from qatc.evaluation.checks import Check, ParityReport
+from qatc.export import FORMATS
 from qatc.kernels import native
 from qatc.losses.objective import distillation_losses
+from qatc.output import Output
+from qatc.progress import Observer
 from tests.cli.conftest import TINY, refused, run
 
 
@@ -172,6 +177,22 @@ def test_export_to_gguf(output: Path, tmp_path: Path) -> None:
     assert [line.split()[0] for line in commands] == ["llama-server", "llama-completion"]
     assert all(f"-m {file} --ctx-size 128" in line for line in commands)
     assert "one scale per token; --target llama.cpp" in result.stderr
+
+
+@pytest.mark.usefixtures("verified_here")
+def test_an_export_says_how_far_it_is(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(output: Output, directory: Path, observer: Observer) -> None:
+        observer.stage("lower")
+        observer.lowered(1, 2)
+        (directory / "model").touch()
+
+    monkeypatch.setattr(terminal, "_LINE_SECONDS", -1.0)  # not half a minute
+    monkeypatch.setitem(FORMATS, "torchao", replace(FORMATS["torchao"], write=write))
+    result = run("export", output, "--format", "torchao", "--output", tmp_path / "exported")
+    assert result.exit_code == 0 and " lower\n" in result.stderr
+    assert "1/2 parts" in result.stderr
 
 
 def test_json_has_no_nan(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from qatc.export import compressed_tensors, consumers
 from qatc.export.gguf.llama_cpp import binding
 from qatc.export.vllm import engine
 from qatc.output import Output, open_output
+from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
 from tests.conftest import make_output, make_small, make_tokenizer
 
@@ -67,12 +68,13 @@ def test_without_another_target_nobody_is_asked(tmp_path: Path) -> None:
 def test_other_weights_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong export, which all that qatc loads itself does not show."""
 
-    def write(output: Output, directory: Path) -> None:
+    def write(output: Output, directory: Path, observer: Observer) -> None:
         weights = {
             name: dataclasses.replace(weight, scale=weight.scale * 2)
             for name, weight in output.weights.items()
         }
-        compressed_tensors.write(dataclasses.replace(output, weights=weights), directory)
+        changed = dataclasses.replace(output, weights=weights)
+        compressed_tensors.write(changed, directory, observer)
 
     kind = consumers._KINDS["transformers"]
     open = consumers._by_transformers(write, lambda recipe: [])

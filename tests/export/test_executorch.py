@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from qatc.evaluation import parity
 from qatc.evaluation.reference import prepare_reference
 from qatc.export import FORMATS, export
 from qatc.export.consumers import consumer_of
-from qatc.export.executorch import format
+from qatc.export.executorch import format, shortcuts
 from qatc.export.executorch.generate import Model
 from qatc.export.executorch.lowering import lower
 from qatc.export.executorch.modules import QuantizedLinear, Step, quantized_step
 from qatc.numerics.fake_quant import fake_quantize
 from qatc.output import Output, QuantizedWeight, load_codes, load_reference, open_output
 from qatc.output.directory import with_tied
+from qatc.progress import Observer
 from qatc.quantize.run import quantize
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
@@ -148,7 +150,7 @@ def test_its_rule_is_the_one_that_it_is_trained_by(tmp_path: Path) -> None:
     zeros = F.pad(with_zero_on_a_tie(500), (0, 62))
     rows = torch.cat([on_ties(1500), zeros, random(500, 64, shift=0.5), random(500, 64).abs()])
     program = torch.export.export(QuantizedLinear(weight, None), (rows,))
-    (tmp_path / "identity.pte").write_bytes(lower(program, {}))
+    (tmp_path / "identity.pte").write_bytes(lower(program, {}, Observer()))
     method = runtime_of_executorch(tmp_path / "identity.pte")
     found = method.execute([rows])[0]
     assert torch.equal(found, fake_quantize(rows, FOR_IT.activations))
@@ -207,7 +209,37 @@ def test_what_cannot_be_lowered_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("executorch.exir.to_edge_transform_and_lower", fail)
     exported: Any = None
     with pytest.raises(CaptureError, match="cannot lower the model: RuntimeError: no such oper"):
-        lower(exported, {})
+        lower(exported, {}, Observer())
+
+
+class Parts(Observer):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def stage(self, title: str) -> None:
+        self.seen.append(title)
+
+    def lowered(self, done: int, total: int) -> None:
+        self.seen.append((done, total))
+
+
+def test_the_shortcuts_change_nothing(
+    exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from executorch.exir import lowered_backend_module
+
+    with shortcuts.shortcuts():
+        assert lowered_backend_module.legalize_graph is shortcuts._sort
+    monkeypatch.setattr("qatc.export.executorch.lowering.shortcuts", nullcontext)
+    directory, parts = exported("groups"), Parts()
+    export(directory / "source", tmp_path / "out", format="executorch", observer=parts)
+    wanted, found = ((own / "out" / "model.pte").read_bytes() for own in (tmp_path, directory))
+    assert found == wanted
+    total = len(parts.seen) - 2
+    assert parts.seen == ["capture", "lower", *((n + 1, total) for n in range(total))]
+    assert total > 7
 
 
 def test_it_says_what_differs(exported: Callable[[str], Path]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,19 +15,21 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qatc.errors import CaptureError, ConfigError
 from qatc.export import FORMATS, export
 from qatc.export.pt2 import format, portable
-from qatc.export.pt2.capture import PHASES, Steps
-from qatc.export.pt2.generate import Model
+from qatc.export.pt2.capture import PHASES, CacheTensor, Steps
+from qatc.export.pt2.generate import Model, TypeHints, load_programs
+from qatc.export.pt2.tidy import tidy
 from qatc.graph import compilation
 from qatc.numerics import minmax, packing
 from qatc.output import Output, load_codes, open_output
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec, spec_arg
 from qatc.runtime.model import load
+from qatc.storage.directories import EXPORT_FILE
 from tests.conftest import make_llama, make_output, make_small
 from tests.export.conftest import WINDOWS
 
@@ -132,6 +136,58 @@ def test_torch_alone_writes_the_same_text(exported: Path, tokenizer: Any) -> Non
     assert done.stdout == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
 
 
+def test_weights_are_unpacked_once(exported: Path) -> None:
+    """What a token runs has codes in float, and shifts those of the cache alone."""
+    _, ready = load_programs(exported / "out", "pt2")
+    of_packed = torch.export.load(exported / "out" / "decode.pt2")
+    shifts = [
+        [n.target for n in own.graph.nodes].count(torch.ops.aten.__rshift__.Scalar)
+        for own in (of_packed, ready)
+    ]
+    assert shifts[0] - shifts[1] == 2 * 7  # each weight of 4 bits has two codes in a byte
+    products = [n for n in ready.graph.nodes if n.target is torch.ops.aten.matmul.default]
+    assert len(products) == 8 and all(n.args[1].op == "get_attr" for n in products)
+
+
+def test_types_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hints, wanted = TypeHints(), typing.get_type_hints(CacheTensor)
+    assert hints(CacheTensor, localns={}) == wanted
+    monkeypatch.setattr(hints, "_look_up", lambda kind: pytest.fail("asked again"))
+    assert hints(CacheTensor) == wanted
+
+
+def test_programs_hold_nothing_twice(exported: Path) -> None:
+    """No asserts, no casts to the same dtype, and what three layers read is quantized once."""
+    graph = torch.export.load(exported / "out" / "decode.pt2").graph
+    targets = [n.target for n in graph.nodes]
+    assert torch.ops.aten._assert_tensor_metadata.default not in targets
+    casts = [n for n in graph.nodes if n.target is torch.ops.aten.to.dtype]
+    assert all(n.args[0].meta["val"].dtype is not n.args[1] for n in casts) and casts
+    # Queries, keys and values; the output; gate and up; down; the head; and K and V of the cache.
+    assert targets.count(torch.ops.aten.amax.default) == 5 + 2
+
+
+class Written(nn.Module):
+    """Reads, through a view and without one, what it writes in between."""
+
+    def forward(self, cache: Tensor, x: Tensor) -> Tensor:
+        before, view = cache + 1, cache.view(-1)
+        of_view, twice = view * 2, (x.to(torch.float32) * 3) + (x * 3)
+        cache.index_put_((torch.tensor([0]),), x)
+        return before * (cache + 1) + of_view.view(2, 2) * (view * 2).view(2, 2) + twice
+
+
+def test_what_is_written_in_between_is_read_again() -> None:
+    exported = torch.export.export(Written(), (torch.ones(2, 2), torch.ones(1, 2)))
+    wanted = exported.module()(torch.arange(4.0).view(2, 2), torch.full((1, 2), 7.0))
+    count = len(exported.graph.nodes)
+    tidy(exported)
+    found = exported.module()(torch.arange(4.0).view(2, 2), torch.full((1, 2), 7.0))
+    assert torch.equal(found, wanted) and len(exported.graph.nodes) < count
+    targets = [str(n.target) for n in exported.graph.nodes]
+    assert targets.count("aten.mul.Tensor") == 2 + 2 + 1  # x * 3 once
+
+
 @pytest.mark.parametrize("width", [5003, 5004])
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -147,12 +203,15 @@ def test_products_are_exact(bits: int, rows: int, width: int) -> None:
     x[0] = 1.0
     scale = torch.rand(outputs, 1, generator=generator)
     args = (width, spec_arg(inputs), spec_arg(spec))
-    found = portable.linear(x, packing.pack(codes, bits), scale, None, *args)
+    found = [
+        portable.linear(x, packing.pack(codes, bits), scale, None, *args, to_compile=to_compile)
+        for to_compile in (False, True)
+    ]
     x_codes, x_scale = minmax.quantize(x, inputs)
     sums = x_codes.numpy().astype(np.int64) @ codes.numpy().astype(np.int64).T
     wanted = sums.astype(np.float32) * x_scale.numpy() * scale.numpy().T
     assert np.abs(sums).max() > (2**24 if bits == 8 else 2**19)
-    assert torch.equal(found, torch.from_numpy(wanted))
+    assert all(torch.equal(own, torch.from_numpy(wanted)) for own in found)
 
 
 def test_compiled_a_single_row_is_exact() -> None:
@@ -163,7 +222,9 @@ def test_compiled_a_single_row_is_exact() -> None:
 
     def both(x: Tensor) -> list[Tensor]:
         return [
-            portable.linear(x, packing.pack(codes, b), scale, None, 70, "int8", f"int{b}")
+            portable.linear(
+                *(x, packing.pack(codes, b), scale, None, 70, "int8", f"int{b}"), to_compile=True
+            )
             for b in (4, 8)
         ]
 
@@ -176,7 +237,12 @@ def test_compiled_a_single_row_is_exact() -> None:
     reason="AOTInductor compiles for a minute; make test-runtimes lets it",
 )
 def test_compiled_it_computes_what_qatc_does(tmp_path: Path) -> None:
-    recipe = Recipe.from_bits("4-8-4", weight_bits=(("*down_proj*", 8), ("*k_proj*", 3)))
+    recipe = Recipe.from_bits(
+        "4-8-4",
+        weight_bits=(("*down_proj*", 8), ("*k_proj*", 3)),
+        head_bits=8,
+        embedding_bits=8,
+    )
     source = make_output(tmp_path / "source", recipe, make_llama(num_hidden_layers=1))
     model = Model(export(source, tmp_path / "out", format="aoti"), SLOTS)
     found = in_parts(lambda ids: model(ids[0].tolist()))
@@ -186,6 +252,20 @@ def test_compiled_it_computes_what_qatc_does(tmp_path: Path) -> None:
     assert codes.keys() == back.keys()
     assert all(torch.equal(own.codes, back[name].codes) for name, own in codes.items())
     assert all(torch.equal(own.scale, back[name].scale) for name, own in codes.items())
+
+
+def test_what_is_tied_has_one_name_in_a_package(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = torch.export.load(exported / "out" / "decode.pt2").state_dict
+    own = {name: value for name, value in state.items() if "embed_tokens" not in name}
+    assert len(own) == len(state) - 2
+    monkeypatch.setattr(format, "_of_package", lambda path: own)
+    told = json.loads((exported / "out" / EXPORT_FILE).read_text()) | {"format": "aoti"}
+    (tmp_path / EXPORT_FILE).write_text(json.dumps(told))
+    wanted, found = load_codes(exported / "source"), FORMATS["aoti"].read(tmp_path)
+    assert found.keys() == wanted.keys() >= {"model.embed_tokens.weight"}
+    assert all(torch.equal(found[name].codes, own.codes) for name, own in wanted.items())
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
@@ -220,8 +300,9 @@ class NoSteps:
     """Programs that only what replaces the compiler is given."""
 
     cache: ClassVar[list[Any]] = []
+    same: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, output: Output) -> None: ...
+    def __init__(self, output: Output, **options: Any) -> None: ...
 
     def program(self, phase: str) -> Any:
         return SimpleNamespace(example_inputs=(), module=lambda: None)

@@ -33,6 +33,7 @@ from qatc.models.building import build_model
 from qatc.output import Output, QuantizedWeight
 from qatc.output.compressed_tensors import refuse_rotated
 from qatc.output.directory import with_tied
+from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import spec_arg
 from qatc.recipe.targets import why_not_in_xnnpack
@@ -48,7 +49,7 @@ CHUNK = 128
 """Tokens that a call takes at most; memory is planned for so many."""
 
 
-def write(output: Output, directory: Path) -> None:
+def write(output: Output, directory: Path, observer: Observer) -> None:
     """Write an opened output into an empty directory."""
     known = notes(output)  # refuses before what takes time
     slots = slots_of(output)
@@ -58,7 +59,10 @@ def write(output: Output, directory: Path) -> None:
         **{"use_kv_cache": True, "get_eos_ids": end_tokens(output)},
         "get_vocab_size": output.config.get_text_config().vocab_size,
     }
-    content = lower(export_step(step, min(CHUNK, slots)), constants)
+    observer.stage("capture")
+    exported = export_step(step, min(CHUNK, slots))
+    observer.stage("lower")
+    content = lower(exported, constants, observer)
     codes = with_tied(output.weights, step.model.all_tied_weights_keys)
     modules = {name: _owner(step.model, name) for name in codes}
     _require_held(content, modules)

@@ -10,7 +10,9 @@ from torch.export import Dim, ExportedProgram
 
 from qatc.errors import ConfigError
 from qatc.export.executorch.modules import Step
+from qatc.export.executorch.shortcuts import shortcuts, watched
 from qatc.export.programs import capture, capture_errors
+from qatc.progress import Observer
 
 
 def require_executorch() -> None:
@@ -38,12 +40,13 @@ def export_step(step: Step, chunk: int) -> ExportedProgram:
     return capture(step, example, shapes)
 
 
-def lower(exported: ExportedProgram, constants: dict[str, Any]) -> bytes:
+def lower(exported: ExportedProgram, constants: dict[str, Any], observer: Observer) -> bytes:
     """The content of a ``.pte``.
 
     Args:
         exported: the program.
         constants: methods without arguments, by name, and what they give.
+        observer: is told of the parts that XNNPACK takes.
 
     Raises:
         CaptureError: ExecuTorch cannot lower the program.
@@ -51,6 +54,7 @@ def lower(exported: ExportedProgram, constants: dict[str, Any]) -> bytes:
     # Registers the kernels of quantized embeddings.
     import executorch.kernels.quantized  # noqa: F401
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
     from executorch.exir import (
         EdgeCompileConfig,
         ExecutorchBackendConfig,
@@ -62,11 +66,12 @@ def lower(exported: ExportedProgram, constants: dict[str, Any]) -> bytes:
     failure = "ExecuTorch cannot lower the model:"
     with capture_errors(failure, "run it by qatc.load"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations; and caches begin empty
-        edge = to_edge_transform_and_lower(
-            exported,
-            partitioner=[XnnpackPartitioner()],
-            compile_config=config,
-            constant_methods=constants,
-        )
-        content: bytes = edge.to_executorch(ExecutorchBackendConfig()).buffer
+        with shortcuts(), watched(XnnpackBackend, observer):
+            edge = to_edge_transform_and_lower(
+                exported,
+                partitioner=[XnnpackPartitioner()],
+                compile_config=config,
+                constant_methods=constants,
+            )
+            content: bytes = edge.to_executorch(ExecutorchBackendConfig()).buffer
     return content

@@ -37,13 +37,14 @@ from qatc.export.gguf.architectures import (
 from qatc.export.gguf.plan import EMBEDDING, HEAD, Plan, make_plan, require_gguf
 from qatc.models.cards import CARD
 from qatc.output import Output, QuantizedWeight
+from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from qatc.storage.directories import EXPORT_FILE
 from qatc.storage.files import write_atomically, write_json
 
 
-def write(output: Output, directory: Path) -> None:
+def write(output: Output, directory: Path, observer: Observer) -> None:
     """Write an opened output into an empty directory: a GGUF file, and its card."""
     write_plan(make_plan(output), directory)
 

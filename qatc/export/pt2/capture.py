@@ -7,7 +7,8 @@ embedding, the rotary factors, the last norm and the head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from qatc.export.base import context_of, refuse_windows
 from qatc.export.programs import capture
 from qatc.export.pt2.portable import PlainInterpreter, use_torch_alone
+from qatc.export.pt2.tidy import tidy
 from qatc.graph.capture import Template
 from qatc.output import Output
 from qatc.runtime.cache import SLOTS, cache_tensors
@@ -44,15 +46,20 @@ class CacheTensor:
 class Steps:
     """The steps of an output as programs of torch.
 
+    Args:
+        output: opened.
+        to_compile: spell products as Inductor makes them fast.
+
     Attributes:
         cache: the tensors of the cache, layer after layer.
+        same: tensors that are another as well, and that other, by their names.
         dtype: of what is not quantized.
 
     Raises:
         ConfigError: layers have a sliding window, or operators that torch has not.
     """
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, *, to_compile: bool = False) -> None:
         refuse_windows(output, "torch", context_of(output))
         model = load(output, compile=False, decode_program=False, kernels="qatc")
         runtime = runtime_of(model)
@@ -60,14 +67,15 @@ class Steps:
         templates = [runtime.cached.of(forward)[0] for forward in runtime.forwards]
         shapes = [_cache_of(template) for template in templates]
         self.cache = [tensor for of_layer in shapes for tensor in of_layer]
-        inputs, first = _Inputs(), 0
+        inputs, first = _Inputs(to_compile), 0
         for forward, template, of_layer in zip(runtime.forwards, templates, shapes, strict=True):
             mine = slice(first, first := first + len(of_layer))
             forward.module.forward = _Layer(forward, template, inputs, mine)
         for end in runtime.ends:
-            end.module.forward = _Layer(end, end.store.of(end)[0])
+            end.module.forward = _Layer(end, end.store.of(end)[0], inputs)
         for module in model.modules():  # shared codes are a part of the state, stored once
             module._non_persistent_buffers_set.clear()
+        self.same = _same(model.state_dict())
         self._step = _Step(model, inputs)
 
     def program(self, phase: str) -> ExportedProgram:
@@ -89,18 +97,27 @@ class Steps:
         example = (ids, torch.arange(count)[None], cache)
         exported = capture(self._step, example, shapes)
         use_torch_alone(exported)
+        tidy(exported)
         return exported
+
+
+def _same(state: Mapping[str, Tensor]) -> dict[str, str]:
+    first: dict[int, str] = {}
+    found = {name: first.setdefault(own.data_ptr(), name) for name, own in state.items()}
+    return {name: other for name, other in found.items() if name != other}
 
 
 def _cache_of(template: Template) -> list[CacheTensor]:
     return [CacheTensor(*sizes, dtype) for sizes, dtype in cache_tensors(template)]
 
 
+@dataclass
 class _Inputs:
     """What the layers read besides their arguments, while the model is captured."""
 
-    positions: Tensor
-    cache: list[Tensor]
+    to_compile: bool
+    positions: Tensor = field(init=False)
+    cache: list[Tensor] = field(init=False)
 
 
 class _Step(nn.Module):
@@ -129,8 +146,8 @@ class _Layer:
         self,
         forward: LoweredForward,
         template: Template,
-        inputs: _Inputs | None = None,
-        mine: slice = slice(0),
+        inputs: _Inputs,
+        mine: slice | None = None,
     ) -> None:
         self._forward, self._template, self._inputs = forward, template, inputs
         self._mine = mine
@@ -140,7 +157,8 @@ class _Layer:
         leaves, _ = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
         template, inputs = self._template, self._inputs
         given = [*self._forward.parameters(template), *(leaves[i] for i in template.inputs)]
-        if inputs is not None:
+        if self._mine is not None:
             given += [*inputs.cache[self._mine], inputs.positions]
-        outputs = PlainInterpreter(template.graph_module).run(*given)
+        plain = PlainInterpreter(template.graph_module, to_compile=inputs.to_compile)
+        outputs = plain.run(*given)
         return pytree.tree_unflatten(list(outputs), template.out_spec)

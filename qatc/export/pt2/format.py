@@ -33,6 +33,7 @@ from qatc.numerics.minmax import COMPILE_OPTIONS
 from qatc.output import Output, QuantizedWeight
 from qatc.output.compressed_tensors import refuse_rotated
 from qatc.passes.lower_linear import PACKED, SCALE
+from qatc.progress import Observer
 from qatc.recipe.spec import read_spec_arg, spec_arg
 from qatc.storage.directories import EXPORT_FILE
 from qatc.storage.files import read_json
@@ -42,25 +43,26 @@ _PREFIX = "model."
 """Before the names of tensors in a program: the module that is captured holds the model."""
 
 
-def write_exported(output: Output, directory: Path) -> None:
+def write_exported(output: Output, directory: Path, observer: Observer) -> None:
     """Write an opened output into an empty directory, as it is captured."""
     notes = _notes(output, "pt2")
     steps = Steps(output)
     for phase in PHASES:
+        observer.stage(f"capture {phase}")
         torch.export.save(steps.program(phase), directory / f"{phase}.pt2")
     _write_beside(output, steps, directory, "pt2", notes)
 
 
-def write_compiled(output: Output, directory: Path) -> None:
+def write_compiled(output: Output, directory: Path, observer: Observer) -> None:
     """Write an opened output into an empty directory, compiled; the weights are stored once."""
     notes = _notes(output, "aoti")  # refuses before what takes minutes
-    steps = Steps(output)
+    steps = Steps(output, to_compile=True)
     with capture_errors("AOTInductor cannot compile the model:", "--format pt2 compiles nothing"):
-        _compile(steps, directory / _PACKAGE)
+        _compile(steps, directory / _PACKAGE, observer)
     _write_beside(output, steps, directory, "aoti", notes)
 
 
-def _compile(steps: Steps, path: Path) -> None:
+def _compile(steps: Steps, path: Path, observer: Observer) -> None:
     from torch._inductor import aot_compile
     from torch._inductor.package.package import package_aoti
 
@@ -73,7 +75,9 @@ def _compile(steps: Steps, path: Path) -> None:
     files: dict[str, Any] = {}
     with torch.no_grad():
         for phase in PHASES:
+            observer.stage(f"capture {phase}")
             program = steps.program(phase)
+            observer.stage(f"compile {phase}")
             assert program.example_inputs is not None
             files[phase] = aot_compile(program.module(), *program.example_inputs, options=options)
     package_aoti(str(path), files)
@@ -85,6 +89,7 @@ def _write_beside(
     told = {
         "format": format,
         "torch_version": torch.__version__,
+        "same": steps.same,
         "cache": [[c.heads, c.width, str(c.dtype).removeprefix("torch.")] for c in steps.cache],
         "weights": {
             name: [spec_arg(weight.spec), weight.codes.shape[1]]
@@ -129,7 +134,7 @@ def read(directory: Path) -> dict[str, QuantizedWeight]:
     """
     try:
         told = read_json(directory / EXPORT_FILE)
-        stored = _stored(directory, told["format"])
+        stored = _stored(directory, told["format"], told.get("same", {}))
         return {name: _weight(stored, name, *how) for name, how in told["weights"].items()}
     except (DataError, OSError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
@@ -143,13 +148,18 @@ def _weight(stored: Mapping[str, Tensor], name: str, told: str, width: int) -> Q
     return QuantizedWeight(packing.unpack(packed, spec.bits, width), scale, spec)
 
 
-def _stored(directory: Path, format: str) -> dict[str, Tensor]:
-    """The tensors of the programs by the names of transformers."""
+def _stored(directory: Path, format: str, same: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of the programs by the names of transformers.
+
+    A package has what two of them share, as tied ends do, under whichever name.
+    """
     if format == "pt2":
         state: Mapping[str, Tensor] = torch.export.load(directory / "decode.pt2").state_dict
     else:
         state = _of_package(directory / _PACKAGE)
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+    found = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+    shared = {other: found[name] for name, other in same.items() if name in found}
+    return shared | found
 
 
 def _of_package(path: Path) -> dict[str, Tensor]:

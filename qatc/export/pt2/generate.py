@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
+import typing
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 
 class Model:
@@ -56,7 +61,47 @@ def load_programs(directory: Path, format: str) -> list[Any]:
 
         package = load_pt2(str(directory / "model.pt2"), load_weights_from_disk=True)
         return [package.aoti_runners[name] for name in names]
-    return [torch.export.load(directory / f"{name}.pt2").module() for name in names]
+    with patch.object(typing, "get_type_hints", TypeHints()):
+        prefill, decode = (torch.export.load(directory / f"{name}.pt2").module() for name in names)
+    unpack_weights(decode)
+    return [prefill, decode]
+
+
+class TypeHints(dict[type, Any]):
+    """``typing.get_type_hints`` of each class once: torch.export.load asks for each node anew."""
+
+    _look_up = staticmethod(typing.get_type_hints)
+
+    def __call__(self, kind: type, *args: Any, **options: Any) -> Any:
+        if kind not in self:
+            self[kind] = self._look_up(kind, *args, **options)
+        return self[kind]
+
+
+def unpack_weights(program: GraphModule) -> None:
+    """Compute what follows from weights alone now, and not for every token.
+
+    The codes in float are most of it: 4 bytes a weight.
+    """
+    known: dict[Node, Any] = {}
+    for node in program.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr":
+            known[node] = operator.attrgetter(node.target)(program)
+        elif node.op == "call_function" and inputs and all(own in known for own in inputs):
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+            for own in inputs:
+                if all(user in known for user in own.users):
+                    known[own] = None  # its memory
+    for number, (node, value) in enumerate(known.items()):
+        if node.op == "call_function" and isinstance(value, Tensor):
+            program.register_buffer(f"unpacked_{number}", value)
+            with program.graph.inserting_before(node):
+                node.replace_all_uses_with(program.graph.get_attr(f"unpacked_{number}"))
+    program.graph.eliminate_dead_code()
+    program.recompile()
 
 
 def open_model(directory: Path, tokens: int) -> Model:

@@ -14,9 +14,10 @@ from pathlib import Path
 from qatc.export.base import Format, write_with_companions
 from qatc.output import Output, load_codes, vllm
 from qatc.output.layouts import PACKED_BITS, Form
+from qatc.progress import Observer
 
 
-def write(output: Output, directory: Path, form: Form) -> None:
+def write(output: Output, directory: Path, observer: Observer, form: Form) -> None:
     """Write an opened output into an empty directory."""
     write_with_companions(output, directory, form)
 
