@@ -5,10 +5,10 @@
     python -m benchmarks.runtimes --model MODEL --output OUT --text wiki.txt
 
 Each format of :data:`RUNTIMES` is written by ``qatc export``, read back, and run by what it is for.
-All get the same tokens, in windows that begin anew, a token at a time where the runtime keeps a
-cache; that is also what tokens per second are. KL is that to the full-precision model in fp32, in
-nats per token. ``qatc`` is the same output run by qatc, each window at once. A format that was not
-run is there with the reason. The result is ``results/runtimes-NAME.json``.
+All get the same tokens, in windows that begin anew, a token at a time in the programs that are
+written, which is also what tokens per second are. KL is that to the full-precision model in fp32,
+in nats per token. ``qatc`` is the same output run by qatc, each window at once. A format that was
+not run is there with the reason. The result is ``results/runtimes-NAME.json``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,36 @@ class Script:
         return rows
 
 
+class Transformers:
+    """``from_pretrained``, each window at once."""
+
+    def __init__(self, directory: Path, slots: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.seconds, self.tokens = 0.0, 0
+
+    def read(self, ids: list[int]) -> Tensor:
+        return _at_once(self._model, ids)
+
+
+class Vllm:
+    """vLLM in fp32, each window at once, which it does not compile here."""
+
+    def __init__(self, directory: Path, slots: int) -> None:
+        from qatc.export.vllm.engine import VllmModel
+
+        self._model = VllmModel(directory, slots, dtype="float32")
+        self.seconds, self.tokens = 0.0, 0
+
+    def read(self, ids: list[int]) -> Tensor:
+        return torch.from_numpy(self._model.log_probabilities(ids))
+
+
 RUNTIMES = (
+    Runtime("compressed-tensors", ("transformers", "compressed-tensors"), Transformers),
+    Runtime("torchao", ("transformers", "torchao"), Transformers),
+    Runtime("vllm", ("vllm",), Vllm),
     Runtime("pt2", ("torch",), Script),
     Runtime("aoti", ("torch",), Script),
     Runtime("executorch", ("executorch",), Script),
@@ -183,10 +212,9 @@ def run(
     """A format written, read back and run; or why it was not."""
     from qatc.export import FORMATS, export
     from qatc.output import load_codes
-    from qatc.quantize.provenance import package_version
 
     for name in runtime.packages:
-        if importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(name.replace("-", "_")) is None:
             return {"not run": f"{name} is not installed"}
     with tempfile.TemporaryDirectory(prefix="qatc-runtimes-") as scratch:
         started = time.perf_counter()
@@ -206,14 +234,27 @@ def run(
         opened = time.perf_counter() - started
         found = [_log_probabilities(reader.read(ids)) for ids in texts]
     return {
-        "versions": {name: package_version(name) for name in runtime.packages},
+        "versions": {name: _version(name) for name in runtime.packages},
         "bytes": size,
         "export_seconds": round(seconds, 1),
         "codes_and_scales_equal": equal,
         "load_seconds": round(opened, 1),
         **quality(found, wanted, texts),
-        "decoded_tokens_per_second": round(reader.tokens / reader.seconds, 2),
-    }
+    } | _speed(reader)
+
+
+def _version(package: str) -> str:
+    """vLLM for CPUs is a package of another name."""
+    from qatc.quantize.provenance import package_version
+
+    found = [package_version(name) for name in (package, f"{package}-cpu")]
+    return found[0] if found[1] == "not installed" else f"{found[1]} (for CPUs)"
+
+
+def _speed(reader: Reader) -> dict[str, float]:
+    if not reader.tokens:
+        return {}
+    return {"decoded_tokens_per_second": round(reader.tokens / reader.seconds, 2)}
 
 
 def quality(found: list[Tensor], wanted: list[Tensor], texts: list[list[int]]) -> dict[str, float]:

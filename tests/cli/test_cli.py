@@ -195,6 +195,17 @@ def test_an_export_says_how_far_it_is(
     assert "1/2 parts" in result.stderr
 
 
+def test_what_was_verified_before_is_exported_at_once(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Check("global", "something", 2.0, 1.0)
+    monkeypatch.setattr("qatc.evaluation.parity.verify", lambda *_, **__: ParityReport((found,)))
+    refused(1, "do not use", "export", output, "--output", tmp_path / "x")
+    result = run("export", output, "--no-verify", "--output", tmp_path / "exported")
+    assert result.exit_code == 0 and "not verified" in result.stderr
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+
+
 def test_json_has_no_nan(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Check("global", "something", float("nan"), 1.0)
     monkeypatch.setattr("qatc.evaluation.parity.verify", lambda *_, **__: ParityReport((found,)))
