@@ -230,7 +230,10 @@ def run(
         )
         size = sum(path.stat().st_size for path in directory.iterdir())
         started = time.perf_counter()
-        reader = runtime.open(directory, len(texts[0]))
+        try:
+            reader = runtime.open(directory, len(texts[0]))
+        except QatcError as error:
+            return {"not run": str(error).replace(str(scratch), "")}
         opened = time.perf_counter() - started
         found = [_log_probabilities(reader.read(ids)) for ids in texts]
     return {
