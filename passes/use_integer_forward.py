@@ -54,8 +54,8 @@ def _is_exact(linear: Linear) -> bool:
     if x is None or weight is None:
         return False
     whole_rows = not any(spec_of(node).group_size for node in (x, weight))
-    width = shape_of(linear.weight)[1]
-    return whole_rows and int(width) <= integer_linear.LARGEST_WIDTH
+    width = int(shape_of(linear.weight)[1])
+    return whole_rows and width <= integer_linear.largest_width(spec_of(x))
 
 
 def _replace(linear: Linear) -> None:

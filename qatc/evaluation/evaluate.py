@@ -26,6 +26,7 @@ from qatc.export.running import (
     Runtime,
     open_foreign,
     refuse_tasks,
+    released,
     require_readable,
     require_runs,
 )
@@ -177,21 +178,21 @@ def assess(config: AssessConfig, observer: Observer | None = None) -> Metrics:
     rows = _rows(config, tokenizer)
     if config.teacher is not None:
         _require_one_vocabulary(config, tokenizer)
-    model = config.load_by(observer)
-    check_length(config.model, model.config, config.length)
-    teacher = None if config.teacher is None else config.load_float(config.teacher)
-    for name, judged in ((config.model, model), (config.teacher, teacher)):
-        if name is not None and judged is not None:
-            what = f"the text {config.text or config.data}"
-            require_known(rows.tokens, tokenizer, judged, what=what, name=name)
-    observer.stage(f"Evaluating on {rows.tokens.size:,} tokens")
-    return evaluate(
-        model,
-        rows,
-        teacher=teacher,
-        batch_size=config.batch_size,
-        on_progress=observer.evaluated,
-    )
+    with released(config.load_by(observer)) as model:
+        check_length(config.model, model.config, config.length)
+        teacher = None if config.teacher is None else config.load_float(config.teacher)
+        for name, judged in ((config.model, model), (config.teacher, teacher)):
+            if name is not None and judged is not None:
+                what = f"the text {config.text or config.data}"
+                require_known(rows.tokens, tokenizer, judged, what=what, name=name)
+        observer.stage(f"Evaluating on {rows.tokens.size:,} tokens")
+        return evaluate(
+            model,
+            rows,
+            teacher=teacher,
+            batch_size=config.batch_size,
+            on_progress=observer.evaluated,
+        )
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,7 @@ class Texts:
         """Report how far something is that is not the same."""
         self.checks.append(Check(point, f"the KL divergence of {what}", kl(wanted, got)))
 
-    def judge(self, point: str, what: str, wanted: Tensor, got: Tensor) -> None:
-        """Hold what should be the same against what rounding ties explain."""
-        self.checks.append(
-            Check(point, f"the KL divergence of {what}", kl(wanted, got), self.limit)
-        )
+    def judge(self, point: str, what: str, wanted: Tensor, got: Tensor, slack: float = 1.0) -> None:
+        """Hold what should be the same against what rounding ties explain, ``slack`` times that."""
+        figure, limit = kl(wanted, got), slack * self.limit
+        self.checks.append(Check(point, f"the KL divergence of {what}", figure, limit))

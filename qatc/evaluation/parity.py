@@ -239,8 +239,11 @@ def _programmed(lowered: Any, texts: Texts) -> None:
 def _consumed(output: Output, texts: Texts, trained: Tensor) -> None:
     """The runtime that it was trained for, where that is installed, beside the trained graph.
 
-    Judged is one that computes what was trained, in fp32 as the graph does, so on a CPU.
+    It is asked where the graph ran on a CPU, in fp32, as most of them compute it there. The graph's
+    own model is gone by then, so that there are no more in memory at once.
     """
+    if texts.ids.device.type != "cpu":
+        return
     try:
         runtime = consumer_of(output, texts.ids.shape[1])
         if runtime is None:
@@ -249,16 +252,18 @@ def _consumed(output: Output, texts: Texts, trained: Tensor) -> None:
             found = runtime.logits(texts.ids)
         finally:
             runtime.close()
+        if found.shape != trained.shape:
+            raise ValueError(f"logits {list(found.shape)} in place of {list(trained.shape)}")
     except Exception as error:  # a fault of another's package is no verdict on the model
-        what = f"number of texts compared with {output.recipe.target}: {error}"
+        what = f"texts compared: {output.recipe.target} could not be asked ({error})"
         texts.checks.append(Check("runtime", what, 0))
         return
     what = f"{runtime.name} from the trained graph"
-    if runtime.differences or texts.ids.device.type != "cpu":
-        other = "; ".join(runtime.differences) or "in another precision"
-        texts.tell("runtime", f"{what}, with other numerics ({other})", trained.cpu(), found)
+    if runtime.differences:
+        other = "; ".join(runtime.differences)
+        texts.tell("runtime", f"{what}, with other numerics ({other})", trained, found)
     else:
-        texts.judge("runtime", what, trained.cpu(), found)
+        texts.judge("runtime", what, trained, found, runtime.slack)
 
 
 _RELOAD = """

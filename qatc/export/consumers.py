@@ -27,6 +27,7 @@ from qatc.export.vllm import engine
 from qatc.output import Output
 from qatc.progress import Observer
 from qatc.recipe.recipe import Recipe
+from qatc.recipe.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Consumer:
     Attributes:
         name: what it calls itself.
         differences: what it computes in another way than was trained, in words; none: the same.
+        slack: how much further from what was trained it may be than a form of that itself: 1, or
+            more where its rule is close to that and not the same.
         logits: fp32 ``[B, T, V]`` of rows ``[B, T]``, which begin anew.
         close: ends it.
     """
@@ -44,6 +47,7 @@ class Consumer:
     differences: tuple[str, ...]
     logits: Callable[[Tensor], Tensor]
     close: Callable[[], None]
+    slack: float = 1.0
 
 
 def consumer_of(output: Output, slots: int) -> Consumer | None:
@@ -75,13 +79,19 @@ def _in_llama(output: Output, slots: int) -> Consumer:
         output.place, slots, trust_remote_code=output.trust_remote_code
     )
     found = card.differences(output.recipe, head_size(output.config))
-    return Consumer(f"llama.cpp ({llama_cpp.binding()})", tuple(found), _asked(model), _nothing)
+    name = f"llama.cpp ({llama_cpp.binding()})"
+    # It keeps scales of inputs, K and V in fp16, and rounds half away from zero.
+    return Consumer(name, tuple(found), _asked(model), _nothing, slack=10.0)
 
 
 def _in_vllm(output: Output, slots: int) -> Consumer:
+    packed = output.recipe.weights.quantizes and not output.recipe.activations.quantizes
+    dtype = "bfloat16" if packed else "float32"
     model, notes = engine.open_in_vllm(
-        output.place, slots, dtype="float32", trust_remote_code=output.trust_remote_code
+        output.place, slots, dtype=dtype, trust_remote_code=output.trust_remote_code
     )
+    if packed or engine.device() != "cpu":
+        notes.append(f"in {dtype} on {engine.device()}")
     return Consumer("vLLM", tuple(notes), _asked(model), model.close)
 
 
@@ -135,8 +145,15 @@ def _nothing() -> None:
 
 
 def _in_transformers(recipe: Recipe) -> list[str]:
-    """With the target ``transformers`` its rule of activations is the one that was trained."""
-    return [f"K and V in float ({recipe.kv_bits} bits here)"] if recipe.kv.quantizes else []
+    """What it computes otherwise with compressed-tensors, which reads the export."""
+    inputs, found = recipe.activations, list[str]()
+    if recipe.kv.quantizes:
+        found.append(f"K and V in float ({recipe.kv_bits} bits here)")
+    if inputs.quantizes and not recipe.weights.quantizes:
+        found.append(f"inputs in float ({inputs.bits} bits here)")
+    elif inputs.quantizes and inputs != QuantSpec(8, range="full"):
+        found.append("inputs of 8 bits scaled by max / 127.5 per token (by another rule here)")
+    return found
 
 
 _KINDS: Mapping[str, _Kind] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qatc.errors import ConfigError
 from qatc.export.gguf.llama_cpp import open_in_llama, require_runnable
-from qatc.export.vllm.engine import open_in_vllm, require_vllm
+from qatc.export.vllm.engine import VllmModel, open_in_vllm, require_vllm
 from qatc.progress import Observer
 
 Runtime = Literal["trained", "packed", "llama.cpp", "vllm"]
@@ -86,3 +88,13 @@ def open_foreign(
     for note in (found.ran_by, *notes):
         observer.note(note)
     return found
+
+
+@contextmanager
+def released(model: Any) -> Iterator[Any]:
+    """The model inside the block; what runs it in processes of its own ends with that."""
+    try:
+        yield model
+    finally:
+        if isinstance(model, VllmModel):
+            model.close()

@@ -35,6 +35,12 @@ LARGEST_WIDTH = (2**31 - 1) // (128 * 128)
 LARGEST_AFFINE_WIDTH = (2**31 - 1) // (255 * 128)
 """The same of codes less their zero point, which may be as far as 255 from 0."""
 
+
+def largest_width(activations: QuantSpec) -> int:
+    """Inputs of the widest linear whose sums an int32 holds."""
+    return LARGEST_AFFINE_WIDTH if activations.affine else LARGEST_WIDTH
+
+
 EXACT_FP32 = 2**24
 """fp32 holds every integer up to here, so that a float sum of integers below it is exact."""
 

@@ -43,10 +43,7 @@ def needs_integers(site: Site) -> str | None:
         return "its input is not quantized"
     if site.weights.group_size or site.activations.group_size:
         return "groups have several scales in one sum"
-    largest = integer_linear.LARGEST_WIDTH
-    if site.activations.affine:
-        largest = integer_linear.LARGEST_AFFINE_WIDTH
-    if site.inputs > largest:
+    if site.inputs > integer_linear.largest_width(site.activations):
         return f"an int32 does not hold the sum of {site.inputs} products"
     return None
 

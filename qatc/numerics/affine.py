@@ -67,8 +67,7 @@ def dequantize(
     """
     if zero is None:
         return minmax.dequantize(codes, scale, dtype)
-    values: Tensor = (codes.to(torch.int32) - zero).float() * scale
-    return values.to(dtype)
+    return _within((codes.to(torch.int32) - zero).float() * scale, dtype)
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -78,7 +77,14 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     """
     values = x.detach()
     factor, scale, zero = _parameters(values, spec)
-    return (_from_zero(values, factor, zero, spec) * scale).to(x.dtype) + (x - values)
+    return _within(_from_zero(values, factor, zero, spec) * scale, x.dtype) + (x - values)
+
+
+def _within(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to a dtype, and cut off at the largest of fp16: a rounded zero point goes beyond."""
+    if dtype == torch.float16:
+        values = values.clamp(*(sign * torch.finfo(dtype).max for sign in (-1, 1)))
+    return values.to(dtype)
 
 
 def _parameters(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,13 +94,14 @@ def _parameters(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     width = (high - low).double()
     empty = width / spec.steps < minmax.MIN_SCALE
     factor = torch.where(empty, 1.0, spec.steps / width).float()
-    scale = (1.0 / factor.double()).float()
+    scale = torch.where(width.isfinite(), 1.0 / factor.double(), torch.nan).float()
     # A product of two fp32 numbers is exact in fp64. Rounded on its own, it cannot become one
     # operation with the sum behind it, which would be other bits.
     below, above = ((end.double() * factor.double()).float() for end in (low, high))
     nearer = (spec.code_min + below) + (spec.code_max + above) > 0
     zero = torch.where(nearer, spec.code_min - below, spec.code_max - above)
-    return factor, scale, torch.round(zero.clamp(spec.code_min, spec.code_max))
+    zero = torch.round(zero.clamp(spec.code_min, spec.code_max))
+    return factor, scale, torch.where(width.isfinite(), zero, 0.0)
 
 
 def _from_zero(x: Tensor, factor: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:

@@ -61,6 +61,25 @@ def test_what_differs_there_is_told_and_not_judged(tmp_path: Path) -> None:
     assert check.limit is None and check.figure > 0
 
 
+@pytest.mark.parametrize(
+    ("bits", "activations", "said"),
+    [
+        ("16-8-16", {}, "inputs in float (8 bits here)"),
+        ("4-8-16", {"range": "restricted"}, "max / 127.5 per token (by another rule here)"),
+        ("4-8-16", {"range": "affine"}, "max / 127.5 per token (by another rule here)"),
+        ("4-4-16", {}, "max / 127.5 per token (by another rule here)"),
+    ],
+)
+def test_another_rule_of_inputs_is_told(
+    bits: str, activations: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    recipe = Recipe.from_bits(bits, target="transformers")
+    inputs = dataclasses.replace(recipe.activations, **activations)
+    out = make_output(tmp_path / "out", dataclasses.replace(recipe, activations=inputs))
+    (check,) = asked(out)
+    assert said in check.what and check.limit is None
+
+
 def test_without_another_target_nobody_is_asked(tmp_path: Path) -> None:
     assert not asked(output_of(tmp_path, "qatc"))
 
@@ -94,7 +113,7 @@ def test_a_runtime_that_fails_is_no_verdict(
     kinds = {"transformers": consumers._Kind(lambda: True, fail)}
     monkeypatch.setattr(consumers, "_KINDS", kinds)
     (check,) = asked(output_of(tmp_path, "transformers"))
-    assert check.passed and f"compared with transformers: {error}" in check.what
+    assert check.passed and f"transformers could not be asked ({error})" in check.what
     assert check.limit is None and check.figure == 0
 
 

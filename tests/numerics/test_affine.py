@@ -157,3 +157,18 @@ def test_it_loses_less_where_values_are_on_one_side() -> None:
 def test_nothing_takes_it_for_a_range_without_zero_point() -> None:
     with pytest.raises(AssertionError, match="zero point"):
         minmax.quantize(random(2, 8), spec_of())
+
+
+@pytest.mark.parametrize("low", [-30000.0, -65504.0, 0.0])
+def test_the_ends_of_fp16_stay_in_it(low: float) -> None:
+    x = torch.tensor([[low, 65504.0, 3.0]], dtype=torch.float16)
+    for found in (fake_quantize(x, spec_of()), dequantize(*quantize(x, spec_of()), x.dtype)):
+        assert found.isfinite().all() and (found - x).abs().max() <= (65504 - low) / 255
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_nan_in_codes_too(value: float) -> None:
+    x = torch.tensor([[1.0, value, 3.0], [1.0, 2.0, 3.0]])
+    codes, scale, zero = quantize(x, spec_of())
+    found = dequantize(codes, scale, zero)
+    assert found[0].isnan().all() and found[1].isfinite().all() and zero[0] == 0

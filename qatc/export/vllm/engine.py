@@ -32,6 +32,9 @@ from qatc.recipe.recipe import Recipe
 FORMS: tuple[Form, ...] = ("vllm", "vllm-marlin", "qatc")
 """Layouts of an output, the one that needs no switch first."""
 
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+"""Read when vLLM is imported, which writes to stdout otherwise."""
+
 _SPARE = 512
 """Slots of the cache beside those of a row: vLLM keeps whole blocks of up to 128, and one empty."""
 
@@ -86,9 +89,8 @@ class VllmModel(nn.Module):
         if slots >= text.max_position_embeddings:
             # vLLM has to write one token behind a row to tell of its last; that is not run.
             given["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-        with _surroundings({"VLLM_LOGGING_LEVEL": "ERROR"} | given):
-            import vllm as library
-
+        with _surroundings(_QUIET | given):
+            library = _imported()
             try:
                 self.engine: Any = library.LLM(
                     str(directory),
@@ -157,6 +159,17 @@ class VllmModel(nn.Module):
         self.engine.llm_engine.engine_core.shutdown()
 
 
+def _imported() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise ConfigError(
+            f"vLLM is installed and cannot be imported ({_last_line(error)}); install it again, in"
+            " an environment of its own"
+        ) from error
+    return vllm
+
+
 def _places(told: list[tuple[Any, int, int]]) -> Iterator[tuple[Any, int]]:
     for flat, first, behind in told:
         for place in range(first, behind):
@@ -165,9 +178,11 @@ def _places(told: list[tuple[Any, int, int]]) -> Iterator[tuple[Any, int]]:
 
 def device() -> str:
     """What vLLM runs on: ``cpu``, ``cuda`` and others."""
-    from vllm.platforms import current_platform
+    with _surroundings(_QUIET):
+        _imported()
+        from vllm.platforms import current_platform
 
-    return str(current_platform.device_type)
+        return str(current_platform.device_type)
 
 
 def _cache_bytes(config: Any, slots: int) -> int:
