@@ -61,7 +61,7 @@ def export(
             if not verify:
                 terminal.note("not verified, as --no-verify asks")
                 return
-            display.stage(f"Verifying {source}")
+            display.stage(f"Verifying {source}, for some minutes; --no-verify spares it")
             try:
                 compare(output).require(str(source))
             except PassError as error:

@@ -54,7 +54,7 @@ def test_wrong_uses(output: Path, shared_model_path: Path, tmp_path: Path) -> No
     refused(2, "--limit, --output", "evaluate", output, "--text", "x", "--limit", 1, "--output", 2)
     refused(2, "--tasks", "evaluate", output)
     refused(2, "no output of qatc quantize", *tasks, "--runtime", "packed")
-    refused(2, "trained, packed or llama.cpp; got 'slow'", *tasks, "--runtime", "slow")
+    refused(2, "trained, packed, llama.cpp or vllm; got 'slow'", *tasks, "--runtime", "slow")
     refused(2, "--output takes a file", *tasks, "--output", tmp_path / "absent" / "x.json")
     refused(2, "--output takes a file", *tasks, "--output", tmp_path)
     refused(2, "takes a directory of task files", *tasks, "--include-path", tmp_path / "absent")

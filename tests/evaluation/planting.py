@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qatc.kernels import cached_attention, row_attention, table
-from qatc.numerics import learned, minmax
+from qatc.numerics import affine, learned
 from qatc.passes import InsertKVCache
 from qatc.recipe.spec import QuantSpec
 
@@ -42,10 +42,10 @@ class Module:
         return self._changes.get(name) or getattr(self._module, name)
 
 
-def rounded_scale(x: Tensor, spec: QuantSpec, *, snap: bool = False) -> tuple[Tensor, Tensor]:
+def rounded_scale(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor | None]:
     """An activation scale in bf16."""
-    codes, scale = minmax.quantize(x, spec, snap=snap)
-    return codes, scale.bfloat16().float()
+    codes, scale, zero = affine.quantize_inputs(x, spec)
+    return codes, scale.bfloat16().float(), zero
 
 
 def before_rotation(self: Any, node: Any) -> Any:
@@ -76,7 +76,7 @@ def later(visible: Tensor) -> Tensor:
 # Each is looked for in shallow and in deep models by tests/evaluation/test_deep_parity.py.
 LOWERED: dict[str, tuple[Any, str, Any, str]] = {
     "bf16 activation scales": (
-        table, "minmax", Module(minmax, quantize=rounded_scale), "q_proj.weight"
+        table, "affine", Module(affine, quantize_inputs=rounded_scale), "q_proj.weight"
     ),
     "K scale of the wrong head": (
         cached_attention, "_attend_to_codes", broken(_attend, key_scale=lambda t: t.roll(1, 1)),
@@ -114,8 +114,8 @@ LOWERED: dict[str, tuple[Any, str, Any, str]] = {
         "KV cache",
     ),
     "activations of 7 bits": (
-        table, "minmax",
-        Module(minmax, quantize=broken(minmax.quantize, spec=lambda s: QuantSpec(7))),
+        table, "affine",
+        Module(affine, quantize_inputs=broken(affine.quantize_inputs, spec=lambda s: QuantSpec(7))),
         "q_proj.weight",
     ),
 }  # fmt: skip

@@ -22,7 +22,7 @@ from qatc.evaluation.checks import Check, ParityReport
 from qatc.evaluation.global_parity import Texts, kl
 from qatc.kernels import integer_linear, native, packed_linear, products, table
 from qatc.machine.toolchain import compilers
-from qatc.numerics import minmax, packing
+from qatc.numerics import affine, minmax, packing
 from qatc.recipe.recipe import Recipe
 from qatc.recipe.spec import QuantSpec
 from qatc.runtime.cuda.graphed import GraphedForward
@@ -291,7 +291,7 @@ def test_a_failure_leaves_no_output(
     from qatc.quantize.run import quantize
     from tests.quantize.conftest import make
 
-    monkeypatch.setattr(table, "minmax", Module(minmax, quantize=rounded_scale))
+    monkeypatch.setattr(table, "affine", Module(affine, quantize_inputs=rounded_scale))
     config = make(shared_model_path, tmp_path / "out", integer_forward=False, verify=True)
     with pytest.raises(ParityError, match="do not use the output"):
         quantize(config)
