@@ -37,6 +37,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def beginning(text: Path, tokens: int) -> str:
+    """As much of a text as surely has so many tokens."""
+    return text.read_bytes()[: 16 * tokens].decode(errors="ignore")
+
+
+def windows(ids: list[int], size: int) -> list[list[int]]:
+    """The tokens in pieces of one size; what is left over is dropped."""
+    return [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+
+
 def save(name: str, result: dict[str, Any]) -> Path:
     """Write a raw result to ``benchmarks/results/NAME.json``."""
     RESULTS.mkdir(parents=True, exist_ok=True)

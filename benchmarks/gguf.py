@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qatc-gguf-") as scratch:
         files = write_all(model, [Path(own) for own in given.output], Path(scratch), given.threads)
         ids = tokens_of(files["full precision"], Path(given.text), given.tokens)
-        texts = windows(ids, given.window)
+        texts = common.windows(ids, given.window)
         found = compare(files, texts, given.threads, speeds=not given.no_speeds)
     name = Path(model).resolve().name
     common.save(
@@ -103,13 +103,7 @@ def _write_full(model: str, directory: Path) -> Path:
 
 def tokens_of(path: Path, text: Path, count: int) -> list[int]:
     """The first tokens of a text, by the tokenizer in a file."""
-    content = text.read_bytes()[: 16 * count].decode(errors="ignore")
-    return LlamaFile(path, 0).tokenize(content)[:count]
-
-
-def windows(ids: list[int], size: int) -> list[list[int]]:
-    """The tokens in pieces of one size; what is left over is dropped."""
-    return [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+    return LlamaFile(path, 0).tokenize(common.beginning(text, count))[:count]
 
 
 def compare(

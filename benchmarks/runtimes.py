@@ -171,9 +171,9 @@ def windows(model: str, text: Path, tokens: int, size: int) -> list[list[int]]:
     """The first tokens of a text in pieces of one size; what is left over is dropped."""
     from transformers import AutoTokenizer
 
-    content = text.read_bytes()[: 16 * tokens].decode(errors="ignore")
+    content = common.beginning(text, tokens)
     ids = list(AutoTokenizer.from_pretrained(model)(content)["input_ids"])[:tokens]
-    return [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+    return common.windows(ids, size)
 
 
 def full_precision(model: str, texts: list[list[int]]) -> list[Tensor]:

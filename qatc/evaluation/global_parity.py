@@ -93,13 +93,13 @@ class Texts:
 
     def neighbour(self, what: str, trained: Tensor, other: Tensor) -> None:
         """Report how far a form of the trained graph itself is from it."""
-        figure = kl(trained, other)
-        self._own = max(self._own, figure)
-        self.checks.append(Check("global", f"the KL divergence of {what}", figure))
+        self._own = max(self._own, self.tell("global", what, trained, other))
 
-    def tell(self, point: str, what: str, wanted: Tensor, got: Tensor) -> None:
-        """Report how far something is that is not the same."""
-        self.checks.append(Check(point, f"the KL divergence of {what}", kl(wanted, got)))
+    def tell(self, point: str, what: str, wanted: Tensor, got: Tensor) -> float:
+        """Report how far something is, which is also returned, and do not judge it."""
+        figure = kl(wanted, got)
+        self.checks.append(Check(point, f"the KL divergence of {what}", figure))
+        return figure
 
     def judge(self, point: str, what: str, wanted: Tensor, got: Tensor, slack: float = 1.0) -> None:
         """Hold what should be the same against what rounding ties explain, ``slack`` times that."""

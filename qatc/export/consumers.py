@@ -120,9 +120,8 @@ def _by_transformers(
     def open(output: Output, slots: int) -> Consumer:
         from transformers import AutoModelForCausalLM
 
-        with ExitStack() as stack:
-            place = Path(stack.enter_context(TemporaryDirectory(prefix="qatc-consumer-")))
-            write(output, place, Observer())
+        with TemporaryDirectory(prefix="qatc-consumer-") as place:
+            write(output, Path(place), Observer())
             model: Any = AutoModelForCausalLM.from_pretrained(
                 place, dtype=torch.float32, trust_remote_code=output.trust_remote_code
             )

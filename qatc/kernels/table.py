@@ -101,11 +101,7 @@ def _run_triton(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site
 ) -> Tensor:
     """The bits of :func:`_run_int_mm`; codes and scales of ``x`` are computed by the graph."""
-    x_codes, x_scale = minmax.quantize(x.flatten(0, -2), site.activations)
-    product: Tensor = TRITON_LINEAR(
-        x_codes, x_scale, packed, scale, bias, site.weights.bits, x.dtype
-    )
-    return product.view(*x.shape[:-1], site.outputs)
+    return run_added(x, packed, scale, bias, None, site.weights, site.activations)
 
 
 def run_joined(
@@ -127,15 +123,16 @@ def run_added(
     packed: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    added: Tensor,
+    added: Tensor | None,
     weights: QuantSpec,
     activations: QuantSpec,
 ) -> Tensor:
-    """:data:`TRITON` for a linear, plus ``added``."""
+    """:data:`TRITON` for a linear, plus ``added`` if that is given."""
     x_codes, x_scale = minmax.quantize(x.flatten(0, -2), activations)
+    rows = None if added is None else added.flatten(0, -2)
     parts = (x_codes, x_scale, packed, scale, bias, weights.bits, x.dtype)
-    product: Tensor = TRITON_LINEAR(*parts, added.flatten(0, -2))
-    return product.view(added.shape)
+    product: Tensor = TRITON_LINEAR(*parts, rows)
+    return product.view(*x.shape[:-1], product.shape[-1])
 
 
 def _run_fused(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, site: Site) -> Tensor:

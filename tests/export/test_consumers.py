@@ -36,8 +36,8 @@ def asked(place: Path) -> list[Check]:
     return [check for check in report.checks if check.point == "runtime"]
 
 
-without_vllm = pytest.mark.skipif(not engine.is_installed(), reason="make test-vllm installs it")
-without_llama = pytest.mark.skipif(binding() is None, reason="make test-runtimes installs it")
+needs_vllm = pytest.mark.skipif(not engine.is_installed(), reason="make test-vllm installs it")
+needs_llama = pytest.mark.skipif(binding() is None, reason="make test-runtimes installs it")
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ without_llama = pytest.mark.skipif(binding() is None, reason="make test-runtimes
     [
         ("transformers", "transformers"),
         ("torchao", "transformers"),
-        pytest.param("llama.cpp", "llama.cpp", marks=without_llama),
-        pytest.param("vllm", "vLLM", marks=without_vllm),
+        pytest.param("llama.cpp", "llama.cpp", marks=needs_llama),
+        pytest.param("vllm", "vLLM", marks=needs_vllm),
     ],
 )
 def test_the_runtime_computes_what_was_trained(target: str, name: str, tmp_path: Path) -> None:

@@ -112,6 +112,16 @@ def store(
 
 
 @triton.jit
+def seen_of(s, last, own, mask, HAS_MASK: tl.constexpr):
+    """Which slots ``s`` a query sees: below ``last``, by its row of the mask, and its own."""
+    seen = s < last
+    if HAS_MASK:
+        given = tl.load(mask + s, mask=seen, other=0)
+        seen = seen & ((given != 0) | (s == own))
+    return seen
+
+
+@triton.jit
 def attend(
     query, key_codes, key_scale, value_codes, value_scale, positions, mask, sums, tops, totals,
     groups, shared, slots, split,
@@ -165,10 +175,7 @@ def attend(
     last = tl.minimum(tl.minimum(first + split, slots), own + 1)
     for start in range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        seen = s < last
-        if HAS_MASK:
-            given = tl.load(mask + b * mask_row + s, mask=seen, other=0)
-            seen = seen & ((given != 0) | (s == own))
+        seen = seen_of(s, last, own, mask + b * mask_row, HAS_MASK)
         at = s.to(tl.int64)[None, :, None]
         among = seen[None, :, None]
         keys = tl.load(key_codes + at * ks + k_at, mask=among & (k_at < K_BYTES), other=0)
@@ -268,10 +275,7 @@ def attend_in_tiles(
     last = tl.minimum(tl.minimum(first + split, slots), own + 1)
     for start in range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        seen = s < last
-        if HAS_MASK:
-            given = tl.load(mask + b * mask_row + s, mask=seen, other=0)
-            seen = seen & ((given != 0) | (s == own))
+        seen = seen_of(s, last, own, mask + b * mask_row, HAS_MASK)
         at = s.to(tl.int64)
         of_keys = key_codes + at[None, :] * ks + k_at[:, None]
         keys = tl.load(of_keys, mask=seen[None, :] & (k_at < K_BYTES)[:, None], other=0)

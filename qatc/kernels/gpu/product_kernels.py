@@ -98,8 +98,12 @@ def of_three(which, a, b, c, COUNT: tl.constexpr):
 
 
 @triton.jit
-def weight_of(program, outputs0, outputs1, BLOCK_N: tl.constexpr, COUNT: tl.constexpr):
-    """Which of the weights a program is for, and which block of its outputs."""
+def weight_of(
+    program,
+    w0, scale0, bias0, out0, outputs0, w1, scale1, bias1, out1, outputs1,
+    w2, scale2, bias2, out2, outputs2, BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """The one of ``COUNT`` weights that a program is for, and which block of its outputs."""
     which = 0
     if COUNT > 1:
         first = tl.cdiv(outputs0, BLOCK_N)
@@ -109,7 +113,12 @@ def weight_of(program, outputs0, outputs1, BLOCK_N: tl.constexpr, COUNT: tl.cons
             which += (program >= first + second).to(tl.int32)
             program -= tl.where(which == 2, second, 0)
         program -= tl.where(which > 0, first, 0)
-    return which, program
+    w = of_three(which, w0, w1, w2, COUNT)
+    scale = of_three(which, scale0, scale1, scale2, COUNT)
+    bias = of_three(which, bias0, bias1, bias2, COUNT)
+    out = of_three(which, out0, out1, out2, COUNT)
+    outputs = of_three(which, outputs0, outputs1, outputs2, COUNT)
+    return w, scale, bias, out, outputs, program
 
 
 @triton.jit
@@ -183,12 +192,11 @@ def gemv(
         added: with ``HAS_ADDED``, and one weight: like ``out0``, what is added to the product.
         P0, P1, P2: bits of the planes, 0 for none.
     """
-    which, block = weight_of(tl.program_id(0), outputs0, outputs1, BLOCK_N, COUNT)
-    w = of_three(which, w0, w1, w2, COUNT)
-    scale = of_three(which, scale0, scale1, scale2, COUNT)
-    bias = of_three(which, bias0, bias1, bias2, COUNT)
-    out = of_three(which, out0, out1, out2, COUNT)
-    outputs = of_three(which, outputs0, outputs1, outputs2, COUNT)
+    w, scale, bias, out, outputs, block = weight_of(
+        tl.program_id(0),
+        w0, scale0, bias0, out0, outputs0, w1, scale1, bias1, out1, outputs1,
+        w2, scale2, bias2, out2, outputs2, BLOCK_N, COUNT,
+    )  # fmt: skip
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     own = n < outputs
     rows = w + n.to(tl.int64)[:, None] * (unit * (MOST * BITS // 8))
@@ -256,12 +264,11 @@ def gemm(
 
     Args: as of :func:`gemv`, with ``x`` int8 ``[rows, K]``, and weights and ``unit`` in bytes.
     """
-    which, block = weight_of(tl.program_id(1), outputs0, outputs1, BLOCK_N, COUNT)
-    w = of_three(which, w0, w1, w2, COUNT)
-    scale = of_three(which, scale0, scale1, scale2, COUNT)
-    bias = of_three(which, bias0, bias1, bias2, COUNT)
-    out = of_three(which, out0, out1, out2, COUNT)
-    outputs = of_three(which, outputs0, outputs1, outputs2, COUNT)
+    w, scale, bias, out, outputs, block = weight_of(
+        tl.program_id(1),
+        w0, scale0, bias0, out0, outputs0, w1, scale1, bias1, out1, outputs1,
+        w2, scale2, bias2, out2, outputs2, BLOCK_N, COUNT,
+    )  # fmt: skip
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     real, own = m < rows, n < outputs
